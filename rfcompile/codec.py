@@ -1,0 +1,315 @@
+"""THE formulas of the wire: quantize, dequantize, dequantize_sum, requantize, as pure tensor code.
+
+Eager kernels, Inductor's lowering, collectives and tests all call these functions, and their bytes
+are the same everywhere: scales are rounded by integer arithmetic (a cast could be optimized away),
+reciprocals are snapped to 15 bits (devices divide differently), and no product feeds a sum unless
+it is exact (a fused multiply-add would round differently).
+
+Shapes: C chunks (payload rows), M elements a row, G groups a row, E elements a group (``G * E >=
+M``, the rest is padding), K parts a group, R = E / K elements a part, B bytes a row.
+
+Payload row: for each plane of the codes ``[G, E * width / 8]`` bytes, then the low bytes of the
+scales ``[G]``, then their high bytes ``[G]``. In a plane of ``width`` bits, byte ``b`` of a group
+holds the code bits of elements ``b, b + E * width / 8, b + 2 E * width / 8, ...``, low bits first.
+
+Only ``select``, ``narrow`` and ``unsqueeze`` are used to index: Python indexing does not trace on
+a device that is not there.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from rfcompile.errors import PayloadError
+from rfcompile.formats import SCALE_BYTES, QuantFormat
+from rfcompile.rotation import rotate_parts, split_block, unrotate_parts
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Pack = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
+"""``pack(pieces, counts)``: see :func:`pack_reference`."""
+
+_EXPONENT_BITS = 0x7F800000
+_NAN_SCALE = 0x7FC00000
+_MIN_SCALE = (127 - 120) << 23
+"""Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
+
+
+def pack_reference(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Lay pieces side by side: ``counts[f]`` pieces ``[C, G, R]`` form field f ``[C, G, count, R]``.
+
+    Returns ``[C, sum of field sizes]``. Inductor's lowering writes each piece in place instead.
+    """
+    fields, start = [], 0
+    for count in counts:
+        group = list(pieces[start : start + count])
+        start += count
+        field = group[0] if count == 1 else torch.stack(group, 2)
+        fields.append(field.reshape(field.shape[0], -1))
+    return fields[0] if len(fields) == 1 else torch.cat(fields, 1)
+
+
+# ---- quantize ------------------------------------------------------------------------------
+
+
+def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0, pack: Pack = pack_reference) -> Tensor:
+    """Code each row of ``x_CM`` by ``fmt``.
+
+    Formula: see :class:`~rfcompile.QuantFormat`. Args: float32, bfloat16 or float16 ``[C, M]``, any
+    stride; ``seed`` is added to the format's (stochastic rounding only). Returns uint8 ``[C, B]``.
+    """
+    C, M = x_CM.shape
+    E = fmt.group_elements(M)
+    G = (M + E - 1) // E if fmt.group_size is not None else 1
+    padding = G * E - M
+    if not statically_known_true(padding == 0):
+        x_CM = F.pad(x_CM, (0, padding))
+    x_CGE = x_CM.reshape(C, G, E)
+    if fmt.nonfinite == "saturate":
+        x_CGE = _clamp_to_finite(x_CGE)
+    if fmt.rotate is not None:
+        x_CGE = _rotate_inner(x_CGE, fmt, pack, inverse=False)
+    return _quantize_groups(x_CGE, fmt, seed, x_CM.dtype, pack, rotate=True)
+
+
+def _quantize_groups(
+    x_CGE: Tensor, fmt: QuantFormat, seed: int, dtype: torch.dtype, pack: Pack, *, rotate: bool
+) -> Tensor:
+    C, G, E = x_CGE.shape
+    # Pieces of a byte and the maximum are taken over the same range R, so one loop does both.
+    K = fmt.num_parts
+    x_CGKR = x_CGE.reshape(C, G, K, E // K)
+    parts = [x_CGKR.select(2, k).float() for k in range(K)]
+    if rotate and fmt.rotate is not None:
+        parts = rotate_parts(parts, split_block(fmt.rotate)[0], fmt.seed)
+    peak_CGR = parts[0].abs()
+    for part in parts[1:]:
+        peak_CGR = torch.maximum(peak_CGR, part.abs())
+    scale_CG1, inverse_CG1 = _scale_bits(peak_CGR.amax(-1, keepdim=True), fmt, dtype)
+    codes = [_code(part, inverse_CG1, fmt, seed, k * (E // K), E) for k, part in enumerate(parts)]
+    pieces, counts = [], []
+    for plane, width in enumerate(fmt.planes):
+        last = plane == len(fmt.planes) - 1
+        high = codes if last else [torch.floor(code * 2.0**-width) for code in codes]
+        low = codes if last else [
+            code - upper * 2.0**width for code, upper in zip(codes, high, strict=True)
+        ]
+        pieces += _bytes_of(low, width)
+        counts.append(K * width // 8)
+        codes = high
+    for shift in (16, 24):
+        byte = (scale_CG1 >> shift) & 255
+        # int16 keeps the scale's loop scalar on the CPU, so that it fuses with the codes' loops.
+        pieces.append(byte.to(torch.int16 if byte.device.type == "cpu" else torch.int32).to(torch.uint8))
+        counts.append(1)
+    return pack(pieces, counts)
+
+
+def _scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The step of a group as float32 bits (a bfloat16 with 16 zero bits below), and ``1 / step``.
+
+    A non-finite peak gives a NaN step; a zero peak gives step 0; the grid never leaves the finite
+    range of ``dtype``.
+    """
+    bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
+    is_nonfinite = bits >= _EXPONENT_BITS
+    rounded = torch.clamp((bits + 0xFFFF) & -65536, _MIN_SCALE, _largest_scale(fmt, dtype))
+    rounded = torch.where(is_nonfinite, _MIN_SCALE, rounded)
+    # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
+    inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
+    inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
+    stored = torch.where(is_nonfinite, _NAN_SCALE, torch.where(bits == 0, 0, rounded))
+    return stored, torch.where(is_nonfinite, 0, inverse).view(torch.float32)
+
+
+def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
+    largest = struct.unpack("<i", struct.pack("<f", torch.finfo(dtype).max / fmt.half_range))[0]
+    return int(largest) & -65536
+
+
+def _code(
+    x: Tensor, inverse: Tensor, fmt: QuantFormat, seed: int, first: int, group: int
+) -> Tensor:
+    """Codes 0 .. 2**bits - 1 as float32."""
+    t = x * inverse
+    half = float(2 ** (fmt.bits - 1))
+    low = -half if fmt.is_mid_rise else 1 - half
+    if fmt.rounding == "stochastic":
+        # All in integers: x * inverse + noise would be fused on some devices and not on others.
+        t = torch.where(t == t, t, 0.0)
+        sixteenths = torch.floor(t * 65536.0).to(torch.int32) - (32768 if fmt.is_mid_rise else 0)
+        noise = _noise(x, fmt.seed + seed, first, group)
+        level = ((sixteenths + noise) >> 16).to(torch.float32)
+    else:
+        level = torch.floor(t) if fmt.is_mid_rise else torch.round(t)
+    return torch.clamp(level, low, half - 1) + half
+
+
+def _noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
+    """16 hashed bits of (seed, place, the value's own bits): no state, the same on every device.
+
+    Mixing the value in makes the rounding differ from step to step without a new seed. Hash:
+    lowbias32 (C. Wellons, "Prospecting for hash functions", 2018).
+    """
+    C, G, R = x_CGR.shape
+    device = x_CGR.device
+    group_CG1 = torch.arange(C * G, dtype=torch.int32, device=device).view(C, G, 1)
+    place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
+    v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
+    v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
+    v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
+    return (v >> 16) & 0xFFFF
+
+
+def _signed32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:
+    """Join the ``width``-bit codes of a group's parts into bytes, low bits first."""
+    per_byte = 8 // width
+    stride = len(codes) // per_byte
+    result = []
+    for k in range(stride):
+        total = codes[k]
+        for i in range(1, per_byte):
+            total = total + codes[i * stride + k] * float(2 ** (width * i))
+        result.append(total.to(torch.uint8))
+    return result
+
+
+def _clamp_to_finite(x_CGE: Tensor) -> Tensor:
+    magnitude = x_CGE.abs()
+    peak = torch.where(magnitude == float("inf"), 0.0, magnitude).amax(-1, keepdim=True)
+    return torch.maximum(torch.minimum(x_CGE, peak), -peak)
+
+
+# ---- dequantize ----------------------------------------------------------------------------
+
+
+def dequantize(
+    payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype, pack: Pack = pack_reference
+) -> Tensor:
+    """Decode every row: ``x = (u - zero_offset) * s``. Returns ``dtype`` ``[C, G * E]``, padding included."""
+    values = _levels(payload_CB, fmt)
+    return _from_wire(values, fmt, dtype, pack)
+
+
+def dequantize_sum(
+    payload_CB: Tensor,
+    fmt: QuantFormat,
+    dtype: torch.dtype,
+    average: bool = False,
+    pack: Pack = pack_reference,
+) -> Tensor:
+    """Decode the rows and add them up in float32, row 0 first; ``average`` divides by their number.
+
+    Returns ``dtype`` ``[G * E]``, padding included. With rotation the sum is rotated back once.
+    """
+    return _from_wire(_sum_of_levels(payload_CB, fmt, average), fmt, dtype, pack).reshape(-1)
+
+
+def requantize(
+    payload_CB: Tensor,
+    fmt: QuantFormat,
+    average: bool = False,
+    seed: int = 0,
+    pack: Pack = pack_reference,
+) -> Tensor:
+    """Code the sum (or mean) of the rows again, without leaving the rotated domain: uint8 ``[1, B]``."""
+    total_1GE = _sum_of_levels(payload_CB, fmt, average)
+    return _quantize_groups(total_1GE, fmt, seed + 1, torch.float32, pack, rotate=False)
+
+
+def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
+    """The grid values a payload stands for, float32 ``[C, G, E]``, in the coded (rotated) domain."""
+    C, B = payload_CB.shape
+    G, E = groups_of(B, fmt)
+    # uint8 to int32 on two vectors is scalar code in the CPU backend; elsewhere int32 is natural.
+    integer = torch.uint8 if payload_CB.device.type == "cpu" else torch.int32
+    per_byte = 8 // fmt.planes[-1]  # of the narrowest plane
+    whole = (C, G, per_byte, E // per_byte)
+    code, offset, weight = None, 0, 1.0
+    for width in fmt.planes:
+        P = 8 // width
+        size = E * width // 8
+        plane = payload_CB.narrow(1, offset, G * size).view(C, G, 1, per_byte // P, E // per_byte)
+        plane = plane.to(integer)
+        if P > 1:
+            shifts = torch.arange(0, 8, width, dtype=integer, device=payload_CB.device)
+            plane = (plane >> shifts.view(P, 1, 1)) & (2**width - 1)
+        value = plane.to(torch.float32)
+        if code is None:
+            code = value
+        else:
+            # The wide plane is [P1, K1, R], a narrow one [P2, K2, R]: both are [per_byte, R].
+            code = code.reshape(whole) + value.reshape(whole) * weight
+        offset = offset + G * size
+        weight = weight * 2**width
+    assert code is not None
+    low = payload_CB.narrow(1, offset, G).to(torch.int32)
+    high = payload_CB.narrow(1, offset + G, G).to(torch.int32)
+    scale = ((low << 16) | (high << 24)).view(torch.float32)
+    scale = scale.view(C, G, *([1] * (code.dim() - 2)))
+    return ((code - fmt.zero_offset) * scale).reshape(C, G, E)
+
+
+def _sum_of_levels(payload_CB: Tensor, fmt: QuantFormat, average: bool) -> Tensor:
+    levels_CGE = _levels(payload_CB, fmt)
+    total = levels_CGE.select(0, 0)
+    for c in range(1, payload_CB.shape[0]):
+        total = total + levels_CGE.select(0, c)
+    if average:
+        total = total * (1.0 / payload_CB.shape[0])
+    return total.unsqueeze(0)
+
+
+def _from_wire(values_CGE: Tensor, fmt: QuantFormat, dtype: torch.dtype, pack: Pack) -> Tensor:
+    C, G, E = values_CGE.shape
+    if fmt.rotate is not None:
+        outer = split_block(fmt.rotate)[0]
+        K = fmt.num_parts
+        values_CGKR = values_CGE.reshape(C, G, K, E // K)
+        parts = unrotate_parts([values_CGKR.select(2, k) for k in range(K)], outer, fmt.seed)
+        values_CGE = pack(parts, [K]).reshape(C, G, E)
+        values_CGE = _rotate_inner(values_CGE, fmt, pack, inverse=True)
+    return values_CGE.to(dtype).reshape(C, G * E)
+
+
+def _rotate_inner(x_CGE: Tensor, fmt: QuantFormat, pack: Pack, *, inverse: bool) -> Tensor:
+    """The second axis of a rotation too large for one butterfly; nothing to do for a small one."""
+    assert fmt.rotate is not None
+    inner = split_block(fmt.rotate)[1]
+    if inner == 1:
+        return x_CGE
+    C, G, E = x_CGE.shape
+    K = fmt.num_parts
+    turn = unrotate_parts if inverse else rotate_parts
+    x = x_CGE.reshape(C, G * K, inner, E // (K * inner))
+    parts = turn([x.select(2, i).float() for i in range(inner)], inner, fmt.seed)
+    return pack(parts, [inner]).reshape(C, G, E)
+
+
+def groups_of(row_bytes: int, fmt: QuantFormat) -> tuple[int, int]:
+    """Groups in a payload row of ``row_bytes`` bytes, and elements in a group."""
+    if fmt.group_size is None:
+        return 1, (row_bytes - SCALE_BYTES) * 8 // fmt.bits
+    return row_bytes // (fmt.group_size * fmt.bits // 8 + SCALE_BYTES), fmt.group_size
+
+
+def check_payload(payload: Tensor, fmt: QuantFormat, row_numel: int, rows: int) -> None:
+    """Raise PayloadError unless ``payload`` is uint8 ``[rows, row_bytes]`` in some shape."""
+    expected = rows * fmt.row_bytes(row_numel)
+    if payload.dtype != torch.uint8 or payload.numel() != expected:
+        raise PayloadError(
+            f"{payload.numel()} elements of {payload.dtype}",
+            f"{expected} bytes for {rows} x {row_numel} elements",
+            fmt.spec,
+            "pass the tensor that quantize returned, with the shape that was quantized.",
+        )

@@ -1,0 +1,124 @@
+"""Every error this package raises; open this file to see what can go wrong and what it carries.
+
+Each message gives the value, the rule and the way out. Each class also derives from the builtin it
+resembles, so ``except ValueError`` works, and keeps its facts as fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class RFCompileError(Exception):
+    """Base of every error of this package."""
+
+
+class RFCompileWarning(UserWarning):
+    """A setting had no effect, or a result needs a second look."""
+
+
+class FormatError(RFCompileError, ValueError):
+    """A field of a :class:`~rfcompile.QuantFormat` has a value outside its rule."""
+
+    def __init__(self, field: str, value: object, rule: str) -> None:
+        super().__init__(f"{field}={value!r} is not supported: {rule}")
+        self.field, self.value, self.rule = field, value, rule
+
+
+class PolicyError(RFCompileError, ValueError):
+    """An option of a :class:`~rfcompile.Policy`, a transform or the backend is not understood."""
+
+    def __init__(self, option: str, value: object, rule: str) -> None:
+        super().__init__(f"{option}={value!r} is not supported: {rule}")
+        self.option, self.value, self.rule = option, value, rule
+
+
+class DtypeError(RFCompileError, TypeError):
+    """A tensor's dtype cannot be quantized."""
+
+    def __init__(self, what: str, dtype: object, allowed: Sequence[str]) -> None:
+        super().__init__(
+            f"{what} has dtype {dtype}; the codec takes {', '.join(allowed)}. "
+            "Convert the tensor first, or leave it exact (format None)."
+        )
+        self.what, self.dtype, self.allowed = what, dtype, tuple(allowed)
+
+
+class ShapeError(RFCompileError, ValueError):
+    """A tensor's shape does not fit what the operation does with it."""
+
+    def __init__(self, what: str, shape: Sequence[Any], rule: str) -> None:
+        super().__init__(f"{what} has shape {tuple(shape)}: {rule}")
+        self.what, self.shape, self.rule = what, tuple(shape), rule
+
+
+class PayloadError(RFCompileError, ValueError):
+    """A payload's length or type is not what the format and shape ask for."""
+
+    def __init__(self, got: object, expected: object, format: str, rule: str) -> None:
+        super().__init__(
+            f"the payload is {got}, but format {format!r} needs {expected}: {rule}"
+        )
+        self.got, self.expected, self.format, self.rule = got, expected, format, rule
+
+
+class ProcessGroupError(RFCompileError, RuntimeError):
+    """There is no usable process group for a collective."""
+
+
+class RankMismatchError(RFCompileError, RuntimeError):
+    """Ranks of one process group would speak different formats or package versions."""
+
+    def __init__(self, group: str, plans: Mapping[int, str]) -> None:
+        sides: dict[str, list[int]] = {}
+        for rank, plan in sorted(plans.items()):
+            sides.setdefault(plan, []).append(rank)
+        listing = "; ".join(
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}: {plan}"
+            for plan, ranks in sides.items()
+        )
+        super().__init__(
+            f"the ranks of process group {group!r} disagree on the wire: {listing}. Every rank "
+            "must use the same formats, options and rfcompile version."
+        )
+        self.group, self.plans = group, dict(plans)
+
+
+class NonFiniteError(RFCompileError, ArithmeticError):
+    """A tensor at a site with ``nonfinite="raise"`` holds NaN or Inf."""
+
+    def __init__(self, site: str, ranks: Sequence[int] | None = None) -> None:
+        where = "" if ranks is None else f" on rank{'s' if len(ranks) > 1 else ''} " + ", ".join(
+            map(str, ranks)
+        )
+        super().__init__(
+            f"NaN or Inf in the input of {site}{where}. The format says nonfinite='raise'; "
+            "use nonfinite='propagate' to carry it as NaN instead."
+        )
+        self.site, self.ranks = site, None if ranks is None else tuple(ranks)
+
+
+class UnquantizedSiteError(RFCompileError, RuntimeError):
+    """``strict=True`` and an eligible site stayed exact."""
+
+    def __init__(self, sites: Sequence[tuple[str, str]]) -> None:
+        listing = "; ".join(f"{where}: {why}" for where, why in sites)
+        super().__init__(
+            f"strict=True, but {len(sites)} eligible site{'s' if len(sites) > 1 else ''} would "
+            f"stay exact ({listing}). Name them in sites={{pattern: None}} to accept that, or "
+            "drop strict."
+        )
+        self.sites = tuple(sites)
+
+
+class BoundaryError(RFCompileError, ValueError):
+    """``transform`` found no place to put the wire."""
+
+
+class CaptureError(RFCompileError, RuntimeError):
+    """A model could not be captured as a graph."""
+
+
+class TargetError(RFCompileError, ValueError):
+    """A command line target MODULE:FACTORY could not be loaded or called."""

@@ -1,0 +1,268 @@
+"""QuantFormat: how a tensor is coded for the wire, and how many bytes that takes.
+
+Open this file to see what a format means; ``codec.py`` holds the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Literal, get_args
+
+import numpy as np
+
+from rfcompile.errors import FormatError
+
+Grid = Literal["auto", "mid-rise", "mid-tread"]
+Rounding = Literal["nearest", "stochastic"]
+NonFinite = Literal["propagate", "raise", "saturate"]
+
+BITS = (2, 3, 4, 5, 6, 8)
+SCALE_BYTES = 2
+"""A scale is one bfloat16."""
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
+"""Code bits are stored in planes whose width divides 8, low bits first: no code straddles a byte."""
+
+_GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
+"""Step of the best uniform quantizer of N(0, 1) with ``2**bits`` levels (Max 1960, Table II)."""
+
+
+@dataclass(frozen=True)
+class QuantFormat:
+    """How to code a tensor: one scale a group, ``bits`` bits an element.
+
+    With ``h`` grid steps from zero to the outermost level and ``a = max|x|`` over a group:
+    ``s = bf16_round_up(clip * a / h)`` and ``x`` becomes the nearest level.
+
+    ========= ================================ ===================== ======================
+    grid      levels                           h                     codes
+    ========= ================================ ===================== ======================
+    mid-rise  ``(u - h) * s``, no exact zero   ``(2**bits - 1) / 2`` u = 0 .. 2**bits - 1
+    mid-tread ``(u - 2**(bits-1)) * s``        ``2**(bits-1) - 1``   u = 1 .. 2**bits - 1
+    ========= ================================ ===================== ======================
+
+    Args:
+        bits: 2, 3, 4, 5, 6 or 8 bits an element.
+        group_size: elements that share a scale: a power of two from 16 to 1024, or None for one
+            scale a tensor (a scale for each destination rank in a collective).
+        grid: "mid-rise", "mid-tread", or "auto": mid-rise to 4 bits, mid-tread above. A group of
+            zeros decodes to zeros on both; single zeros stay exact on mid-tread only.
+        scale: "bf16", the only scale type so far.
+        rotate: size of the Hadamard block with random signs that spreads outliers before coding,
+            a power of two from 2 to the group size (at most 1024); None: no rotation.
+        rounding: "nearest" (ties to even), or "stochastic" (unbiased; never clips).
+        nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
+            :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the end of the grid
+            that the finite values of its group span; NaN still propagates.
+        seed: seed of the rotation's signs and of the stochastic rounding.
+
+    Raises:
+        FormatError: a field has a value outside its rule.
+
+    Error bound (one round trip, finite input, ``a`` the group's largest magnitude, float32 out):
+    ``|decoded - x| <= max_error() * a + 2**-121``; see :meth:`max_error`.
+
+    Source: symmetric group quantization is standard; the Gaussian-fitted clip is ours.
+    """
+
+    bits: int
+    group_size: int | None = 128
+    grid: Grid = "auto"
+    scale: Literal["bf16"] = "bf16"
+    rotate: int | None = None
+    rounding: Rounding = "nearest"
+    nonfinite: NonFinite = "propagate"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise FormatError("bits", self.bits, f"choose one of {BITS}.")
+        group = self.group_size
+        if group is not None and not _is_power_of_two(group, 16, 1024):
+            raise FormatError(
+                "group_size", group,
+                "use a power of two from 16 to 1024, or None for one scale a tensor.",
+            )
+        if self.rotate is not None and not _is_power_of_two(self.rotate, 2, group or 1024):
+            raise FormatError(
+                "rotate", self.rotate,
+                f"use a power of two from 2 to {group or 1024} (it must divide the group), "
+                "or None for no rotation.",
+            )
+        _one_of("grid", self.grid, get_args(Grid))
+        _one_of("scale", self.scale, ("bf16",))
+        _one_of("rounding", self.rounding, get_args(Rounding))
+        _one_of("nonfinite", self.nonfinite, get_args(NonFinite))
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise FormatError("seed", self.seed, "use an integer from 0 to 2**31 - 1.")
+
+    # ---- the grid ------------------------------------------------------------------------
+
+    @property
+    def is_mid_rise(self) -> bool:
+        return self.grid == "mid-rise" or (self.grid == "auto" and self.bits <= 4)
+
+    @property
+    def half_range(self) -> float:
+        """Grid steps from zero to the outermost level."""
+        return (2**self.bits - 1) / 2 if self.is_mid_rise else 2.0 ** (self.bits - 1) - 1
+
+    @property
+    def zero_offset(self) -> float:
+        """The code of zero: a level is ``(u - zero_offset) * s``."""
+        return (2**self.bits - 1) / 2 if self.is_mid_rise else 2.0 ** (self.bits - 1)
+
+    @property
+    def clip(self) -> float:
+        """Outermost level as a share of the group's largest magnitude.
+
+        ``min(1, step * h / E[max|z|])`` for a mid-rise grid of at most 4 bits, where ``step`` is
+        the best step for N(0, 1) and ``z`` a group of N(0, 1) values; 1 otherwise, and always 1
+        with stochastic rounding, which clipping would bias. Our rule.
+        """
+        if not self.is_mid_rise or self.bits > 4 or self.rounding == "stochastic":
+            return 1.0
+        expected = expected_peak(self.group_size or 1024)
+        return min(1.0, _GAUSSIAN_STEP[self.bits] * self.half_range / expected)
+
+    def max_error(self) -> float:
+        """Largest error of one round trip as a share of the group's largest magnitude.
+
+        ``max(1 - clip, clip / (2 h)) * (1 + 2**-7)`` for nearest rounding, a whole step instead of
+        half a step for stochastic. ``2**-7`` covers the scale's rounding to bf16 and ``2**-13``
+        the reciprocal's to 15 bits. With rotation the bound holds in the rotated domain: one
+        element's error is at most ``sqrt(rotate)`` times it, of the rotated group's magnitude.
+        """
+        step = self.clip / self.half_range
+        inside = step if self.rounding == "stochastic" else step / 2
+        return max(1 - self.clip, inside) * (1 + 2**-7) + 2**-13
+
+    # ---- the payload ---------------------------------------------------------------------
+
+    @property
+    def planes(self) -> tuple[int, ...]:
+        return PLANES[self.bits]
+
+    @property
+    def num_parts(self) -> int:
+        """Into how many equal runs the codec cuts a group: codes of different runs share a byte."""
+        return max(8 // self.planes[-1], min(self.rotate or 1, 32))
+
+    def group_elements(self, row_numel: int) -> int:
+        """Elements in a group when a payload row codes ``row_numel`` elements (symbolic is fine)."""
+        if self.group_size is not None:
+            return self.group_size
+        unit = max(8, self.rotate or 1)
+        return (row_numel + unit - 1) // unit * unit
+
+    def row_bytes(self, row_numel: int) -> int:
+        """Bytes of one payload row: codes, then scales (``row_numel`` may be symbolic)."""
+        if self.group_size is None:
+            codes = self.group_elements(row_numel) * self.bits // 8
+            return codes + SCALE_BYTES
+        groups = (row_numel + self.group_size - 1) // self.group_size
+        return groups * (self.group_size * self.bits // 8 + SCALE_BYTES)
+
+    def payload_bytes(self, numel: int, chunks: int = 1) -> int:
+        """Bytes of the payload of ``numel`` elements in ``chunks`` equal rows.
+
+        At most ``ceil(numel / group) * (group * bits / 8 + 2) + 16`` for one row.
+        """
+        return chunks * self.row_bytes(-(-numel // chunks))
+
+    # ---- text ----------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> str:
+        """The format as a short text, such as ``"4b:g128:rise"``; :meth:`parse` reads it back."""
+        return _spec(self)
+
+    @classmethod
+    def parse(cls, spec: str) -> QuantFormat:
+        """Read a text such as ``"4b"``, ``"4b:g64:tread:h32:stoch:s7:raise"`` or ``"8b:tensor"``.
+
+        Raises:
+            FormatError: a part is not understood.
+        """
+        return _parse(spec)
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+_WORDS: dict[str, dict[str, object]] = {
+    "rise": {"grid": "mid-rise"},
+    "tread": {"grid": "mid-tread"},
+    "tensor": {"group_size": None},
+    "stoch": {"rounding": "stochastic"},
+    "raise": {"nonfinite": "raise"},
+    "saturate": {"nonfinite": "saturate"},
+}
+_NUMBERS = {"g": "group_size", "h": "rotate", "s": "seed"}
+
+
+@lru_cache(maxsize=1024)
+def _spec(fmt: QuantFormat) -> str:
+    parts = [f"{fmt.bits}b", "tensor" if fmt.group_size is None else f"g{fmt.group_size}"]
+    parts.append("rise" if fmt.is_mid_rise else "tread")
+    if fmt.rotate is not None:
+        parts.append(f"h{fmt.rotate}")
+    if fmt.rounding == "stochastic":
+        parts.append("stoch")
+    if fmt.nonfinite != "propagate":
+        parts.append(fmt.nonfinite)
+    if fmt.seed:
+        parts.append(f"s{fmt.seed}")
+    return ":".join(parts)
+
+
+@lru_cache(maxsize=1024)
+def _parse(spec: str) -> QuantFormat:
+    head, *rest = spec.split(":")
+    rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
+    if not (head.endswith("b") and head[:-1].isdigit()):
+        raise FormatError("format", spec, rule)
+    values: dict[str, object] = {"bits": int(head[:-1])}
+    for part in rest:
+        if part in _WORDS:
+            values.update(_WORDS[part])
+        elif part[:1] in _NUMBERS and part[1:].isdigit():
+            values[_NUMBERS[part[0]]] = int(part[1:])
+        else:
+            raise FormatError("format", spec, f"{part!r} is not understood; {rule}")
+    return QuantFormat(**values)  # type: ignore[arg-type]  # checked by __post_init__
+
+
+def as_format(value: object, **changes: object) -> QuantFormat | None:
+    """A format from what users write: a QuantFormat, bits, a spec text, or None for exact."""
+    if value is None:
+        return None
+    if isinstance(value, QuantFormat):
+        return replace(value, **changes) if changes else value  # type: ignore[arg-type]
+    if isinstance(value, str):
+        return as_format(QuantFormat.parse(value), **changes)
+    if isinstance(value, int):
+        return QuantFormat(value, **changes)  # type: ignore[arg-type]
+    raise FormatError("format", value, "give a QuantFormat, bits, a text such as '4b:g128', or None.")
+
+
+FORMAT_FIELDS = tuple(f.name for f in fields(QuantFormat))
+
+
+@lru_cache(maxsize=64)
+def expected_peak(n: int) -> float:
+    """``E[max|z|]`` of ``n`` independent N(0, 1) values: the integral of ``1 - (2 Phi(t) - 1)^n``."""
+    t = np.linspace(0.0, 9.0, 9001)
+    below = np.array([math.erf(v / math.sqrt(2)) for v in t])
+    return float(np.trapezoid(1 - below**n, t))
+
+
+def _is_power_of_two(value: object, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high and value & (value - 1) == 0
+
+
+def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise FormatError(field, value, f"choose one of {', '.join(map(repr, allowed))}.")

@@ -1,0 +1,203 @@
+"""The codec as torch operators, so that graphs show ``rfcompile.quantize`` as one node.
+
+Every operator has an eager kernel (``codec.py`` itself), a fake kernel that works on symbolic
+sizes, and, once ``lowering.py`` is loaded, an Inductor lowering of the same formula. A format travels
+as its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache keys honest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfcompile import codec
+from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
+from rfcompile.formats import QuantFormat
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY = torch.library.Library("rfcompile", "FRAGMENT")
+
+
+def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=_TAGS)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, fake, "Meta")
+    return getattr(torch.ops.rfcompile, name).default
+
+
+# ---- checks (run by eager and fake kernels, so that compiling fails as early as running) -------
+
+
+def check_codec_input(x: Tensor, what: str = "the input of quantize") -> None:
+    if x.dtype not in codec.DTYPES:
+        raise DtypeError(what, x.dtype, [str(dtype) for dtype in codec.DTYPES])
+
+
+def _check_rows(x: Tensor, op: str) -> None:
+    if x.dim() != 2:
+        raise ShapeError(f"the input of {op}", x.shape, "give one row a chunk, [chunks, elements].")
+
+
+def _check_payload(payload: Tensor, fmt: QuantFormat, op: str) -> None:
+    _check_rows(payload, op)
+    row = payload.shape[1]
+    G, E = codec.groups_of(row, fmt)
+    if payload.dtype != torch.uint8 or (
+        isinstance(row, int) and (E < 0 or row != fmt.row_bytes(G * E))
+    ):
+        raise PayloadError(
+            f"{payload.dtype} rows of {row} bytes",
+            "uint8 rows of whole groups",
+            fmt.spec,
+            "pass the tensor that quantize returned, with the format it was made with.",
+        )
+
+
+# ---- pack ----------------------------------------------------------------------------------
+
+
+def _pack_fake(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    rows = pieces[0].shape[0]
+    total = sum(piece.shape[1] * piece.shape[2] for piece in pieces)
+    return pieces[0].new_empty((rows, total))
+
+
+pack = _define("pack(Tensor[] pieces, int[] counts) -> Tensor", codec.pack_reference, _pack_fake)
+
+
+# ---- the four codec operators ----------------------------------------------------------------
+
+
+def quantize_formula(
+    x: Tensor, format: str, seed: int = 0, pack: codec.Pack = codec.pack_reference
+) -> Tensor:
+    return codec.quantize(x, QuantFormat.parse(format), seed, pack)
+
+
+def dequantize_formula(
+    payload: Tensor, format: str, dtype: torch.dtype, pack: codec.Pack = codec.pack_reference
+) -> Tensor:
+    return codec.dequantize(payload, QuantFormat.parse(format), dtype, pack)
+
+
+def dequantize_sum_formula(
+    payload: Tensor,
+    format: str,
+    dtype: torch.dtype,
+    average: bool = False,
+    pack: codec.Pack = codec.pack_reference,
+) -> Tensor:
+    return codec.dequantize_sum(payload, QuantFormat.parse(format), dtype, average, pack)
+
+
+def requantize_formula(
+    payload: Tensor,
+    format: str,
+    average: bool = False,
+    seed: int = 0,
+    pack: codec.Pack = codec.pack_reference,
+) -> Tensor:
+    return codec.requantize(payload, QuantFormat.parse(format), average, seed, pack)
+
+
+def _quantize(x: Tensor, format: str, seed: int = 0) -> Tensor:
+    check_codec_input(x)
+    _check_rows(x, "quantize")
+    return quantize_formula(x, format, seed)
+
+
+def _quantize_fake(x: Tensor, format: str, seed: int = 0) -> Tensor:
+    check_codec_input(x)
+    _check_rows(x, "quantize")
+    fmt = QuantFormat.parse(format)
+    return x.new_empty((x.shape[0], fmt.row_bytes(x.shape[1])), dtype=torch.uint8)
+
+
+def _dequantize(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    _check_payload(payload, QuantFormat.parse(format), "dequantize")
+    return dequantize_formula(payload, format, dtype)
+
+
+def _dequantize_fake(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
+    fmt = QuantFormat.parse(format)
+    _check_payload(payload, fmt, "dequantize")
+    G, E = codec.groups_of(payload.shape[1], fmt)
+    return payload.new_empty((payload.shape[0], G * E), dtype=dtype)
+
+
+def _dequantize_sum(
+    payload: Tensor, format: str, dtype: torch.dtype, average: bool = False
+) -> Tensor:
+    _check_payload(payload, QuantFormat.parse(format), "dequantize_sum")
+    return dequantize_sum_formula(payload, format, dtype, average)
+
+
+def _dequantize_sum_fake(
+    payload: Tensor, format: str, dtype: torch.dtype, average: bool = False
+) -> Tensor:
+    fmt = QuantFormat.parse(format)
+    _check_payload(payload, fmt, "dequantize_sum")
+    G, E = codec.groups_of(payload.shape[1], fmt)
+    return payload.new_empty((G * E,), dtype=dtype)
+
+
+def _requantize(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:
+    _check_payload(payload, QuantFormat.parse(format), "requantize")
+    return requantize_formula(payload, format, average, seed)
+
+
+def _requantize_fake(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:
+    _check_payload(payload, QuantFormat.parse(format), "requantize")
+    return payload.new_empty((1, payload.shape[1]))
+
+
+quantize = _define(
+    "quantize(Tensor x, str format, int seed=0) -> Tensor", _quantize, _quantize_fake
+)
+dequantize = _define(
+    "dequantize(Tensor payload, str format, ScalarType dtype) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)
+dequantize_sum = _define(
+    "dequantize_sum(Tensor payload, str format, ScalarType dtype, bool average=False) -> Tensor",
+    _dequantize_sum,
+    _dequantize_sum_fake,
+)
+requantize = _define(
+    "requantize(Tensor payload, str format, bool average=False, int seed=0) -> Tensor",
+    _requantize,
+    _requantize_fake,
+)
+
+
+# ---- nonfinite="raise" -------------------------------------------------------------------------
+
+
+def _require_finite(payload: Tensor, flags: Tensor, site: str) -> Tensor:
+    if bool(flags.any()):
+        raise NonFiniteError(site, [int(rank) for rank in flags.nonzero().flatten()])
+    return payload.clone()
+
+
+require_finite = _define(
+    "require_finite(Tensor payload, Tensor flags, str site) -> Tensor",
+    _require_finite,
+    lambda payload, flags, site: torch.empty_like(payload),
+)
+"""Passes the payload through, or raises NonFiniteError naming the ranks whose flag is set.
+
+It returns a copy, so that no pass can drop it as unused.
+"""
+
+FORMULAS: dict[Any, Callable[..., Tensor]] = {
+    quantize: quantize_formula,
+    dequantize: dequantize_formula,
+    dequantize_sum: dequantize_sum_formula,
+    requantize: requantize_formula,
+}
+"""The tensor code behind each operator, with ``pack`` left open: what Inductor lowers."""
