@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rfcompile.errors import PayloadError
 from rfcompile.formats import SCALE_BYTES, QuantFormat
-from rfcompile.rotation import rotate_parts, split_block, unrotate_parts
+from rfcompile.rotation import axes_of, rotate_parts, unrotate_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +74,7 @@ def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0, pack: Pack = pack_re
     if fmt.nonfinite == "saturate":
         x_CGE = _clamp_to_finite(x_CGE)
     if fmt.rotate is not None:
-        x_CGE = _rotate_inner(x_CGE, fmt, pack, inverse=False)
+        x_CGE = _turn_inner_axes(x_CGE, fmt, pack, inverse=False)
     return _quantize_groups(x_CGE, fmt, seed, x_CM.dtype, pack, rotate=True)
 
 
@@ -82,12 +82,14 @@ def _quantize_groups(
     x_CGE: Tensor, fmt: QuantFormat, seed: int, dtype: torch.dtype, pack: Pack, *, rotate: bool
 ) -> Tensor:
     C, G, E = x_CGE.shape
+    if statically_known_true(E == 0):  # one scale a tensor, and the tensor is empty
+        return x_CGE.new_zeros((C, G * SCALE_BYTES), dtype=torch.uint8)
     # Pieces of a byte and the maximum are taken over the same range R, so one loop does both.
-    K = fmt.num_parts
+    K = fmt.num_parts if rotate else 8 // fmt.planes[-1]
     x_CGKR = x_CGE.reshape(C, G, K, E // K)
     parts = [x_CGKR.select(2, k).float() for k in range(K)]
     if rotate and fmt.rotate is not None:
-        parts = rotate_parts(parts, split_block(fmt.rotate)[0], fmt.seed)
+        parts = rotate_parts(parts, axes_of(fmt.rotate)[0], fmt.seed)
     peak_CGR = parts[0].abs()
     for part in parts[1:]:
         peak_CGR = torch.maximum(peak_CGR, part.abs())
@@ -129,7 +131,10 @@ def _scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Ten
 
 
 def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
-    largest = struct.unpack("<i", struct.pack("<f", torch.finfo(dtype).max / fmt.half_range))[0]
+    end = torch.finfo(dtype).max
+    if fmt.rotate is not None:  # the sums that rotate back must not overflow
+        end = min(end, torch.finfo(torch.bfloat16).max / fmt.rotate)
+    largest = struct.unpack("<i", struct.pack("<f", end / fmt.half_range))[0]
     return int(largest) & -65536
 
 
@@ -196,9 +201,15 @@ def _clamp_to_finite(x_CGE: Tensor) -> Tensor:
 def dequantize(
     payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype, pack: Pack = pack_reference
 ) -> Tensor:
-    """Decode every row: ``x = (u - zero_offset) * s``. Returns ``dtype`` ``[C, G * E]``, padding included."""
-    values = _levels(payload_CB, fmt)
-    return _from_wire(values, fmt, dtype, pack)
+    """Decode every row: ``x = (u - zero_offset) * s``.
+
+    Returns ``dtype`` ``[C, G * E]``, padding included.
+    """
+    values_CGE = _rotated_back(_levels(payload_CB, fmt), fmt, pack)
+    if fmt.rotate is not None and dtype == torch.float16:
+        # The errors of a whole block may meet in one element and carry it past 65504.
+        values_CGE = torch.clamp(values_CGE, -torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values_CGE.to(dtype).flatten(1)
 
 
 def dequantize_sum(
@@ -212,7 +223,8 @@ def dequantize_sum(
 
     Returns ``dtype`` ``[G * E]``, padding included. With rotation the sum is rotated back once.
     """
-    return _from_wire(_sum_of_levels(payload_CB, fmt, average), fmt, dtype, pack).reshape(-1)
+    total_1GE = _rotated_back(_sum_of_levels(payload_CB, fmt), fmt, pack)
+    return _averaged(total_1GE, payload_CB, average).to(dtype).flatten()
 
 
 def requantize(
@@ -223,7 +235,7 @@ def requantize(
     pack: Pack = pack_reference,
 ) -> Tensor:
     """Code the sum (or mean) of the rows again, without leaving the rotated domain: uint8 ``[1, B]``."""
-    total_1GE = _sum_of_levels(payload_CB, fmt, average)
+    total_1GE = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
     return _quantize_groups(total_1GE, fmt, seed + 1, torch.float32, pack, rotate=False)
 
 
@@ -260,40 +272,44 @@ def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
     return ((code - fmt.zero_offset) * scale).reshape(C, G, E)
 
 
-def _sum_of_levels(payload_CB: Tensor, fmt: QuantFormat, average: bool) -> Tensor:
+def _sum_of_levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
     levels_CGE = _levels(payload_CB, fmt)
     total = levels_CGE.select(0, 0)
     for c in range(1, payload_CB.shape[0]):
         total = total + levels_CGE.select(0, c)
-    if average:
-        total = total * (1.0 / payload_CB.shape[0])
     return total.unsqueeze(0)
 
 
-def _from_wire(values_CGE: Tensor, fmt: QuantFormat, dtype: torch.dtype, pack: Pack) -> Tensor:
+def _averaged(total: Tensor, payload_CB: Tensor, average: bool) -> Tensor:
+    # Only after rotating back: this product is not exact, so no sum may follow it.
+    return total * (1.0 / payload_CB.shape[0]) if average else total
+
+
+def _rotated_back(values_CGE: Tensor, fmt: QuantFormat, pack: Pack) -> Tensor:
+    if fmt.rotate is None:
+        return values_CGE
     C, G, E = values_CGE.shape
-    if fmt.rotate is not None:
-        outer = split_block(fmt.rotate)[0]
-        K = fmt.num_parts
-        values_CGKR = values_CGE.reshape(C, G, K, E // K)
-        parts = unrotate_parts([values_CGKR.select(2, k) for k in range(K)], outer, fmt.seed)
-        values_CGE = pack(parts, [K]).reshape(C, G, E)
-        values_CGE = _rotate_inner(values_CGE, fmt, pack, inverse=True)
-    return values_CGE.to(dtype).reshape(C, G * E)
-
-
-def _rotate_inner(x_CGE: Tensor, fmt: QuantFormat, pack: Pack, *, inverse: bool) -> Tensor:
-    """The second axis of a rotation too large for one butterfly; nothing to do for a small one."""
-    assert fmt.rotate is not None
-    inner = split_block(fmt.rotate)[1]
-    if inner == 1:
-        return x_CGE
-    C, G, E = x_CGE.shape
     K = fmt.num_parts
+    values_CGKR = values_CGE.reshape(C, G, K, E // K)
+    parts = [values_CGKR.select(2, k) for k in range(K)]
+    parts = unrotate_parts(parts, axes_of(fmt.rotate)[0], fmt.seed)
+    return _turn_inner_axes(pack(parts, [K]).reshape(C, G, E), fmt, pack, inverse=True)
+
+
+def _turn_inner_axes(x_CGE: Tensor, fmt: QuantFormat, pack: Pack, *, inverse: bool) -> Tensor:
+    """Rotate along every axis of a block but the first, which the codec's parts run along."""
+    assert fmt.rotate is not None
+    C, G, E = x_CGE.shape
     turn = unrotate_parts if inverse else rotate_parts
-    x = x_CGE.reshape(C, G * K, inner, E // (K * inner))
-    parts = turn([x.select(2, i).float() for i in range(inner)], inner, fmt.seed)
-    return pack(parts, [inner]).reshape(C, G, E)
+    first, *inner = axes_of(fmt.rotate)
+    before = fmt.num_parts  # elements of a group before the axis, in steps of what follows it
+    assert before >= first
+    for n in inner:
+        x = x_CGE.reshape(C, G * before, n, E // (before * n))
+        parts = turn([x.select(2, i).float() for i in range(n)], n, fmt.seed)
+        x_CGE = pack(parts, [n]).reshape(C, G, E)
+        before *= n
+    return x_CGE
 
 
 def groups_of(row_bytes: int, fmt: QuantFormat) -> tuple[int, int]:

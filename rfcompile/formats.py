@@ -52,7 +52,8 @@ class QuantFormat:
         scale: "bf16", the only scale type so far.
         rotate: size of the Hadamard block with random signs that spreads outliers before coding,
             a power of two from 2 to the group size (at most 1024); None: no rotation.
-        rounding: "nearest" (ties to even), or "stochastic" (unbiased; never clips).
+        rounding: "nearest" (ties to even on mid-tread, up on mid-rise), or "stochastic" (unbiased;
+            never clips).
         nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
             :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the end of the grid
             that the finite values of its group span; NaN still propagates.
@@ -62,7 +63,9 @@ class QuantFormat:
         FormatError: a field has a value outside its rule.
 
     Error bound (one round trip, finite input, ``a`` the group's largest magnitude, float32 out):
-    ``|decoded - x| <= max_error() * a + 2**-121``; see :meth:`max_error`.
+    ``|decoded - x| <= max_error() * a + 2**-120``; see :meth:`max_error`. Finite input decodes to
+    finite values. For that, groups with ``a`` above 64992 in float16 may add ``2**-7 * a``, and
+    rotation clips rotated values above ``3e38 / rotate``.
 
     Source: symmetric group quantization is standard; the Gaussian-fitted clip is ours.
     """
@@ -132,8 +135,10 @@ class QuantFormat:
 
         ``max(1 - clip, clip / (2 h)) * (1 + 2**-7)`` for nearest rounding, a whole step instead of
         half a step for stochastic. ``2**-7`` covers the scale's rounding to bf16 and ``2**-13``
-        the reciprocal's to 15 bits. With rotation the bound holds in the rotated domain: one
-        element's error is at most ``sqrt(rotate)`` times it, of the rotated group's magnitude.
+        the reciprocal's to 15 bits. With rotation let ``r`` be the largest magnitude of the group
+        after the orthogonal rotation ``H D / sqrt(rotate)`` (at most ``sqrt(rotate) * a``): the
+        root mean square error of a block is at most ``max_error() * r``, and one element's at most
+        ``sqrt(rotate)`` times that (``2**-120 * rotate`` on top).
         """
         step = self.clip / self.half_range
         inside = step if self.rounding == "stochastic" else step / 2
@@ -148,7 +153,7 @@ class QuantFormat:
     @property
     def num_parts(self) -> int:
         """Into how many equal runs the codec cuts a group: codes of different runs share a byte."""
-        return max(8 // self.planes[-1], min(self.rotate or 1, 32))
+        return max(8 // self.planes[-1], min(self.rotate or 1, 8))
 
     def group_elements(self, row_numel: int) -> int:
         """Elements in a group when a payload row codes ``row_numel`` elements (symbolic is fine)."""
@@ -168,7 +173,8 @@ class QuantFormat:
     def payload_bytes(self, numel: int, chunks: int = 1) -> int:
         """Bytes of the payload of ``numel`` elements in ``chunks`` equal rows.
 
-        At most ``ceil(numel / group) * (group * bits / 8 + 2) + 16`` for one row.
+        At most ``ceil(numel / group) * (group * bits / 8 + 2) + 16`` for one row (one scale a
+        tensor: ``group`` is ``numel`` rounded up to a multiple of ``rotate``).
         """
         return chunks * self.row_bytes(-(-numel // chunks))
 

@@ -1,28 +1,26 @@
 """The randomized Hadamard rotation of a group; open this file to see how outliers are spread.
 
-A block of ``n`` values becomes ``y = 2^-k H D x`` with the Hadamard matrix ``H`` (entries +-1), random
-signs ``D`` and ``k = floor(log2(n) / 2)``; back it is ``x = 2^(k - log2 n) D H y``. Both factors are
-powers of two and the rest is additions in a fixed order, so every device computes the same bits.
-``H D / sqrt(n)`` is orthogonal; ours differs from it by at most a factor ``sqrt(2)``, which the
-scale of the group absorbs.
+A block of ``n`` values becomes ``y = H D x / n`` with Sylvester's Hadamard matrix ``H`` and random
+signs ``D``; back it is ``x = D H y``. ``n`` is a power of two and the rest is additions in a fixed
+order, so every device computes the same bits. The orthogonal rotation is ``H D / sqrt(n)``; the
+group's scale absorbs the difference. Dividing by all of ``n`` before the sums keeps
+``|y| <= max|x|``, so that no input overflows.
+
+A block is the elements of a group that lie ``E / n`` apart (``E`` elements a group). A block of more
+than 8 elements is an array with the axes :func:`axes_of`, first axis slowest, and each axis is
+rotated by itself: ``H`` is then the Kronecker product of the axes' matrices, ``D`` of their signs.
 
 Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456) for the use before low-bit coding; the
-power-of-two normalization and the two-axis signs are ours.
+power-of-two normalization and the signs by axis are ours.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 
 from torch import Tensor
-
-MAX_UNROLLED = 32
-"""A block up to this size is one unrolled butterfly; a larger one is two (32 by n / 32)."""
-
-Join = Callable[[Sequence[Tensor]], Tensor]
-
 
 @lru_cache(maxsize=256)
 def signs(n: int, seed: int) -> tuple[int, ...]:
@@ -31,29 +29,35 @@ def signs(n: int, seed: int) -> tuple[int, ...]:
     return tuple(1 - 2 * (bits >> i & 1) for i in range(n))
 
 
-def split_block(block: int) -> tuple[int, int]:
-    """``block = outer * inner``, each axis small enough to unroll."""
-    outer = min(block, MAX_UNROLLED)
-    return outer, block // outer
+def axes_of(block: int) -> tuple[int, ...]:
+    """``block`` as a product of axes small enough to unroll: at most 8, then at most 16 each.
+
+    Larger butterflies compile for minutes: Inductor expands the tree of each of their outputs.
+    """
+    axes = [min(block, 8)]
+    rest = block // axes[0]
+    while rest > 1:
+        axes.append(min(rest, 16))
+        rest //= axes[-1]
+    return tuple(axes)
 
 
 def rotate_parts(parts: list[Tensor], block: int, seed: int) -> list[Tensor]:
     """Rotate along the list: elements ``parts[j], parts[j + n/block], ...`` form a block."""
-    return _each_block(parts, block, lambda xs: _scaled(_butterfly(_signed(xs, seed)), -_k(block)))
+    factors = [sign / block for sign in signs(block, seed)]
+    return _each_block(
+        parts, block, lambda xs: _butterfly([x * f for x, f in zip(xs, factors, strict=True)])
+    )
 
 
 def unrotate_parts(parts: list[Tensor], block: int, seed: int) -> list[Tensor]:
     """Inverse of :func:`rotate_parts`, exact up to float32 rounding of the sums."""
-    log2 = block.bit_length() - 1
-
-    def inverse(ys: list[Tensor]) -> list[Tensor]:
-        return _signed(_scaled(_butterfly(ys), _k(block) - log2), seed)
-
-    return _each_block(parts, block, inverse)
-
-
-def _k(block: int) -> int:
-    return (block.bit_length() - 1) // 2
+    flips = signs(block, seed)
+    return _each_block(
+        parts,
+        block,
+        lambda ys: [y if s > 0 else -y for y, s in zip(_butterfly(ys), flips, strict=True)],
+    )
 
 
 def _each_block(
@@ -76,11 +80,3 @@ def _butterfly(xs: list[Tensor]) -> list[Tensor]:
                 mixed[i], mixed[i | width] = a + b, a - b
         xs, width = mixed, 2 * width
     return xs
-
-
-def _signed(xs: list[Tensor], seed: int) -> list[Tensor]:
-    return [x if sign > 0 else -x for x, sign in zip(xs, signs(len(xs), seed), strict=True)]
-
-
-def _scaled(xs: list[Tensor], exponent: int) -> list[Tensor]:
-    return xs if exponent == 0 else [x * 2.0**exponent for x in xs]

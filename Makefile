@@ -1,0 +1,45 @@
+# Two commands set everything up on a fresh machine with Python 3.11 or later:
+#   make demo   trains a small language model, tensor parallel, with 32 to 2 bit collectives
+#   make test   lint, types, tests
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH := torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PINS := pyproject.toml constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python examples/train_tensor_parallel.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+
+# torch comes first and by exact version, so that no later install resolves it anew.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)
+	$(PIP) -c constraints.txt -e '.[plots]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp $(PINS)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "rfcompile needs Python 3.11 or later, but '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=..." >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt $(TORCH)
+	touch $@

@@ -1,0 +1,341 @@
+"""How much time do quantized collectives save on a slow link, in one all-reduce and in a step?
+
+    python benchmarks/slow_link.py            # about 10 minutes; root, ip and tc (iproute2)
+    python benchmarks/slow_link.py --quick    # about 2 minutes: 2 ranks, one rate
+
+Ranks are processes of this machine in network namespaces (``network.py``), joined by links of
+1 Gbit or 200 Mbit a second, or without a limit. One thread a rank. Two tasks:
+
+- ``all-reduce``: 16 MB of float32 (4,194,304 Gaussian values). "exact" is ``dist.all_reduce``;
+  "bf16" casts to bfloat16, reduces, casts back; "int8", "int4" and "int2" are ``rf.all_reduce``
+  under ``torch.compile``, "/k" with k segments in flight (without it: the default number).
+- ``step``: a tensor-parallel training step (forward, backward, AdamW) of ``examples/gpt.py``, width
+  256, 4 blocks, batch 4 x 128. "exact" and "intN" are the backend ``rfquant`` with ``bits=None``
+  and ``bits=N``; "bf16" is the exact run with casts to bfloat16 around every all-reduce. The
+  arithmetic stays float32 in all of them.
+
+A line of the result: median and interquartile range of the runs after warm-up, bytes that left rank
+0's interface (TCP and IP headers included) beside the predicted bytes, relative error of the sum.
+16 MB is far above the 128 kB that the rate limiter lets through at once. Without root or without
+the tools the script says so and exits with 0. Results: ``benchmarks/results/slow_link.jsonl`` and
+``slow_link.png``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from network import Network, available, sent_bytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "slow_link.jsonl"
+ELEMENTS = 4_194_304
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+WIRES = {
+    "all-reduce": ["exact", "bf16", "int8", "int4", "int4/1", "int4/4", "int4/8", "int2"],
+    "step": ["exact", "bf16", "int8", "int4", "int2"],
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement, as sent to the ranks."""
+
+    task: str
+    wire: str
+    runs: int
+
+
+# ---- on the ranks ------------------------------------------------------------------------------
+
+
+@dataclass
+class Work:
+    """Something to time: ``run`` is timed, ``prepare`` runs before it, untimed."""
+
+    run: Callable[[], object]
+    predicted_bytes: int
+    error: float | None = None
+    prepare: Callable[[], object] = lambda: None
+
+
+def worker() -> None:
+    """Serve the jobs on stdin; rank 0 answers each with a line of JSON on stdout."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    works: dict[tuple[str, str], Work] = {}
+    for line in sys.stdin:
+        job = Job(**json.loads(line))
+        key = job.task, job.wire
+        if key not in works:
+            works[key] = all_reduce(job.wire) if job.task == "all-reduce" else step(job.wire)
+        work = works[key]
+        seconds, sent = [], []
+        for _ in range(2 + job.runs):
+            work.prepare()
+            dist.barrier()
+            bytes_before, start = bytes_sent_here(), time.perf_counter()
+            work.run()
+            mine = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(mine, dist.ReduceOp.MAX)  # the slowest rank; also: all has been sent
+            seconds.append(mine.item())
+            sent.append(bytes_sent_here() - bytes_before)
+        low, median, high = statistics.quantiles(seconds[2:], n=4, method="inclusive")
+        answer = {
+            "median_ms": round(1e3 * median, 2),
+            "iqr_ms": round(1e3 * (high - low), 2),
+            "sent_bytes": statistics.median_low(sent[2:]),
+            "predicted_bytes": work.predicted_bytes,
+            "error": work.error,
+            "torch": torch.__version__,
+        }
+        if dist.get_rank() == 0:
+            print(json.dumps(answer), flush=True)
+    dist.destroy_process_group()
+
+
+def bytes_sent_here() -> int:
+    return sent_bytes(Path("/proc/net/dev").read_text())
+
+
+def all_reduce(wire: str) -> Work:
+    """One all-reduce of 16 MB."""
+    import torch
+    import torch.distributed as dist
+
+    import rfcompile as rf
+    from rfcompile import cost
+
+    world = dist.get_world_size()
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(ELEMENTS, generator=generator)
+    exact = x.clone()
+    dist.all_reduce(exact)
+
+    def plain(dtype: torch.dtype) -> Work:
+        buffer = x.clone()
+
+        def run() -> torch.Tensor:
+            y = buffer.to(dtype)
+            dist.all_reduce(y)
+            return y.to(torch.float32)
+
+        prediction = cost.sent_bytes("all_reduce", ELEMENTS * dtype.itemsize, world)
+        return Work(run, prediction, prepare=lambda: buffer.copy_(x))
+
+    def quantized() -> Work:
+        name, _, segments = wire.partition("/")
+        fmt = rf.QuantFormat(BITS[name])
+        more = {"segments": int(segments)} if segments else {}
+        reduce = torch.compile(lambda x: rf.all_reduce(x, fmt, **more), dynamic=False)
+        row = fmt.payload_bytes(-(-ELEMENTS // world))
+        prediction = cost.sent_bytes("all_to_all", row * world, world)
+        prediction += cost.sent_bytes("all_gather", row, world)
+        return Work(lambda: reduce(x), prediction)
+
+    dtypes = {"exact": torch.float32, "bf16": torch.bfloat16}
+    work = plain(dtypes[wire]) if wire in dtypes else quantized()
+    work.prepare()
+    result = work.run()
+    assert isinstance(result, torch.Tensor)
+    work.error = ((result - exact).norm() / exact.norm()).item()
+    return work
+
+
+def step(wire: str) -> Work:
+    """One training step of the tensor-parallel GPT."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from gpt import BYTES, GPT, GPTConfig, parallelize  # examples/ is on the ranks' PYTHONPATH
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor
+
+    import rfcompile as rf
+
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = GPT(GPTConfig(width=256, layers=4, heads=4, context=128))
+    if wire == "bf16":
+        cast_linears(model, torch.bfloat16)  # hooks run in order: cast, all-reduce of DTensor, cast
+    parallelize(model, mesh)
+    if wire == "bf16":
+        cast_linears(model, torch.float32)
+    torch._dynamo.reset()
+    num_reports = len(rf.reports())
+    options = {"bits": BITS.get(wire), "min_bytes": 0}
+    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
+    parameters = list(model.parameters())
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    replicated = [p for p in parameters if not isinstance(p, DTensor)]
+    optimizer = torch.optim.AdamW([{"params": sharded}, {"params": replicated}], fused=True)
+    tokens = torch.randint(BYTES, (4, 129))
+
+    def run() -> None:
+        logits = compiled(tokens[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    run()
+    reports = rf.reports()[num_reports:]
+    return Work(run, sum(report.bytes_after for report in reports))
+
+
+def cast_linears(model: Any, dtype: Any) -> None:
+    """Hook casts in where an all-reduce is: after ``out`` and ``down``, and before ``qkv`` and
+    ``up``, whose all-reduce is the backward's."""
+    for name, module in model.named_modules():
+        if name.endswith((".qkv", ".up")):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))
+        elif name.endswith((".out", ".down")):
+            module.register_forward_hook(lambda _, __, output: output.to(dtype))
+
+
+# ---- on the machine ----------------------------------------------------------------------------
+
+
+def measure(ranks: int, rates: list[str | None], jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    """Run the jobs on ``ranks`` hosts at every rate; the same processes serve all of them."""
+    env = {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples"))),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo warns that namespaces have no host names
+    }
+    command = [sys.executable, __file__, "--worker"]
+    with Network(ranks) as network:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        workers = [network.run(rank, command, env, **pipes) for rank in range(ranks)]
+        for rate in rates:
+            network.set_rate(rate)
+            for job in jobs:
+                for process in workers:
+                    assert process.stdin is not None
+                    process.stdin.write(json.dumps(asdict(job)) + "\n")
+                    process.stdin.flush()
+                assert workers[0].stdout is not None
+                answer = workers[0].stdout.readline()
+                if not answer:
+                    raise RuntimeError(f"a rank stopped during {job}; its error is above.")
+                yield {"ranks": ranks, "rate": rate or "none", **asdict(job), **json.loads(answer)}
+        for process in workers:
+            process.communicate()
+
+
+def machine() -> str:
+    """The processor and how many cores there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line a measurement; "x exact" and "x bf16" say how many times faster it is than those."""
+    lines = [
+        f"{'task':10} ranks {'rate':>7} {'wire':>7} {'median ms':>10} {'iqr ms':>7} {'x exact':>7}"
+        f" {'x bf16':>7} {'sent MB':>8} {'predicted':>9} {'error':>8}"
+    ]
+    place = ("task", "ranks", "rate")
+    times = {(*(row[k] for k in place), row["wire"]): row["median_ms"] for row in rows}
+    for row in sorted(rows, key=lambda row: (row["task"], row["ranks"])):
+        where = tuple(row[k] for k in place)
+        faster = [times[*where, wire] / row["median_ms"] for wire in ("exact", "bf16")]
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        lines.append(
+            f"{row['task']:10} {row['ranks']:5} {row['rate']:>7} {row['wire']:>7}"
+            f" {row['median_ms']:10.1f} {row['iqr_ms']:7.1f} {faster[0]:7.2f} {faster[1]:7.2f}"
+            f" {row['sent_bytes'] / 1e6:8.2f} {row['predicted_bytes'] / 1e6:9.2f} {error:>8}"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the median times, with their interquartile range, one panel a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    wires = ["exact", "bf16", "int8", "int4", "int2"]
+    colors = ("0.25", "0.65", "tab:blue", "tab:green", "tab:orange")
+    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.5), squeeze=False)
+    titles = {"all-reduce": "One all-reduce of 16 MB", "step": "One training step"}
+    for axes, task in zip(panels[0], tasks, strict=True):
+        mine = [row for row in rows if row["task"] == task]
+        groups = list(dict.fromkeys((row["ranks"], row["rate"]) for row in mine))
+        for i, (wire, color) in enumerate(zip(wires, colors, strict=True)):
+            bars = [r for r in mine if r["wire"] == wire]
+            axes.bar(
+                [groups.index((r["ranks"], r["rate"])) + 0.16 * (i - 2) for r in bars],
+                [r["median_ms"] for r in bars],
+                width=0.16,
+                color=color,
+                label=wire,
+                yerr=[r["iqr_ms"] / 2 for r in bars],
+            )
+        labels = [f"{ranks} ranks\n{rate.replace('none', 'no limit')}" for ranks, rate in groups]
+        axes.set_xticks(range(len(groups)), labels)
+        axes.set(title=titles[task], ylabel="median time, ms (log scale)", yscale="log")
+        axes.grid(axis="y", which="both", alpha=0.3)
+        axes.set_axisbelow(True)
+        axes.legend(ncols=5, loc="upper left", fontsize="small")
+        axes.margins(y=0.15)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="2 ranks at 200 Mbit, all-reduce only")
+    parser.add_argument("--ranks", help="comma-separated numbers of ranks (default 2,4)")
+    parser.add_argument("--rates", help="comma-separated tc rates (default none,1gbit,200mbit)")
+    parser.add_argument("--tasks", help="all-reduce, step or both (default)")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each, at least 2")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON lines to write")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        worker()
+        return 0
+    if reason := available():
+        print(f"slow_link: skipped: {reason}.")
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the namespaces go
+    ranks = [int(n) for n in (args.ranks or ("2" if args.quick else "2,4")).split(",")]
+    rates = (args.rates or ("200mbit" if args.quick else "none,1gbit,200mbit")).split(",")
+    tasks = (args.tasks or ("all-reduce" if args.quick else "all-reduce,step")).split(",")
+    jobs = [Job(task, wire, args.runs) for task in tasks for wire in WIRES[task]]
+    facts = {"machine": machine(), "date": date.today().isoformat()}
+    rows = []
+    total = len(ranks) * len(rates) * len(jobs)
+    for n in ranks:
+        for row in measure(n, [None if rate == "none" else rate for rate in rates], jobs):
+            rows.append({**row, **facts})
+            what = f"{row['task']}, {n} ranks, {row['rate']}, {row['wire']}: {row['median_ms']} ms"
+            print(f"[{len(rows)}/{total}] {what}", file=sys.stderr, flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot(rows, args.out.with_suffix(".png"))
+    print(table(rows))
+    print(f"written: {args.out} and its .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Policy: which traffic travels in which format; open this file to see what the options mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from typing import Any
+
+from rfcompile.errors import PolicyError
+from rfcompile.formats import FORMAT_FIELDS, QuantFormat, as_format
+
+KINDS = ("activations", "gradients", "weights", "optimizer_state")
+
+Formatish = QuantFormat | str | int | None
+"""What users write for a format: a QuantFormat, a text such as "4b:g64", bits, or None: exact."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A format for each kind of traffic, None for exact.
+
+    Args:
+        activations: collectives of the forward pass.
+        gradients: collectives of the backward pass.
+        weights: all-gathers of parameters.
+        optimizer_state: transfers of optimizer state.
+        min_bytes: collectives whose input is smaller stay exact: small messages cost latency,
+            which quantization cannot save, and are often statistics. Zero quantizes all.
+        sites: overrides by module path, first match wins: ``{"layers.0.*": None, "lm_head": 8}``.
+            Patterns as in a shell (``*``, ``?``, ``[...]``). An override also lifts ``min_bytes``.
+
+    Raises:
+        PolicyError, FormatError: an option is not understood.
+    """
+
+    activations: Formatish = None
+    gradients: Formatish = None
+    weights: Formatish = None
+    optimizer_state: Formatish = None
+    min_bytes: int = 16 * 1024
+    sites: Mapping[str, Formatish] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            object.__setattr__(self, kind, as_format(getattr(self, kind)))
+        if type(self.min_bytes) is not int or self.min_bytes < 0:
+            raise PolicyError("min_bytes", self.min_bytes, "use a number of bytes, 0 or more.")
+        if not isinstance(self.sites, Mapping):
+            raise PolicyError("sites", self.sites, "use {module path pattern: format}.")
+        object.__setattr__(self, "sites", {k: as_format(v) for k, v in self.sites.items()})
+
+    @classmethod
+    def of(cls, **options: Any) -> Policy:
+        """A policy from options: those of Policy, and those of QuantFormat as a shorthand.
+
+        ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic; kinds that
+        are named as well (``gradients=8``) keep what they name.
+
+        Raises:
+            PolicyError, FormatError: an option is unknown or its value is not supported.
+        """
+        names = {f.name for f in fields(cls)}
+        unknown = [name for name in options if name not in names and name not in FORMAT_FIELDS]
+        if unknown:
+            raise PolicyError(
+                unknown[0],
+                options[unknown[0]],
+                f"the options are {', '.join(sorted(names | set(FORMAT_FIELDS)))}.",
+            )
+        shared = {name: options.pop(name) for name in FORMAT_FIELDS if name in options}
+        bits = shared.pop("bits", None)
+        if bits is None and shared:
+            raise PolicyError(next(iter(shared)), next(iter(shared.values())), "give bits as well.")
+        if bits is not None:
+            options = dict.fromkeys(KINDS, as_format(bits, **shared)) | options
+        return cls(**options)
+
+    def format_for(self, kind: str, module: str, size_bytes: int) -> tuple[QuantFormat | None, str]:
+        """The format of a site, and if it is None the reason."""
+        for pattern, fmt in self.sites.items():
+            if fnmatchcase(module, pattern):
+                return fmt, "" if fmt else f"sites[{pattern!r}] says exact"
+        fmt = getattr(self, kind)
+        if fmt is None:
+            return None, f"the policy sends {kind} exact"
+        if size_bytes < self.min_bytes:
+            return None, f"{size_bytes} bytes < min_bytes={self.min_bytes}"
+        return fmt, ""
+
+    def describe(self) -> str:
+        """One line that two policies share only if they put the same bytes on the wire."""
+        parts = [f"{kind}={getattr(self, kind) or 'exact'}" for kind in KINDS]
+        parts.append(f"min_bytes={self.min_bytes}")
+        parts += [f"sites[{pattern!r}]={fmt or 'exact'}" for pattern, fmt in self.sites.items()]
+        return " ".join(parts)

@@ -1,0 +1,70 @@
+"""Process groups: names, sizes, and the check that ranks agree on the wire before they use it.
+
+Private torch symbols used here, tried on torch 2.13 and present in 2.11:
+``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rfcompile.errors import ProcessGroupError, RankMismatchError
+from rfcompile.fingerprint import package_version, source_digest
+
+_AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def resolve(group: Any) -> Any:
+    """The ProcessGroup behind a group, a group's name, or None for the default group.
+
+    Raises:
+        ProcessGroupError: no such group, or torch.distributed is not initialized.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ProcessGroupError(
+            "there is no process group: call torch.distributed.init_process_group first (torchrun "
+            "sets the environment it needs). A collective needs one even with a single process."
+        )
+    if group is None:
+        return dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    name = name_of(group)
+    try:
+        return torch._C._distributed_c10d._resolve_process_group(name)
+    except RuntimeError as error:
+        raise ProcessGroupError(
+            f"process group {name!r} does not exist in this process: pass a ProcessGroup, or the "
+            "group_name of one that has not been destroyed."
+        ) from error
+
+
+def name_of(group: Any) -> str:
+    """The name that functional collectives use."""
+    return group if isinstance(group, str) else str(group.group_name)
+
+
+@torch.compiler.assume_constant_result
+def agree(group: str, plan: str) -> bool:
+    """Check once per group and plan that every rank has the same plan; True, or an error on all.
+
+    Under torch.compile it runs while compiling.
+
+    Raises:
+        RankMismatchError: some rank has another plan or other package sources.
+    """
+    process_group = resolve(group)
+    agreed = _AGREED.setdefault(process_group, set())
+    if plan in agreed or process_group.size() == 1 or dist.get_backend(process_group) == "fake":
+        return True
+    mine = f"{plan} [rfcompile {package_version()}, sources {source_digest()}]"
+    plans: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(plans, mine, group=process_group)
+    if any(other != mine for other in plans):
+        raise RankMismatchError(group, dict(enumerate(plans)))
+    agreed.add(plan)
+    return True

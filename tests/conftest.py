@@ -1,0 +1,96 @@
+"""What all tests share: seeds, caches, threads, and the skip of GPU tests; open it to add a fixture.
+
+The environment is set before torch is imported, so that child processes inherit it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256()
+    for folder in ("rfcompile", "passes"):
+        for path in sorted((ROOT / folder).glob("**/*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _num_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# One cache for the session and the next ones: kernels are stored by their own text. Compiled graphs
+# are not (no key of torch covers our lowerings), so their keys carry a hash of the sources.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
+os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _source_hash())
+# A container may show the host's cores: more threads than granted cores only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _num_cpus())))
+if sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++"):
+    # Trust the CPU's own flags instead of compiling a probe for each instruction set (10 s): any
+    # g++ that compiles torch's headers knows them.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+import numpy as np  # noqa: E402  (after the environment)
+import torch  # noqa: E402
+
+
+def pytest_report_header() -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "NONE, gpu tests skip"
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA device: {gpu}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    reason = "NOT TESTED HERE: needs a CUDA device, and torch sees none"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Same seeds for each test; nothing compiled in one test is reused in the next."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def rotation_matrix() -> Callable[[Sequence[int], int], torch.Tensor]:
+    """The orthogonal rotation of a block with these axes in float64, by rotation.py's docstring."""
+    from rfcompile.rotation import signs
+
+    def make(axes: Sequence[int], seed: int) -> torch.Tensor:
+        rotation = torch.ones(1, 1, dtype=torch.float64)
+        for n in axes:
+            hadamard = torch.ones(1, 1, dtype=torch.float64)
+            while len(hadamard) < n:
+                hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(), hadamard)
+            rotation = torch.kron(rotation, hadamard * torch.tensor(signs(n, seed)) / n**0.5)
+        return rotation
+
+    return make

@@ -1,0 +1,144 @@
+"""Every error: its place in the hierarchy, its text (value, rule, way out) and its fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rfcompile import codec, errors, ops
+from rfcompile.errors import (
+    DtypeError,
+    FormatError,
+    NonFiniteError,
+    PayloadError,
+    PolicyError,
+    RankMismatchError,
+    RFCompileError,
+    ShapeError,
+    UnquantizedSiteError,
+)
+from rfcompile.formats import QuantFormat
+
+Case = tuple[Callable[[], RFCompileError], type[Exception], str, dict[str, Any]]
+
+CASES: dict[str, Case] = {
+    "FormatError": (
+        lambda: FormatError("bits", 7, "choose one of (2, 4)."),
+        ValueError,
+        "bits=7 is not supported: choose one of (2, 4).",
+        {"field": "bits", "value": 7, "rule": "choose one of (2, 4)."},
+    ),
+    "PolicyError": (
+        lambda: PolicyError("bitz", 4, "did you mean 'bits'?"),
+        ValueError,
+        "bitz=4 is not supported: did you mean 'bits'?",
+        {"option": "bitz", "value": 4, "rule": "did you mean 'bits'?"},
+    ),
+    "DtypeError": (
+        lambda: DtypeError("the input", torch.int32, ["torch.float32", "torch.float16"]),
+        TypeError,
+        "the input has dtype torch.int32; the codec takes torch.float32, torch.float16. Convert "
+        "the tensor first, or leave it exact (format None).",
+        {"what": "the input", "dtype": torch.int32, "allowed": ("torch.float32", "torch.float16")},
+    ),
+    "ShapeError": (
+        lambda: ShapeError("the input", torch.Size([3, 4]), "give one dimension."),
+        ValueError,
+        "the input has shape (3, 4): give one dimension.",
+        {"what": "the input", "shape": (3, 4), "rule": "give one dimension."},
+    ),
+    "PayloadError": (
+        lambda: PayloadError("65 bytes", "66 bytes", "4b:g128:rise", "pass it whole."),
+        ValueError,
+        "the payload is 65 bytes, but format '4b:g128:rise' needs 66 bytes: pass it whole.",
+        {"got": "65 bytes", "expected": "66 bytes", "format": "4b:g128:rise"},
+    ),
+    "RankMismatchError": (
+        lambda: RankMismatchError("tp", {2: "8b", 0: "4b", 1: "4b"}),
+        RuntimeError,
+        "the ranks of process group 'tp' disagree on the wire: ranks 0, 1: 4b; rank 2: 8b. Every "
+        "rank must use the same formats, options and rfcompile version.",
+        {"group": "tp", "plans": {0: "4b", 1: "4b", 2: "8b"}},
+    ),
+    "NonFiniteError": (
+        lambda: NonFiniteError("layer 1", [1]),
+        ArithmeticError,
+        "NaN or Inf in the input of layer 1 on rank 1. The format says nonfinite='raise'; use "
+        "nonfinite='propagate' to carry it as NaN instead.",
+        {"site": "layer 1", "ranks": (1,)},
+    ),
+    "UnquantizedSiteError": (
+        lambda: UnquantizedSiteError([("a", "integers"), ("b", "too small")]),
+        RuntimeError,
+        "strict=True, but 2 eligible sites would stay exact (a: integers; b: too small). Name "
+        "them in sites={pattern: None} to accept that, or drop strict.",
+        {"sites": (("a", "integers"), ("b", "too small"))},
+    ),
+    "ProcessGroupError": (lambda: errors.ProcessGroupError("m"), RuntimeError, "m", {}),
+    "BoundaryError": (lambda: errors.BoundaryError("m"), ValueError, "m", {}),
+    "CaptureError": (lambda: errors.CaptureError("m"), RuntimeError, "m", {}),
+    "TargetError": (lambda: errors.TargetError("m"), ValueError, "m", {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_type_text_and_fields(name: str) -> None:
+    make, builtin, text, fields = CASES[name]
+    error = make()
+    assert type(error).__name__ == name
+    assert isinstance(error, RFCompileError)
+    assert isinstance(error, builtin)
+    assert str(error) == text
+    for field, value in fields.items():
+        assert getattr(error, field) == value, field
+
+
+def test_every_error_is_listed_here_and_derives_from_a_builtin() -> None:
+    defined = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, RFCompileError)
+    }
+    assert defined - {"RFCompileError"} == set(CASES)
+    assert issubclass(errors.RFCompileWarning, UserWarning)
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    assert "on rank 3." in str(NonFiniteError("x", [3]))
+    assert "input of x. The format" in str(NonFiniteError("x"))
+    assert NonFiniteError("x").ranks is None
+    assert "1 eligible site would" in str(UnquantizedSiteError([("a", "b")]))
+
+
+def test_bits_7() -> None:
+    with pytest.raises(FormatError, match=r"bits=7 .* choose one of \(2, 3, 4, 5, 6, 8\)") as e:
+        QuantFormat(7)
+    assert (e.value.field, e.value.value) == ("bits", 7)
+
+
+def test_group_size_100() -> None:
+    with pytest.raises(FormatError, match="group_size=100 .* power of two from 16 to 1024") as e:
+        QuantFormat(4, group_size=100)
+    assert (e.value.field, e.value.value) == ("group_size", 100)
+
+
+def test_an_integer_tensor() -> None:
+    with pytest.raises(DtypeError, match=r"torch\.int64; .* leave it exact \(format None\)") as e:
+        ops.quantize(torch.arange(256).view(1, 256), "4b")
+    assert e.value.dtype is torch.int64
+    assert e.value.allowed == tuple(str(dtype) for dtype in codec.DTYPES)
+
+
+@pytest.mark.parametrize("length", [0, 65, 67, 132])
+def test_a_payload_of_the_wrong_length(length: int) -> None:
+    fmt = QuantFormat(4)
+    payload = torch.zeros(length, dtype=torch.uint8)
+    with pytest.raises(PayloadError, match=rf"{length} elements .* needs 66 bytes for 1 x 128") as e:
+        codec.check_payload(payload, fmt, row_numel=128, rows=1)
+    assert (e.value.format, e.value.rule.split()[0]) == (fmt.spec, "pass")
+    codec.check_payload(torch.zeros(66, dtype=torch.uint8), fmt, row_numel=128, rows=1)
+    with pytest.raises(PayloadError, match=r"66 elements of torch\.int8"):
+        codec.check_payload(torch.zeros(66, dtype=torch.int8), fmt, row_numel=128, rows=1)

@@ -1,0 +1,176 @@
+"""What is installed: packages, wheel, entry points, public names, and how it may be imported."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from configparser import ConfigParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+PUBLIC_NAMES = [
+    "GraphDiff",
+    "Policy",
+    "QuantFormat",
+    "RFCompileError",
+    "Report",
+    "Site",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "broadcast",
+    "dequantize",
+    "diff",
+    "errors",
+    "explain",
+    "quantize",
+    "reduce_scatter",
+    "reports",
+    "transform",
+]
+
+
+def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def output_of(code: str) -> str:
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def folders_with_python() -> set[str]:
+    """Dotted names of the folders that hold modules, by the packaging's own mapping."""
+    found = set()
+    for folder, prefix in (("rfcompile", "rfcompile"), ("passes", "rfcompile.passes")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).parent.parts
+            if folder == "rfcompile" and parts[:1] == ("passes",):
+                continue
+            found.add(".".join([prefix, *parts]))
+    return found
+
+
+def test_listed_packages_are_the_folders_on_disk() -> None:
+    setuptools = PROJECT["tool"]["setuptools"]
+    assert set(setuptools["packages"]) == folders_with_python()
+    assert setuptools["package-dir"]["rfcompile.passes"] == "passes"
+    link = ROOT / "rfcompile" / "passes"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../passes")
+
+
+def test_nothing_pins_an_upper_bound_or_functorch() -> None:
+    optional = PROJECT["project"]["optional-dependencies"].values()
+    for requirement in [*PROJECT["project"]["dependencies"], *(r for rs in optional for r in rs)]:
+        assert not set("<=~!") & set(requirement.replace(">=", "")), requirement
+        assert "functorch" not in requirement
+
+
+def test_passes_is_not_a_top_level_module() -> None:
+    result = run_python("import passes")
+    assert result.returncode != 0
+    assert "ImportError" in result.stderr
+    assert "import it as 'rfcompile.passes'" in result.stderr
+
+
+def test_passes_exists_once() -> None:
+    code = """
+import sys, rfcompile.passes
+from pathlib import Path
+file = Path(rfcompile.passes.__file__).resolve()
+copies = [n for n, m in sys.modules.items()
+          if getattr(m, "__file__", None) and Path(m.__file__).resolve() == file]
+print(copies, rfcompile.passes is sys.modules["rfcompile.passes"])
+"""
+    assert output_of(code) == "['rfcompile.passes'] True"
+
+
+def test_the_public_names_are_exactly_these() -> None:
+    import rfcompile
+
+    assert sorted(rfcompile.__all__) == PUBLIC_NAMES
+    for name in PUBLIC_NAMES:
+        assert getattr(rfcompile, name) is not None
+        assert name in dir(rfcompile)
+
+
+def test_importing_the_package_does_not_import_inductor() -> None:
+    # Seconds of start-up that a user of the codec or of the command line help does not need.
+    code = "import sys, rfcompile; print([m for m in sys.modules if m == 'torch._inductor'])"
+    assert output_of(code) == "[]"
+
+
+def test_entry_points_lead_somewhere() -> None:
+    project = PROJECT["project"]
+    assert project["entry-points"]["torch_dynamo_backends"] == {"rfquant": "rfcompile.backend:rfquant"}
+    assert project["scripts"] == {"rfcompile": "rfcompile.cli:main"}
+    for target in ("rfcompile.backend:rfquant", "rfcompile.cli:main"):
+        module, _, function = target.partition(":")
+        source = ROOT / (module.replace(".", "/") + ".py")
+        defined = [n.name for n in ast.parse(source.read_text()).body if hasattr(n, "name")]
+        assert function in defined
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """A wheel built from a copy of the sources, so that no older build folder can leak into it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("rfcompile", "passes"):
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / name)
+    command = "pip wheel . --quiet --no-deps --no-build-isolation --no-index --wheel-dir dist"
+    result = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    [path] = (folder / "dist").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    expected = {"rfcompile/py.typed"}
+    for folder, prefix in (("rfcompile", "rfcompile"), ("passes", "rfcompile/passes")):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT / folder).as_posix()
+            if not (folder == "rfcompile" and parts.startswith("passes/")):
+                expected.add(f"{prefix}/{parts}")
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert files == expected
+
+
+def test_the_wheel_carries_entry_points_and_licence(wheel: zipfile.ZipFile) -> None:
+    [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    entry_points = ConfigParser()
+    entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
+    assert dict(entry_points["torch_dynamo_backends"]) == {"rfquant": "rfcompile.backend:rfquant"}
+    assert dict(entry_points["console_scripts"]) == {"rfcompile": "rfcompile.cli:main"}
+    licence = wheel.read(f"{info}/licenses/LICENSE").decode()
+    assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert licence == (ROOT / "LICENSE").read_text()
+    metadata = wheel.read(f"{info}/METADATA").decode()
+    assert "License-Expression: Apache-2.0" in metadata
+    assert "Requires-Python: >=3.11" in metadata
+
+
+def test_the_corpus_is_the_one_its_readme_names() -> None:
+    import hashlib
+
+    data = ROOT / "examples" / "data"
+    digest = hashlib.sha256((data / "shakespeare.txt.gz").read_bytes()).hexdigest()
+    assert digest in (data / "README.md").read_text()

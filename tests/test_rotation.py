@@ -1,0 +1,80 @@
+"""The rotation against a dense orthogonal matrix; see test_codec.py for rotated formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfcompile import codec
+from rfcompile.formats import QuantFormat
+from rfcompile.rotation import axes_of, rotate_parts, signs, unrotate_parts
+
+Matrix = Callable[[Sequence[int], int], Tensor]
+
+
+@pytest.mark.parametrize("n", [2, 4, 8, 16])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_parts_rotate_by_the_matrix_and_back(
+    rotation_matrix: Matrix, n: int, stride: int
+) -> None:
+    # Small integers divided by a power of two: every sum is exact, so the results are equal.
+    x = torch.randint(-50, 50, (n, stride, 7)).float()
+    signed_hadamard = (rotation_matrix([n], 3) * n**0.5).round().float()
+    expected = (signed_hadamard @ x.reshape(n, -1)).reshape(x.shape) / n
+
+    y = rotate_parts(list(x.reshape(n * stride, 7)), n, seed=3)
+
+    assert torch.equal(torch.stack(y).view_as(x), expected)
+    back = unrotate_parts(y, n, seed=3)
+    assert torch.equal(torch.stack(back).view_as(x), x)
+
+
+@pytest.mark.parametrize("n", [2, 8, 32, 64, 128, 1024])
+def test_the_matrix_is_orthogonal(rotation_matrix: Matrix, n: int) -> None:
+    q = rotation_matrix(axes_of(n), 1)
+    torch.testing.assert_close(q @ q.T, torch.eye(n).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [16, 32, 64, 128, 256, 512, 1024])
+def test_a_large_block_is_rotated_by_its_own_matrix(rotation_matrix: Matrix, n: int) -> None:
+    # 8 bits resolve the rotated values well enough to tell this matrix from any other.
+    fmt = QuantFormat(8, 1024, rotate=n, seed=5)
+    x = torch.randn(1, 1024)
+    plain = QuantFormat(8, 1024)
+    levels = codec.dequantize(codec.quantize(x, fmt), plain, torch.float32)
+    blocks = x.double().reshape(n, 1024 // n)
+    expected = (rotation_matrix(axes_of(n), 5) @ blocks).reshape(1, 1024) / n**0.5
+    error = (levels - expected).abs().max() / expected.abs().max()
+    assert error <= plain.max_error()
+
+
+def test_signs_are_fixed_for_a_seed_and_differ_between_seeds() -> None:
+    assert "".join("+-"[s < 0] for s in signs(32, 0)) == "--+++----++-+----+++-+----++-+++"
+    assert signs(32, 0) != signs(32, 1)
+    assert set(signs(1024, 9)) == {-1, 1}
+    assert abs(sum(signs(1024, 9))) < 6 * 32  # six sigma of a fair coin
+    assert signs(16, 0) != signs(32, 0)[:16]
+
+
+def test_a_block_is_split_into_short_axes() -> None:
+    assert [axes_of(n) for n in (2, 8, 16, 128, 1024)] == [(2,), (8,), (8, 2), (8, 16), (8, 16, 8)]
+    for n in (2**k for k in range(1, 11)):
+        assert math.prod(axes_of(n)) == n
+
+
+@pytest.mark.parametrize("rotate", [8, 128])
+def test_an_outlier_is_spread(rotate: int) -> None:
+    x = torch.randn(1, 1024)
+    x.view(-1, 128).select(1, 5).mul_(50.0)
+    errors = []
+    for fmt in (QuantFormat(4, 128), QuantFormat(4, 128, rotate=rotate)):
+        decoded = codec.dequantize(codec.quantize(x, fmt), fmt, torch.float32)
+        ordinary = x.abs() < 10
+        errors.append((decoded - x)[ordinary].norm())
+    # One outlier of size c costs an ordinary value about c / 15 plain, c / 15 / sqrt(rotate)
+    # rotated; the clip and the other values leave at least half of that gain.
+    assert errors[1] < errors[0] / (rotate**0.5 / 2)
