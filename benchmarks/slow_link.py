@@ -178,8 +178,7 @@ def step(wire: str) -> Work:
     if wire == "bf16":
         cast_linears(model, torch.float32)
     torch._dynamo.reset()
-    num_reports = len(rf.reports())
-    options = {"bits": BITS.get(wire), "min_bytes": 0}
+    options = {"bits": BITS.get(wire)}
     compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
     parameters = list(model.parameters())
     sharded = [p for p in parameters if isinstance(p, DTensor)]
@@ -194,8 +193,7 @@ def step(wire: str) -> Work:
         optimizer.zero_grad()
 
     run()
-    reports = rf.reports()[num_reports:]
-    return Work(run, sum(report.bytes_after for report in reports))
+    return Work(run, sum(report.bytes_after for report in rf.reports(clear=True)))
 
 
 def cast_linears(model: Any, dtype: Any) -> None:

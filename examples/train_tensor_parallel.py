@@ -42,6 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import rfcompile as rf
+from rfcompile.report import merge_reports
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.gz"
 VALIDATION_SHARE = 0.05
@@ -113,12 +114,9 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
     started = time.perf_counter()
     torch._dynamo.reset()  # each run compiles from scratch and keeps no graph of the run before
     torch.manual_seed(0)
-    num_reports = len(rf.reports())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     model = parallelize(GPT(settings.model).to(device), mesh)
-    compiled = torch.compile(
-        model, backend="rfquant", options={"bits": bits, "min_bytes": 0}, dynamic=False
-    )
+    compiled = torch.compile(model, backend="rfquant", options={"bits": bits}, dynamic=False)
     optimizer, schedule = adamw(model, settings)
     corpus = Corpus(settings, device)
 
@@ -137,7 +135,7 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
         losses.append(loss.item())
         times.append(time.perf_counter())
         progress.show(len(losses), losses[-1])
-    reports = rf.reports()[num_reports:]
+    report = merge_reports(rf.reports(clear=True))  # of the forward and the backward graph
     # Not under no_grad: with it the forward would be compiled once more, as an inference graph.
     validation = torch.stack(
         [loss_of("validation").detach() for _ in range(settings.validation_batches)]
@@ -147,10 +145,10 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
         bits=bits,
         train_loss=sum(losses[-10:]) / len(losses[-10:]),
         validation_loss=validation.mean().item(),
-        wire_bytes=sum(report.bytes_after for report in reports),
-        exact_bytes=sum(report.bytes_before for report in reports),
-        num_quantized=sum(report.num_quantized for report in reports),
-        num_sites=sum(report.num_sites for report in reports),
+        wire_bytes=report.bytes_after,
+        exact_bytes=report.bytes_before,
+        num_quantized=report.num_quantized,
+        num_sites=report.num_sites,
         step_ms=1e3 * sorted(b - a for a, b in pairwise(times))[settings.steps // 2],
         seconds=time.perf_counter() - started,
         losses=losses,

@@ -4,3 +4,16 @@ if __name__ != "rfcompile.passes":
     # A second copy under another name would hold other objects than the first: its rewrites
     # would silently match nothing.
     raise ImportError(f"passes/ was imported as {__name__!r}; import it as 'rfcompile.passes'")
+
+from rfcompile.passes.merge_collectives import MergeCollectives
+from rfcompile.passes.quantize_collectives import QuantizeCollectives
+from rfcompile.pipeline import GraphPass
+from rfcompile.policy import Policy
+
+
+def wire_pipeline(
+    policy: Policy, direction: str, parameters: frozenset[str] = frozenset(), *, merge: bool = True
+) -> tuple[GraphPass, ...]:
+    """The passes on a forward or backward graph, in order: merge first, then quantize what is left."""
+    quantize = QuantizeCollectives(policy, direction, parameters)
+    return (MergeCollectives(direction), quantize) if merge else (quantize,)

@@ -259,6 +259,17 @@ for _op, _backward in (
 
 # ---- the public functions ----------------------------------------------------------------------
 
+BEFORE_COMPILING: list[Callable[[], object]] = []
+"""Called when Dynamo traces one of the functions below: the package loads its lowerings here."""
+
+
+@torch.compiler.assume_constant_result
+def _before_compiling() -> bool:
+    for hook in BEFORE_COMPILING:
+        hook()
+    return True
+
+
 Formatish = QuantFormat | str | int
 
 
@@ -270,6 +281,8 @@ def _spec_of(fmt: Formatish) -> str:
 
 
 def _prepare(x: Tensor, fmt: Formatish, group: Any, name: str) -> tuple[str, Any, int, str]:
+    if torch.compiler.is_compiling():
+        _before_compiling()
     ops.check_codec_input(x, f"the input of {name}")
     spec = _spec_of(fmt)
     process_group = resolve(group)

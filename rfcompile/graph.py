@@ -59,7 +59,7 @@ class _Printer:
     def statement(self, node: fx.Node) -> str:
         if node.op == "output":
             return f"return {self.argument(node.args[0])}"
-        kind = self.type_of(node.meta.get("val", node.meta.get("example_value")))
+        kind = self.type_of(_value_of(node))
         if node.op == "placeholder":
             return f"{self.names[node]}: {kind}" if kind else self.names[node]
         arguments = [self.argument(arg) for arg in node.args]
@@ -70,9 +70,10 @@ class _Printer:
         return f"{self.names[node]}: {kind} = {call}" if kind else f"{self.names[node]} = {call}"
 
     def placeholder_name(self, node: fx.Node) -> str:
-        value = node.meta.get("val", node.meta.get("example_value"))
-        if isinstance(value, torch.SymInt) and str(node.target) == str(value):
-            return self.symbolic(value)  # Dynamo names the input after the symbol
+        value = _value_of(node)
+        kind = self.type_of(value)  # numbers the symbols, in order
+        if isinstance(value, torch.SymInt) and node.target == str(value):
+            return kind[4:-1]  # Dynamo named the input after the symbol
         return str(node.target)
 
     def free_name(self, base: str) -> str:
@@ -132,6 +133,10 @@ class _Printer:
                 # Same assumptions, else sympy would order a sum differently.
                 self.symbols[symbol] = sympy.Symbol(f"{prefix}{number}", **symbol.assumptions0)
         return str(expr.xreplace(self.symbols))
+
+
+def _value_of(node: fx.Node) -> object:
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def target_text(node: fx.Node) -> str:

@@ -8,7 +8,7 @@ eager kernels come from the same lines.
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes}``, ``_inductor.ir.{ConcatKernel,
 FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
-``_inductor.decomposition.select_decomp_table``, ``_inductor.config.{realize_*,unroll_reductions}_threshold``,
+``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``, ``_inductor.config.{realize_*,unroll_reductions}_threshold``,
 ``_inductor.virtualized.V``.
 """
 
@@ -20,12 +20,17 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import config, ir
-from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.decomposition import (
+    fast_random_decomps,
+    register_decomposition,
+    select_decomp_table,
+)
 from torch._inductor.lowering import process_subgraph_nodes, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rfcompile import ops
+from rfcompile import collectives, ops
+from rfcompile.fingerprint import source_digest
 
 _NEVER = 1_000_000
 
@@ -87,3 +92,11 @@ def _lower_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
 register_lowering(ops.pack, type_promotion_kind=None)(_lower_pack)
 for _op, _formula in ops.FORMULAS.items():
     register_lowering(_op, type_promotion_kind=None)(_lower_formula(_formula))
+
+for _op, _wire in collectives.DECOMPOSITIONS.items():
+    register_decomposition(_op)(_wire)
+fast_random_decomps.cache_clear()
+
+# Inductor's caches do not know what our lowerings generate: another version of this package would
+# find this version's kernels. The tag is part of every key.
+torch.compiler.config.cache_key_tag += f"rfcompile-{source_digest()}"

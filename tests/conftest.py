@@ -1,4 +1,4 @@
-"""What all tests share: seeds, caches, threads, and the skip of GPU tests; open it to add a fixture.
+"""What all tests share: seeds, caches, threads, the skip of GPU tests; open it to add a fixture.
 
 The environment is set before torch is imported, so that child processes inherit it.
 """

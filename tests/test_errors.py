@@ -120,7 +120,7 @@ def test_bits_7() -> None:
 
 
 def test_group_size_100() -> None:
-    with pytest.raises(FormatError, match="group_size=100 .* power of two from 16 to 1024") as e:
+    with pytest.raises(FormatError, match=r"group_size=100 .* power of two from 16 to 1024") as e:
         QuantFormat(4, group_size=100)
     assert (e.value.field, e.value.value) == ("group_size", 100)
 
@@ -136,7 +136,9 @@ def test_an_integer_tensor() -> None:
 def test_a_payload_of_the_wrong_length(length: int) -> None:
     fmt = QuantFormat(4)
     payload = torch.zeros(length, dtype=torch.uint8)
-    with pytest.raises(PayloadError, match=rf"{length} elements .* needs 66 bytes for 1 x 128") as e:
+    with pytest.raises(
+        PayloadError, match=rf"{length} elements .* needs 66 bytes for 1 x 128"
+    ) as e:
         codec.check_payload(payload, fmt, row_numel=128, rows=1)
     assert (e.value.format, e.value.rule.split()[0]) == (fmt.spec, "pass")
     codec.check_payload(torch.zeros(66, dtype=torch.uint8), fmt, row_numel=128, rows=1)

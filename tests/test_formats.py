@@ -1,4 +1,4 @@
-"""QuantFormat: validation, its text, the grid's numbers, bytes; see test_codec.py for the arithmetic."""
+"""QuantFormat: validation, text, the grid's numbers, bytes. Its arithmetic: test_codec.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The codec as operators: the same bytes as codec.py, shapes on fake and symbolic tensors, errors."""
+"""The codec as operators: codec.py's bytes, shapes on fake and symbolic tensors, errors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_pack_lays_the_pieces_of_a_field_side_by_side() -> None:
     assert ops.pack([a, b, c], [2, 1]).tolist() == [[1, 1, 2, 2, 1, 1, 2, 2, 3, 3, 3, 3]]
 
 
-# ---- shapes ----------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -88,7 +88,7 @@ def test_fake_results_have_the_shape_dtype_and_stride_of_real_ones(spec: str) ->
         for dtype in codec.DTYPES:
             x = torch.randn(3, numel).to(dtype)
             payload = ops.quantize(x, spec)
-            calls = [
+            calls: list[tuple[Any, tuple[Any, ...]]] = [
                 (ops.quantize, (x, spec)),
                 (ops.dequantize, (payload, spec, dtype)),
                 (ops.dequantize_sum, (payload, spec, dtype)),
@@ -104,7 +104,7 @@ def test_fake_results_have_the_shape_dtype_and_stride_of_real_ones(spec: str) ->
 
 
 def symbolic(x: torch.Tensor, env: ShapeEnv) -> torch.Tensor:
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
+    context: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * x.dim())
     return FakeTensorMode(shape_env=env).from_tensor(x, symbolic_context=context)
 
 
@@ -155,7 +155,7 @@ def test_the_operators_trace_to_one_node_each_with_symbolic_sizes() -> None:
         assert torch.equal(gm(x), exchange(x))
 
 
-# ---- errors: eager and fake kernels alike ------------------------------------------------------
+# ---- errors: eager and fake kernels alike --------------------------------------------------------
 
 
 @pytest.fixture(params=["eager", "fake"])
@@ -184,13 +184,13 @@ def test_rows_are_asked_for(place: Any, shape: tuple[int, ...]) -> None:
 )
 def test_a_payload_of_the_wrong_length(place: Any, spec: str, row: int) -> None:
     payload = place(torch.zeros(2, row, dtype=torch.uint8))
-    for call in (
-        lambda: ops.dequantize(payload, spec, torch.float32),
-        lambda: ops.dequantize_sum(payload, spec, torch.float32),
-        lambda: ops.requantize(payload, spec),
+    for op, rest in (
+        (ops.dequantize, (torch.float32,)),
+        (ops.dequantize_sum, (torch.float32,)),
+        (ops.requantize, ()),
     ):
         with pytest.raises(PayloadError, match=f"rows of {row} bytes.* with the format it") as e:
-            call()
+            op(payload, spec, *rest)
         assert e.value.format == QuantFormat.parse(spec).spec
         assert str(row) in str(e.value.got)
 

@@ -114,7 +114,9 @@ def test_importing_the_package_does_not_import_inductor() -> None:
 
 def test_entry_points_lead_somewhere() -> None:
     project = PROJECT["project"]
-    assert project["entry-points"]["torch_dynamo_backends"] == {"rfquant": "rfcompile.backend:rfquant"}
+    assert project["entry-points"]["torch_dynamo_backends"] == {
+        "rfquant": "rfcompile.backend:rfquant"
+    }
     assert project["scripts"] == {"rfcompile": "rfcompile.cli:main"}
     for target in ("rfcompile.backend:rfquant", "rfcompile.cli:main"):
         module, _, function = target.partition(":")

@@ -18,9 +18,7 @@ Matrix = Callable[[Sequence[int], int], Tensor]
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_parts_rotate_by_the_matrix_and_back(
-    rotation_matrix: Matrix, n: int, stride: int
-) -> None:
+def test_parts_rotate_by_the_matrix_and_back(rotation_matrix: Matrix, n: int, stride: int) -> None:
     # Small integers divided by a power of two: every sum is exact, so the results are equal.
     x = torch.randint(-50, 50, (n, stride, 7)).float()
     signed_hadamard = (rotation_matrix([n], 3) * n**0.5).round().float()

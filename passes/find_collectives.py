@@ -1,0 +1,91 @@
+"""Where tensors cross the wire in a graph: analysis only, shared by the rewrites of collectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # noqa: F401  # defines _c10d_functional
+from torch import fx
+
+from rfcompile.errors import ProcessGroupError
+from rfcompile.process_groups import name_of, resolve
+
+c10d = torch.ops._c10d_functional
+
+KNOWN: dict[Any, str] = {
+    c10d.all_reduce.default: "all_reduce",
+    c10d.reduce_scatter_tensor.default: "reduce_scatter",
+    c10d.all_gather_into_tensor.default: "all_gather",
+    c10d.all_to_all_single.default: "all_to_all",
+    c10d.broadcast.default: "broadcast",
+}
+WAIT = c10d.wait_tensor.default
+_NOT_SENDING = {"wait_tensor", "_wrap_tensor_autograd"}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a graph.
+
+    Args:
+        node: the call; wait: the single wait_tensor that reads it, None where there is not just one.
+        kind: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, or the operator's own
+            name where it is none of these.
+        input: the tensor that is sent (a fake tensor).
+        op: the reduction, "" where there is none.
+        group: name of the process group; world: its size, 0 where that is unknown.
+    """
+
+    node: fx.Node
+    wait: fx.Node | None
+    kind: str
+    input: torch.Tensor
+    op: str
+    group: str
+    world: int
+
+
+def find_collectives(gm: fx.GraphModule) -> tuple[Collective, ...]:
+    """All functional collectives in order of appearance, also those no rewrite knows."""
+    return tuple(_describe(node) for node in gm.graph.nodes if _is_collective(node))
+
+
+def _is_collective(node: fx.Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.namespace == "_dtensor":
+        return "alltoall" in target._opname
+    return target.namespace == "_c10d_functional" and target._opname not in _NOT_SENDING
+
+
+def _describe(node: fx.Node) -> Collective:
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    arguments = {arg.name: value for arg, value in zip(target._schema.arguments, node.args)}
+    arguments |= node.kwargs
+    sent = next(iter(arguments.values()))
+    while isinstance(sent, (list, tuple)):  # coalesced: the first tensor stands for all
+        sent = sent[0]
+    waits = [user for user in node.users if user.target is WAIT]
+    group = arguments.get("group_name", "")
+    return Collective(
+        node=node,
+        wait=waits[0] if len(waits) == 1 and len(node.users) == 1 else None,
+        kind=KNOWN.get(target, target._opname),
+        input=sent.meta["val"] if isinstance(sent, fx.Node) else torch.empty(0),
+        op=str(arguments.get("reduce_op", "")),
+        group=name_of(group) if group else "",
+        world=_world_size(arguments, group),
+    )
+
+
+def _world_size(arguments: dict[str, Any], group: Any) -> int:
+    if "group_size" in arguments:
+        return int(arguments["group_size"])
+    try:
+        return int(resolve(group or None).size())
+    except ProcessGroupError:
+        return 0

@@ -1,0 +1,219 @@
+"""Rewrite collectives to their quantized form: the pass this package is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rfcompile import collectives, ops
+from rfcompile.codec import DTYPES
+from rfcompile.cost import sent_bytes
+from rfcompile.formats import QuantFormat
+from rfcompile.graph import dtype_text, module_of, source_of
+from rfcompile.passes.find_collectives import KNOWN, Collective, find_collectives
+from rfcompile.pipeline import PassResult
+from rfcompile.policy import Policy
+from rfcompile.report import Site
+
+aten = torch.ops.aten
+_KEEPS_A_WEIGHT = frozenset(
+    {
+        torch.ops.prims.convert_element_type.default,
+        aten._to_copy.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.clone.default,
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.slice.Tensor,
+        aten.constant_pad_nd.default,
+        aten.detach.default,
+        aten.alias.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class QuantizeCollectives:
+    """Replace each collective the policy covers by quantize, the same bytes moved, dequantize.
+
+    Every collective becomes a :class:`~rfcompile.Site` of the result's facts, quantized or not.
+
+    Rewrites:
+        all_reduce = all_reduce(x, 'sum', group); wait = wait_tensor(all_reduce)
+            -> quantize(x), all_to_all_single, wait_tensor, requantize, all_gather_into_tensor,
+               wait_tensor, dequantize
+        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``collectives.py``).
+
+    The tier is "rounding"; the bounds are those of the functions in ``collectives.py``.
+
+    Args:
+        policy: which traffic in which format.
+        direction: "forward" (activations) or "backward" (gradients).
+        parameters: names of the placeholders that are parameters; an all-gather of one is weights.
+    """
+
+    policy: Policy
+    direction: str = "forward"
+    parameters: frozenset[str] = frozenset()
+    name: str = "quantize-collectives"
+    tier: Literal["rounding"] = "rounding"
+
+    def __call__(self, gm: fx.GraphModule) -> PassResult:
+        sites = []
+        changes = 0
+        for collective in find_collectives(gm):
+            kind = self._kind(collective)
+            module = module_of(collective.node)
+            size = collective.input.numel() * collective.input.element_size()
+            known_size = size if isinstance(size, int) else None
+            fmt: QuantFormat | None = None
+            reason = _why_not(collective)
+            eligible = not reason
+            if not reason:
+                fmt, reason = self.policy.format_for(kind, module, known_size or 2**62)
+                eligible = fmt is not None or "min_bytes" in reason
+            site = Site(
+                collective=collective.kind,
+                direction=self.direction,
+                kind=kind,
+                module=module,
+                source=source_of(collective.node),
+                shape=tuple(s if isinstance(s, int) else str(s) for s in collective.input.shape),
+                dtype=dtype_text(collective.input.dtype),
+                group=collective.group,
+                world_size=collective.world,
+                format=fmt.spec if fmt else None,
+                reason=reason,
+                eligible=eligible,
+                bytes_before=_sent(collective, known_size),
+                bytes_after=_sent_quantized(collective, fmt) if fmt else _sent(collective, known_size),
+            )
+            sites.append(site)
+            if fmt is not None:
+                _replace(gm, collective, fmt, site.place)
+                changes += 1
+        return PassResult(gm, changes, tuple(sites))
+
+    def _kind(self, collective: Collective) -> str:
+        if collective.kind == "all_gather" and self._is_parameter(collective.node.args[0]):
+            return "weights"
+        return "gradients" if self.direction == "backward" else "activations"
+
+    def _is_parameter(self, value: object) -> bool:
+        while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
+            value = value.args[0]
+        return isinstance(value, fx.Node) and value.name in self.parameters
+
+
+def _why_not(c: Collective) -> str:
+    """Why a collective cannot be quantized, "" if it can."""
+    if c.input.dtype == torch.uint8 and c.node.args[0].target in _CODED:  # type: ignore[union-attr]
+        return "its input is quantized already"
+    if c.input.dtype not in DTYPES:
+        return f"{dtype_text(c.input.dtype)} data is not quantized"
+    if c.node.target not in KNOWN:
+        return f"{c.kind} is not rewritten in this version"
+    if c.op and c.op not in collectives.REDUCTIONS:
+        return f"the reduction {c.op!r} of rounded values is not the rounded reduction"
+    if c.world == 0:
+        return f"process group {c.group!r} is not known in this process"
+    if c.world == 1:
+        return "one rank: nothing is sent"
+    if c.wait is None:
+        return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
+    if c.kind == "all_to_all" and not all(isinstance(n, int) for n in (*c.node.args[1], *c.node.args[2])):  # type: ignore[misc]
+        return "its split sizes are not known while compiling"
+    if isinstance(c.input.numel(), int) and c.input.numel() == 0:
+        return "empty tensor"
+    return ""
+
+
+_CODED = frozenset({ops.quantize, ops.requantize, ops.require_finite})
+
+
+def _sent(c: Collective, size: int | None) -> int | None:
+    if c.node.target not in KNOWN or size is None:
+        return size
+    return sent_bytes(c.kind, size, c.world) if c.world else None
+
+
+def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
+    """Bytes one rank sends in the collectives that replace ``c``."""
+    n = c.input.numel()
+    if not isinstance(n, int):
+        return None
+    if c.kind == "all_reduce":
+        segments = collectives.default_segments(c.input, fmt)
+        unit = c.world * segments * fmt.group_elements(8)
+        payload = fmt.payload_bytes(-(-n // unit) * unit, c.world * segments)
+        sent = sent_bytes("all_to_all", payload, c.world)
+        sent += sent_bytes("all_gather", payload // c.world, c.world)
+    elif c.kind == "all_gather" or c.kind == "broadcast":
+        sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
+    else:
+        sent = sent_bytes("all_to_all", fmt.payload_bytes(n, c.world), c.world)
+    flag = sent_bytes("all_gather", 1, c.world) if fmt.nonfinite == "raise" else 0
+    return sent + flag
+
+
+def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tensor], Tensor]:
+    args = c.node.args
+    site = f"{c.kind} at {place}"
+    if c.kind == "all_reduce":
+        segments = collectives.default_segments(c.input, fmt)
+        return partial(
+            collectives.all_reduce_wire, fmt=fmt.spec, op=c.op, world=c.world, group=c.group,
+            segments=segments, site=site,
+        )
+    if c.kind == "reduce_scatter":
+        return partial(
+            collectives.reduce_scatter_wire, fmt=fmt.spec, op=c.op, world=c.world, group=c.group,
+            site=site,
+        )
+    if c.kind == "all_gather":
+        return partial(
+            collectives.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site
+        )
+    if c.kind == "broadcast":
+        return partial(
+            collectives.broadcast_wire, fmt=fmt.spec, src=args[1], world=c.world, group=c.group,
+            site=site,
+        )
+    return partial(
+        collectives.all_to_all_wire, fmt=fmt.spec, output_splits=args[1], input_splits=args[2],
+        group=c.group, site=site,
+    )
+
+
+def _replace(gm: fx.GraphModule, c: Collective, fmt: QuantFormat, place: str) -> None:
+    graph = gm.graph
+    fake_mode = c.input.fake_mode  # type: ignore[attr-defined]
+    with fake_mode:
+        body = make_fx(
+            _replacement(c, fmt, place),
+            tracing_mode="symbolic" if fake_mode.shape_env is not None else "fake",
+        )(c.input)
+    assert c.wait is not None
+    copies: dict[fx.Node, object] = {}
+    with graph.inserting_before(c.wait):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = c.node.args[0]
+            elif node.op == "output":
+                c.wait.replace_all_uses_with(copies[node.args[0]])  # type: ignore[arg-type]
+            else:
+                copy = graph.node_copy(node, lambda n: copies[n])  # type: ignore[return-value]
+                origin = {k: v for k, v in c.node.meta.items() if k not in node.meta or k != "val"}
+                copy.meta = {**origin, "val": node.meta.get("val")}
+                copies[node] = copy
+    graph.erase_node(c.wait)
+    graph.erase_node(c.node)

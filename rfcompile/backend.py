@@ -1,0 +1,148 @@
+"""``torch.compile(model, backend="rfquant")``: rewrite the collectives, then let Inductor compile.
+
+The rewrite runs on AOTAutograd's forward and backward graphs just before Inductor gets them, so
+Inductor's own passes and those the user configured all still run, and its cache sees the rewritten
+graph. AOTAutograd's cache is bypassed: on a hit no pass would run and there would be no report.
+
+Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
+``_inductor.compile_fx.{compile_fx, compile_fx_inner}`` and its ``inner_compile`` argument,
+``_functorch.config.enable_autograd_cache``, ``utils._python_dispatch._disable_current_modes``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.utils._python_dispatch import _disable_current_modes
+
+import rfcompile.lowering  # noqa: F401  # registers the lowerings
+from rfcompile.errors import PolicyError, RFCompileError
+from rfcompile.journal import Entry, new_entry
+from rfcompile.passes import wire_pipeline
+from rfcompile.pipeline import run
+from rfcompile.policy import Policy
+from rfcompile.process_groups import agree
+from rfcompile.report import Site
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The backend's options, checked.
+
+    Args:
+        policy: from every option of Policy and QuantFormat.
+        strict: raise UnquantizedSiteError when an eligible collective stays exact.
+        merge: sum tensors before reducing them where only their sum is used.
+        inductor: options for Inductor, as ``torch.compile(options=...)`` takes them.
+    """
+
+    policy: Policy
+    strict: bool = False
+    merge: bool = True
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Settings:
+        left = dict(options or {})
+        residual = left.pop("residual", "keep")
+        if residual != "keep":
+            raise NotImplementedError(
+                f"residual={residual!r}: rewriting a model without its residual connections comes "
+                "with rfcompile 0.2; use residual='keep'."
+            )
+        inductor = dict(list_mode_options(mode)) if mode else {}
+        given = left.pop("inductor", {})
+        if not isinstance(given, Mapping):
+            raise PolicyError("inductor", given, "use {Inductor option: value}.")
+        flags = {name: left.pop(name, default) for name, default in (("strict", False), ("merge", True))}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise PolicyError(name, value, "use True or False.")
+        return cls(Policy.of(**left), **flags, inductor=inductor | dict(given))
+
+
+def rfquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with quantized collectives; ``torch.compile`` calls this.
+
+    Args:
+        gm, example_inputs: from Dynamo.
+        options: everything :class:`~rfcompile.Policy` takes (``bits`` and the other fields of
+            QuantFormat as a shorthand), ``strict``, ``merge``, ``residual`` and ``inductor``.
+        mode: a mode of Inductor ("max-autotune", ...).
+
+    Raises (when the compiled function is first called):
+        PolicyError, FormatError: an option is not understood.
+        UnquantizedSiteError: ``strict`` and an eligible collective stays exact.
+        RankMismatchError: the ranks of a process group have different options or package versions.
+    """
+    try:
+        settings = Settings.of(options, mode)
+        entry = new_entry(settings.policy.describe())
+        with functorch_config.patch(enable_autograd_cache=False):
+            compiled: Callable[..., Any] = compile_fx(
+                gm,
+                list(example_inputs),
+                inner_compile=_Inner(settings, entry),
+                config_patches=dict(settings.inductor) or None,
+            )
+    except (RFCompileError, NotImplementedError) as error:
+        # Raised here it would reach the user as BackendCompilerFailed; raised by the compiled
+        # function it keeps its type.
+        return _failing(error)
+    return compiled
+
+
+class _Inner:
+    """Rewrites the forward and the backward graph of one compile, then calls Inductor."""
+
+    def __init__(self, settings: Settings, entry: Entry) -> None:
+        self.settings = settings
+        self.entry = entry
+        self.parameters: frozenset[str] = frozenset()
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        direction = "backward" if kwargs.get("is_backward") else "forward"
+        if direction == "forward":
+            inputs = gm.graph.find_nodes(op="placeholder")
+            static = kwargs.get("static_input_idxs") or ()
+            self.parameters = frozenset(inputs[i].name for i in static)
+        passes = wire_pipeline(
+            self.settings.policy, direction, self.parameters, merge=self.settings.merge
+        )
+        record = run(gm, passes)
+        self.entry.add(direction, record)
+        sites = [fact for fact in record.facts if isinstance(fact, Site)]
+        self._agree(sites)
+        if self.settings.strict:
+            self.entry.report().require_all()
+        log.info("%s graph: %s", direction, self.entry.report().summary())
+        return compile_fx_inner(record.gm, example_inputs, **kwargs)
+
+    def _agree(self, sites: Sequence[Site]) -> None:
+        plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
+        with _disable_current_modes():
+            for group in dict.fromkeys(site.group for site in sites if site.world_size > 1):
+                agree(group, plan)
+
+
+def _failing(error: BaseException) -> Callable[..., Any]:
+    def raise_it(*args: Any) -> Any:
+        raise error
+
+    return raise_it

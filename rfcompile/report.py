@@ -1,0 +1,201 @@
+"""Report: which sites are quantized, why the others are not, and what that saves.
+
+Data first (frozen dataclasses), text and JSON second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rfcompile.errors import UnquantizedSiteError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a tensor crosses the wire.
+
+    Args:
+        collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or boundary, or
+            the operator's own name where it is none of these.
+        direction: "forward" or "backward".
+        kind: the kind of traffic, as in :class:`~rfcompile.Policy`.
+        module: dotted path of the module it belongs to, "" where unknown.
+        source: "file.py:123", the user's line, "" where unknown.
+        shape: of the input; symbolic sizes are texts.
+        dtype: of the input.
+        group: name of the process group; world_size: its ranks.
+        format: text of the format, None where the site stays exact.
+        reason: why it stays exact, "" for a quantized site.
+        eligible: it could be quantized and nobody asked by name to leave it.
+        bytes_before, bytes_after: bytes one rank sends, None where a size is symbolic.
+        sqnr_db, kurtosis: measured on the tensor, where a report measures.
+        merged: it is gone: another site carries its traffic.
+    """
+
+    collective: str
+    direction: str
+    kind: str
+    module: str
+    source: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    group: str
+    world_size: int
+    format: str | None
+    reason: str
+    eligible: bool
+    bytes_before: int | None
+    bytes_after: int | None
+    sqnr_db: float | None = None
+    kurtosis: float | None = None
+    merged: bool = False
+
+    @property
+    def place(self) -> str:
+        return " ".join(part for part in (self.module, self.source) if part) or "(unknown place)"
+
+
+@dataclass(frozen=True)
+class GraphChange:
+    """A graph before and after the passes, as :func:`~rfcompile.graph.graph_text`."""
+
+    direction: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sites of a compiled graph, or of several: ``print`` it, or read its fields."""
+
+    sites: tuple[Site, ...]
+    policy: str = ""
+    notes: tuple[str, ...] = ()
+    graphs: tuple[GraphChange, ...] = ()
+
+    @property
+    def num_sites(self) -> int:
+        """Sites that send something: those merged into others are not counted."""
+        return sum(not site.merged for site in self.sites)
+
+    @property
+    def num_merged(self) -> int:
+        return sum(site.merged for site in self.sites)
+
+    @property
+    def num_quantized(self) -> int:
+        return sum(site.format is not None for site in self.sites)
+
+    @property
+    def skipped(self) -> tuple[Site, ...]:
+        """The sites that stay exact; each has its ``reason``."""
+        return tuple(site for site in self.sites if site.format is None and not site.merged)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes one rank sends in the unmodified graph, sites of symbolic size left out."""
+        return sum(site.bytes_before or 0 for site in self.sites)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(site.bytes_after or 0 for site in self.sites)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes before / bytes after; 1.0 when nothing is sent."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+
+    def summary(self) -> str:
+        """One line: N of M sites quantized, bytes before and after."""
+        merged = f", {self.num_merged} merged into others" if self.num_merged else ""
+        text = (
+            f"{self.num_quantized} of {self.num_sites} sites quantized{merged}, "
+            f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)} sent by each "
+            f"rank ({self.ratio:.2f}x less)"
+        )
+        symbolic = sum(site.bytes_before is None for site in self.sites)
+        return text + (f"; {symbolic} sites of symbolic size not counted" if symbolic else "")
+
+    def text(self) -> str:
+        """The summary, the policy, and a table with a line a site."""
+        measured = any(site.sqnr_db is not None for site in self.sites)
+        header = ["", "site", "place", "tensor", "format", "bytes before", "after"]
+        rows = [header + (["SQNR dB", "kurtosis"] if measured else [])]
+        for i, site in enumerate(self.sites):
+            row = [
+                str(i),
+                f"{site.direction} {site.collective}",
+                site.place,
+                f"{site.dtype}[{', '.join(map(str, site.shape))}]",
+                site.format or ("" if site.merged else "exact: ") + site.reason,
+                _count(site.bytes_before),
+                _count(site.bytes_after),
+            ]
+            rows.append(row + ([_number(site.sqnr_db), _number(site.kurtosis)] if measured else []))
+        lines = [self.summary()]
+        if self.policy:
+            lines.append(f"policy: {self.policy}")
+        lines += _table(rows) if self.sites else []
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graphs as plain data, for JSON."""
+        plain = asdict(self)
+        del plain["graphs"]
+        return plain | {
+            "num_sites": self.num_sites,
+            "num_quantized": self.num_quantized,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+    def json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def require_all(self) -> None:
+        """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""
+        left = [(f"{s.direction} {s.collective} at {s.place}", s.reason)
+                for s in self.skipped if s.eligible]
+        if left:
+            raise UnquantizedSiteError(left)
+
+
+def merge_reports(reports: Iterable[Report]) -> Report:
+    """One report with the sites of several."""
+    reports = list(reports)
+    return Report(
+        sites=tuple(site for report in reports for site in report.sites),
+        policy=reports[0].policy if reports else "",
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        graphs=tuple(graph for report in reports for graph in report.graphs),
+    )
+
+
+def format_bytes(count: int) -> str:
+    """Bytes for people: "1.23 MB", in powers of 1000."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+def _count(value: int | None) -> str:
+    return "symbolic" if value is None else f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
