@@ -10,7 +10,7 @@ the same command on each (here two machines with one process each; HOST is the f
         --rdzv-id demo examples/train_tensor_parallel.py
 
 Model: byte-level GPT of ``gpt.py``, 4 blocks, width 128, 4 heads, context 128 (0.85 million
-parameters); 250 AdamW steps on 16 x 128 bytes of Shakespeare a run, same seed and batches in every
+parameters); 200 AdamW steps on 16 x 128 bytes of Shakespeare a run, same seed and batches in every
 run. ``--quick``: 2 blocks, width 64, context 64, 20 steps on 8 x 64 bytes.
 
 The model knows nothing about quantization: ``torch.compile(model, backend="rfquant")`` finds the
@@ -60,7 +60,7 @@ class Settings:
     learning_rate: float = 6e-3
 
 
-FULL = Settings(GPTConfig(width=128, layers=4, heads=4, context=128), batch=16, steps=250)
+FULL = Settings(GPTConfig(width=128, layers=4, heads=4, context=128), batch=16, steps=200)
 QUICK = Settings(GPTConfig(width=64, layers=2, heads=2, context=64), batch=8, steps=20)
 
 

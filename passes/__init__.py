@@ -6,6 +6,7 @@ if __name__ != "rfcompile.passes":
     raise ImportError(f"passes/ was imported as {__name__!r}; import it as 'rfcompile.passes'")
 
 from rfcompile.passes.merge_collectives import MergeCollectives
+from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.pipeline import GraphPass
 from rfcompile.policy import Policy
@@ -17,3 +18,10 @@ def wire_pipeline(
     """The passes on a forward or backward graph, in order: merge first, then quantize what is left."""
     quantize = QuantizeCollectives(policy, direction, parameters)
     return (MergeCollectives(direction), quantize) if merge else (quantize,)
+
+
+def boundary_pipeline(
+    policy: Policy, boundaries: str | tuple[str, ...] = "auto"
+) -> tuple[GraphPass, ...]:
+    """The passes on a graph without collectives: a fake wire at each boundary."""
+    return (QuantizeBoundaries(policy, boundaries),)

@@ -3,11 +3,35 @@
 import importlib
 
 from rfcompile import collectives, errors
+from rfcompile.api import dequantize, diff, explain, quantize, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
+from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
 
+__all__ = [
+    "GraphDiff",
+    "Policy",
+    "QuantFormat",
+    "RFCompileError",
+    "Report",
+    "Site",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "broadcast",
+    "dequantize",
+    "diff",
+    "errors",
+    "explain",
+    "quantize",
+    "reduce_scatter",
+    "reports",
+    "transform",
+]
+
+# Inductor is loaded when something compiles, not when this package is imported.
 collectives.BEFORE_COMPILING.append(lambda: importlib.import_module("rfcompile.lowering"))

@@ -68,7 +68,13 @@ class Settings:
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise PolicyError(name, value, "use True or False.")
-        return cls(Policy.of(**left), **flags, inductor=inductor | dict(given))
+        policy = left.pop("policy", None)
+        if policy is None:
+            policy = Policy.of(**left)
+        elif left or not isinstance(policy, Policy):
+            rule = "use an rfcompile.Policy, and no other option that a policy takes."
+            raise PolicyError("policy", policy, rule)
+        return cls(policy, **flags, inductor=inductor | dict(given))
 
 
 def rfquant(
@@ -83,7 +89,8 @@ def rfquant(
     Args:
         gm, example_inputs: from Dynamo.
         options: everything :class:`~rfcompile.Policy` takes (``bits`` and the other fields of
-            QuantFormat as a shorthand), ``strict``, ``merge``, ``residual`` and ``inductor``.
+            QuantFormat as a shorthand) or a ``policy``; ``strict``, ``merge``, ``residual`` and
+            ``inductor``.
         mode: a mode of Inductor ("max-autotune", ...).
 
     Raises (when the compiled function is first called):

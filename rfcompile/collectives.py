@@ -157,8 +157,7 @@ def _nonfinite_flags(x: Tensor, fmt: QuantFormat, world: int, group: str) -> Ten
     """With nonfinite="raise": one byte a rank, 1 where that rank's ``x`` holds NaN or Inf."""
     if fmt.nonfinite != "raise":
         return None
-    mine = x.isfinite().logical_not().any().to(torch.uint8).reshape(1)
-    return c10d.wait_tensor(c10d.all_gather_into_tensor(mine, world, group))
+    return c10d.wait_tensor(c10d.all_gather_into_tensor(ops.nonfinite_flag(x), world, group))
 
 
 def _checked(payload: Tensor, flags: Tensor | None, site: str) -> Tensor:
@@ -168,7 +167,10 @@ def _checked(payload: Tensor, flags: Tensor | None, site: str) -> Tensor:
 # ---- operators with a gradient ---------------------------------------------------------------
 
 
-def _define(schema: str, wire: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+def define_operator(
+    schema: str, wire: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Any:
+    """An operator that runs ``wire`` eagerly, and that compilers may replace by it."""
     name = schema.split("(")[0]
     ops.LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     ops.LIBRARY.impl(name, wire, "CompositeExplicitAutograd")
@@ -186,28 +188,28 @@ def _contiguous_like(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_all_reduce = _define(
+_all_reduce = define_operator(
     "all_reduce(Tensor x, str format, str op, int world, str group, int segments=1) -> Tensor",
     all_reduce_wire,
     _contiguous_like,
 )
-_reduce_scatter = _define(
+_reduce_scatter = define_operator(
     "reduce_scatter(Tensor x, str format, str op, int world, str group) -> Tensor",
     reduce_scatter_wire,
     lambda x, format, op, world, group: x.new_empty((x.shape[0] // world, *x.shape[1:])),
 )
-_all_gather = _define(
+_all_gather = define_operator(
     "all_gather(Tensor x, str format, int world, str group) -> Tensor",
     all_gather_wire,
     lambda x, format, world, group: x.new_empty((world * x.shape[0], *x.shape[1:])),
 )
-_all_to_all = _define(
+_all_to_all = define_operator(
     "all_to_all(Tensor x, str format, SymInt[] output_splits, SymInt[] input_splits, str group)"
     " -> Tensor",
     all_to_all_wire,
     lambda x, format, outputs, inputs, group: x.new_empty((sum(outputs), *x.shape[1:])),
 )
-_broadcast = _define(
+_broadcast = define_operator(
     "broadcast(Tensor x, str format, int src, int world, str group) -> Tensor",
     broadcast_wire,
     _contiguous_like,
@@ -264,7 +266,8 @@ BEFORE_COMPILING: list[Callable[[], object]] = []
 
 
 @torch.compiler.assume_constant_result
-def _before_compiling() -> bool:
+def before_compiling() -> bool:
+    """Run the hooks, for real, while Dynamo traces a caller."""
     for hook in BEFORE_COMPILING:
         hook()
     return True
@@ -282,7 +285,7 @@ def _spec_of(fmt: Formatish) -> str:
 
 def _prepare(x: Tensor, fmt: Formatish, group: Any, name: str) -> tuple[str, Any, int, str]:
     if torch.compiler.is_compiling():
-        _before_compiling()
+        before_compiling()
     ops.check_codec_input(x, f"the input of {name}")
     spec = _spec_of(fmt)
     process_group = resolve(group)

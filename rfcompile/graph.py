@@ -238,10 +238,17 @@ def module_of(node: fx.Node) -> str:
     A backward node gives the module of its forward. Wrappers (``_orig_mod`` and the like) are
     left out.
     """
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-    if not stack:
-        return ""
-    path, _ = list(stack.values())[-1]
+    stack = module_stack(node)
+    return stack[-1] if stack else ""
+
+
+def module_stack(node: fx.Node) -> tuple[str, ...]:
+    """The paths of the modules a node was traced in, outermost first; see :func:`module_of`."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return tuple(_module_path(path) for path, _ in stack.values())
+
+
+def _module_path(path: str) -> str:
     path = _ITEM.sub(r".\1", _ROOT.sub("", path))
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 

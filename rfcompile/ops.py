@@ -37,6 +37,11 @@ def check_codec_input(x: Tensor, what: str = "the input of quantize") -> None:
         raise DtypeError(what, x.dtype, [str(dtype) for dtype in codec.DTYPES])
 
 
+def check_codec_output(dtype: torch.dtype) -> None:
+    if dtype not in codec.DTYPES:
+        raise DtypeError("the output of dequantize", dtype, [str(d) for d in codec.DTYPES])
+
+
 def _check_rows(x: Tensor, op: str) -> None:
     if x.dim() != 2:
         raise ShapeError(f"the input of {op}", x.shape, "give one row a chunk, [chunks, elements].")
@@ -178,9 +183,15 @@ requantize = _define(
 # ---- nonfinite="raise" -------------------------------------------------------------------------
 
 
+def nonfinite_flag(x: Tensor) -> Tensor:
+    """One byte ``[1]``: 1 where ``x`` holds NaN or Inf anywhere."""
+    return x.isfinite().logical_not().any().to(torch.uint8).reshape(1)
+
+
 def _require_finite(payload: Tensor, flags: Tensor, site: str) -> Tensor:
     if bool(flags.any()):
-        raise NonFiniteError(site, [int(rank) for rank in flags.nonzero().flatten()])
+        ranks = [int(rank) for rank in flags.nonzero().flatten()]
+        raise NonFiniteError(site, ranks if flags.numel() > 1 else None)
     return payload.clone()
 
 

@@ -76,11 +76,16 @@ class Policy:
             options = dict.fromkeys(KINDS, as_format(bits, **shared)) | options
         return cls(**options)
 
+    def override_for(self, module: str) -> str | None:
+        """The first pattern of ``sites`` that the module path matches."""
+        return next((pattern for pattern in self.sites if fnmatchcase(module, pattern)), None)
+
     def format_for(self, kind: str, module: str, size_bytes: int) -> tuple[QuantFormat | None, str]:
         """The format of a site, and if it is None the reason."""
-        for pattern, fmt in self.sites.items():
-            if fnmatchcase(module, pattern):
-                return fmt, "" if fmt else f"sites[{pattern!r}] says exact"
+        pattern = self.override_for(module)
+        if pattern is not None:
+            named: QuantFormat | None = self.sites[pattern]  # type: ignore[assignment]
+            return named, "" if named else f"sites[{pattern!r}] says exact"
         fmt = getattr(self, kind)
         if fmt is None:
             return None, f"the policy sends {kind} exact"

@@ -1,0 +1,27 @@
+"""Measures of a tensor and of what coding does to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def excess_kurtosis(x: Tensor) -> float:
+    """``E[(x - mean)^4] / Var[x]^2 - 3`` over all elements, in float64: 0 for a Gaussian.
+
+    NaN for a constant, empty or non-finite tensor.
+    """
+    centred = x.detach().to(torch.float64).flatten()
+    centred = centred - centred.mean()
+    variance = centred.square().mean()
+    return float(centred.pow(4).mean() / variance.square() - 3)
+
+
+def sqnr_db(x: Tensor, decoded: Tensor) -> float:
+    """Signal-to-quantization-noise ratio, ``10 log10(sum x^2 / sum (x - decoded)^2)``, in dB.
+
+    Infinite for an exact copy, NaN for non-finite tensors.
+    """
+    signal = x.detach().to(torch.float64)
+    noise = signal - decoded.detach().to(torch.float64)
+    return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))

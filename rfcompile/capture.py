@@ -1,0 +1,62 @@
+"""A module as a graph: where diffs and reports get theirs when the user gives a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from rfcompile.errors import CaptureError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
+    """Example inputs as (args, kwargs); left out, they come from ``model.dummy_inputs``.
+
+    Takes a tuple of args, an ``(args, kwargs)`` pair, a dict of kwargs, or one tensor.
+
+    Raises:
+        CaptureError: there are none, or they are none of these.
+    """
+    if example_inputs is None:
+        dummy = getattr(model, "dummy_inputs", None)
+        if isinstance(dummy, Mapping):
+            return (), dict(dummy)
+        raise CaptureError(
+            f"{type(model).__name__} has no example inputs: pass example_inputs=(x,) (a tuple of "
+            "arguments) or example_inputs=(args, kwargs)."
+        )
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, (tuple, list)):
+        items = tuple(example_inputs)
+        if len(items) == 2 and isinstance(items[0], (tuple, list)) and isinstance(items[1], Mapping):
+            return tuple(items[0]), dict(items[1])
+        return items, {}
+    raise CaptureError(
+        f"example_inputs is a {type(example_inputs).__name__}: pass a tuple of arguments, an "
+        "(args, kwargs) pair, or a dict of keyword arguments."
+    )
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """The model's forward as an fx graph of aten operators, by ``torch.export``.
+
+    Raises:
+        CaptureError: no example inputs, or the model cannot be exported; the cause is chained.
+    """
+    if isinstance(model, fx.GraphModule):
+        return model
+    args, kwargs = inputs_of(model, example_inputs)
+    try:
+        return torch.export.export(model, args, kwargs, strict=False).graph_module
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured by torch.export: {error}. Compile it with "
+            'torch.compile(model, backend="rfquant") instead, which may split the graph.'
+        ) from error
