@@ -5,6 +5,9 @@ if __name__ != "rfcompile.passes":
     # would silently match nothing.
     raise ImportError(f"passes/ was imported as {__name__!r}; import it as 'rfcompile.passes'")
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
@@ -13,10 +16,15 @@ from rfcompile.policy import Policy
 
 
 def wire_pipeline(
-    policy: Policy, direction: str, parameters: frozenset[str] = frozenset(), *, merge: bool = True
+    policy: Policy,
+    direction: str,
+    parameters: frozenset[str] = frozenset(),
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    *,
+    merge: bool = True,
 ) -> tuple[GraphPass, ...]:
     """The passes on a forward or backward graph, in order: merge first, then quantize what is left."""
-    quantize = QuantizeCollectives(policy, direction, parameters)
+    quantize = QuantizeCollectives(policy, direction, parameters, decompositions or {})
     return (MergeCollectives(direction), quantize) if merge else (quantize,)
 
 

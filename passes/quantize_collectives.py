@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -59,11 +59,14 @@ class QuantizeCollectives:
         policy: which traffic in which format.
         direction: "forward" (activations) or "backward" (gradients).
         parameters: names of the placeholders that are parameters; an all-gather of one is weights.
+        decompositions: operator decompositions that the graph went through already; what is put
+            into it goes through them too.
     """
 
     policy: Policy
     direction: str = "forward"
     parameters: frozenset[str] = frozenset()
+    decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -99,7 +102,7 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(gm, collective, fmt, site.place)
+                _replace(gm, collective, fmt, site.place, self.decompositions)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
@@ -194,12 +197,19 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
     )
 
 
-def _replace(gm: fx.GraphModule, c: Collective, fmt: QuantFormat, place: str) -> None:
+def _replace(
+    gm: fx.GraphModule,
+    c: Collective,
+    fmt: QuantFormat,
+    place: str,
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> None:
     graph = gm.graph
     fake_mode = c.input.fake_mode  # type: ignore[attr-defined]
     with fake_mode:
         body = make_fx(
             _replacement(c, fmt, place),
+            decomposition_table=decompositions,
             tracing_mode="symbolic" if fake_mode.shape_env is not None else "fake",
         )(c.input)
     assert c.wait is not None

@@ -6,6 +6,7 @@ graph. AOTAutograd's cache is bypassed: on a hit no pass would run and there wou
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.compile_fx.{compile_fx, compile_fx_inner}`` and its ``inner_compile`` argument,
+``_inductor.decomposition.select_decomp_table``,
 ``_functorch.config.enable_autograd_cache``, ``utils._python_dispatch._disable_current_modes``.
 """
 
@@ -21,6 +22,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
 import rfcompile.lowering  # noqa: F401  # registers the lowerings
@@ -130,7 +132,11 @@ class _Inner:
             static = kwargs.get("static_input_idxs") or ()
             self.parameters = frozenset(inputs[i].name for i in static)
         passes = wire_pipeline(
-            self.settings.policy, direction, self.parameters, merge=self.settings.merge
+            self.settings.policy,
+            direction,
+            self.parameters,
+            select_decomp_table(),
+            merge=self.settings.merge,
         )
         record = run(gm, passes)
         self.entry.add(direction, record)

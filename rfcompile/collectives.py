@@ -25,8 +25,9 @@ from rfcompile.process_groups import agree, resolve
 
 c10d = torch.ops._c10d_functional
 REDUCTIONS = ("sum", "avg")
-SEGMENT_BYTES = 2**20
-"""A large all-reduce is cut into segments of about this payload, so that coding overlaps sending.
+SEGMENT_BYTES = 2**18
+"""A large all-reduce is cut into up to 8 segments of at least this payload, so that coding overlaps
+sending.
 
 Measured with benchmarks/slow_link.py: 4 to 8 segments of a 16 MB tensor are best at 4 bits.
 """
@@ -136,7 +137,7 @@ def default_segments(x: Tensor, fmt: QuantFormat) -> int:
     if not isinstance(size, int):
         return 1
     segments = 1
-    while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES // 4:
+    while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:
         segments *= 2
     return segments
 

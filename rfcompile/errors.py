@@ -106,7 +106,7 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
         listing = "; ".join(f"{where}: {why}" for where, why in sites)
         super().__init__(
             f"strict=True, but {len(sites)} eligible site{'s' if len(sites) > 1 else ''} would "
-            f"stay exact ({listing}). Name them in sites={{pattern: None}} to accept that, or "
+            f"stay exact ({listing}). Lower min_bytes, or name them in sites={{pattern: None}} to accept it, or "
             "drop strict."
         )
         self.sites = tuple(sites)

@@ -1,16 +1,20 @@
 """Process groups: names, sizes, and the check that ranks agree on the wire before they use it.
 
 Private torch symbols used here, tried on torch 2.13 and present in 2.11:
-``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves).
+``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves),
+``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing).
 """
 
 from __future__ import annotations
 
+import contextlib
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rfcompile.errors import ProcessGroupError, RankMismatchError
 from rfcompile.fingerprint import package_version, source_digest
@@ -68,3 +72,19 @@ def agree(group: str, plan: str) -> bool:
         raise RankMismatchError(group, dict(enumerate(plans)))
     agreed.add(plan)
     return True
+
+
+@contextlib.contextmanager
+def simulated(world_size: int) -> Iterator[None]:
+    """A default process group of ``world_size`` ranks that sends nothing: this process is rank 0.
+
+    Graphs are those of a real run; numbers are not. An existing group is left alone.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

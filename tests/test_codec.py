@@ -256,7 +256,7 @@ def test_saturate_without_a_finite_value_gives_zeros() -> None:
 def test_every_size_and_dtype_round_trips(numel: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, numel).to(dtype)
     spacing = torch.finfo(dtype).eps / 2
-    for fmt in FAMILIES:
+    for fmt in FAMILIES if numel < 1000 else FAMILIES[::4]:
         decoded = round_trip(x, fmt)
         assert (decoded.dtype, decoded.shape) == (x.dtype, x.shape)
         exact = round_trip(x, fmt, torch.float32)

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("formats", "policy", "graph", "cost", "rotation", "fingerprint", "process_groups"),
-    ("codec", "ops", "capture"),
-    ("collectives", "pipeline", "report"),
+    ("codec", "ops", "capture", "boundaries"),
+    ("collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     ("lowering", "surgery", "distributed", "analysis", "training"),
     ("backend", "diff", "api"),

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 2.0
 """How long the other ranks may take to fail after the first one did."""
 
 
@@ -183,12 +183,16 @@ def _serve(connection: Connection, index: int) -> None:
             if "torch._dynamo" in sys.modules:
                 torch._dynamo.reset()
         except BaseException:
-            failure = traceback.format_exc()
+            failure = _both_ends(traceback.format_exc())
         try:
             answer = pickle.dumps((result, failure))
         except Exception:
             answer = pickle.dumps((None, traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _both_ends(text: str) -> str:
+    return text if len(text) < 9000 else f"{text[:3000]}\n...\n{text[-6000:]}"
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
