@@ -295,7 +295,11 @@ def main() -> int:
     device = torch.device("cuda", local) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
+    # Each rank computes the gradients of the replicated parameters by itself. Compiled code adds the
+    # embedding's in whatever order its threads come, and the ranks would drift apart.
+    torch.use_deterministic_algorithms(True)
     try:
         results = [train(bits, settings, device) for bits in args.bits]
         if dist.get_rank() == 0:
@@ -308,6 +312,7 @@ def main() -> int:
 def write(results: list[Result], out: Path) -> None:
     """Print the table; leave the numbers and the picture in ``out``."""
     print(table(results))
+    print("step times have no slow link in them; benchmarks/slow_link.py measures those")
     print("checked: losses and replicated parameters are bit-identical on all ranks, in every run")
     out.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(result), "torch": torch.__version__} for result in results]

@@ -23,7 +23,7 @@ def wire_pipeline(
     *,
     merge: bool = True,
 ) -> tuple[GraphPass, ...]:
-    """The passes on a forward or backward graph, in order: merge first, then quantize what is left."""
+    """The passes on a forward or backward graph, in order: merge, then quantize what is left."""
     quantize = QuantizeCollectives(policy, direction, parameters, decompositions or {})
     return (MergeCollectives(direction), quantize) if merge else (quantize,)
 

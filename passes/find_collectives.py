@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives  # noqa: F401  # defines _c10d_functional
+import torch.distributed._functional_collectives  # defines _c10d_functional
 from torch import fx
 
 from rfcompile.errors import ProcessGroupError
@@ -30,7 +30,7 @@ class Collective:
     """One collective of a graph.
 
     Args:
-        node: the call; wait: the single wait_tensor that reads it, None where there is not just one.
+        node: the call; wait: the wait_tensor that reads it, None unless that is its only reader.
         kind: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, or the operator's own
             name where it is none of these.
         input: the tensor that is sent (a fake tensor).
@@ -64,8 +64,8 @@ def _is_collective(node: fx.Node) -> bool:
 def _describe(node: fx.Node) -> Collective:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    arguments = {arg.name: value for arg, value in zip(target._schema.arguments, node.args)}
-    arguments |= node.kwargs
+    names = [argument.name for argument in target._schema.arguments]
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     sent = next(iter(arguments.values()))
     while isinstance(sent, (list, tuple)):  # coalesced: the first tensor stands for all
         sent = sent[0]

@@ -100,7 +100,7 @@ def _find_pair(gm: fx.GraphModule) -> tuple[_Term, _Term] | None:
     return None
 
 
-def _terms(add: fx.Node, by_wait: dict[fx.Node | None, Collective]) -> list[_Term]:
+def _terms(add: fx.Node, by_wait: dict[fx.Node, Collective]) -> list[_Term]:
     """The reduced tensors that the sum ending in ``add`` adds up."""
     if add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
         return []

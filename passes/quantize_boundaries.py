@@ -63,9 +63,7 @@ class QuantizeBoundaries:
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
-    def _site(
-        self, node: fx.Node, block: str, value: torch.Tensor
-    ) -> tuple[Site, tuple[str, str]]:
+    def _site(self, node: fx.Node, block: str, value: torch.Tensor) -> tuple[Site, tuple[str, str]]:
         numel = value.numel()
         size = numel * value.element_size() if isinstance(numel, int) else None
         forward, reason = self.policy.format_for("activations", block, size or 2**62)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rfcompile import collectives, ops
+from rfcompile import ops, wire
 from rfcompile.codec import DTYPES
+from rfcompile.collectives import REDUCTIONS
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text, module_of, source_of
@@ -84,6 +85,7 @@ class QuantizeCollectives:
             if not reason:
                 fmt, reason = self.policy.format_for(kind, module, known_size or 2**62)
                 eligible = fmt is not None or "min_bytes" in reason
+            before = _sent(collective, known_size)
             site = Site(
                 collective=collective.kind,
                 direction=self.direction,
@@ -97,8 +99,8 @@ class QuantizeCollectives:
                 format=fmt.spec if fmt else None,
                 reason=reason,
                 eligible=eligible,
-                bytes_before=_sent(collective, known_size),
-                bytes_after=_sent_quantized(collective, fmt) if fmt else _sent(collective, known_size),
+                bytes_before=before,
+                bytes_after=_sent_quantized(collective, fmt) if fmt else before,
             )
             sites.append(site)
             if fmt is not None:
@@ -125,7 +127,7 @@ def _why_not(c: Collective) -> str:
         return f"{dtype_text(c.input.dtype)} data is not quantized"
     if c.node.target not in KNOWN:
         return f"{c.kind} is not rewritten in this version"
-    if c.op and c.op not in collectives.REDUCTIONS:
+    if c.op and c.op not in REDUCTIONS:
         return f"the reduction {c.op!r} of rounded values is not the rounded reduction"
     if c.world == 0:
         return f"process group {c.group!r} is not known in this process"
@@ -133,11 +135,15 @@ def _why_not(c: Collective) -> str:
         return "one rank: nothing is sent"
     if c.wait is None:
         return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
-    if c.kind == "all_to_all" and not all(isinstance(n, int) for n in (*c.node.args[1], *c.node.args[2])):  # type: ignore[misc]
+    if c.kind == "all_to_all" and _has_symbols(c.node.args[1:3]):
         return "its split sizes are not known while compiling"
     if isinstance(c.input.numel(), int) and c.input.numel() == 0:
         return "empty tensor"
     return ""
+
+
+def _has_symbols(splits: Any) -> bool:
+    return not all(isinstance(size, int) for sizes in splits for size in sizes)
 
 
 _CODED = frozenset({ops.quantize, ops.requantize, ops.require_finite})
@@ -155,7 +161,7 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        segments = collectives.default_segments(c.input, fmt)
+        segments = wire.default_segments(c.input, fmt)
         unit = c.world * segments * fmt.group_elements(8)
         payload = fmt.payload_bytes(-(-n // unit) * unit, c.world * segments)
         sent = sent_bytes("all_to_all", payload, c.world)
@@ -169,31 +175,46 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
 
 
 def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tensor], Tensor]:
-    args = c.node.args
+    args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = collectives.default_segments(c.input, fmt)
+        segments = wire.default_segments(c.input, fmt)
         return partial(
-            collectives.all_reduce_wire, fmt=fmt.spec, op=c.op, world=c.world, group=c.group,
-            segments=segments, site=site,
+            wire.all_reduce_wire,
+            fmt=fmt.spec,
+            op=c.op,
+            world=c.world,
+            group=c.group,
+            segments=segments,
+            site=site,
         )
     if c.kind == "reduce_scatter":
         return partial(
-            collectives.reduce_scatter_wire, fmt=fmt.spec, op=c.op, world=c.world, group=c.group,
+            wire.reduce_scatter_wire,
+            fmt=fmt.spec,
+            op=c.op,
+            world=c.world,
+            group=c.group,
             site=site,
         )
     if c.kind == "all_gather":
-        return partial(
-            collectives.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site
-        )
+        return partial(wire.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site)
     if c.kind == "broadcast":
         return partial(
-            collectives.broadcast_wire, fmt=fmt.spec, src=args[1], world=c.world, group=c.group,
+            wire.broadcast_wire,
+            fmt=fmt.spec,
+            src=args[1],
+            world=c.world,
+            group=c.group,
             site=site,
         )
     return partial(
-        collectives.all_to_all_wire, fmt=fmt.spec, output_splits=args[1], input_splits=args[2],
-        group=c.group, site=site,
+        wire.all_to_all_wire,
+        fmt=fmt.spec,
+        output_splits=args[1],
+        input_splits=args[2],
+        group=c.group,
+        site=site,
     )
 
 
@@ -213,15 +234,15 @@ def _replace(
             tracing_mode="symbolic" if fake_mode.shape_env is not None else "fake",
         )(c.input)
     assert c.wait is not None
-    copies: dict[fx.Node, object] = {}
+    copies: dict[fx.Node, Any] = {}
     with graph.inserting_before(c.wait):
         for node in body.graph.nodes:
             if node.op == "placeholder":
                 copies[node] = c.node.args[0]
             elif node.op == "output":
-                c.wait.replace_all_uses_with(copies[node.args[0]])  # type: ignore[arg-type]
+                c.wait.replace_all_uses_with(copies[node.args[0]])
             else:
-                copy = graph.node_copy(node, lambda n: copies[n])  # type: ignore[return-value]
+                copy = graph.node_copy(node, copies.__getitem__)
                 origin = {k: v for k, v in c.node.meta.items() if k not in node.meta or k != "val"}
                 copy.meta = {**origin, "val": node.meta.get("val")}
                 copies[node] = copy

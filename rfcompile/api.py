@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from rfcompile import codec, collectives, journal, ops
+from rfcompile import codec, journal, ops
 from rfcompile.analysis import excess_kurtosis, sqnr_db
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import capture, inputs_of
@@ -49,8 +49,7 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
     payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
     if format.nonfinite == "raise":
         payload = ops.require_finite(payload, ops.nonfinite_flag(x), "quantize")
-    result: Tensor = payload.reshape(-1)
-    return result
+    return payload.reshape(-1)
 
 
 def dequantize(
@@ -69,7 +68,7 @@ def dequantize(
     numel = math.prod(shape)
     codec.check_payload(payload, format, numel, 1)
     ops.check_codec_output(dtype)
-    values: Tensor = ops.dequantize(payload.reshape(1, -1), format.spec, dtype)
+    values = ops.dequantize(payload.reshape(1, -1), format.spec, dtype)
     return values.narrow(1, 0, numel).reshape(tuple(shape))
 
 
@@ -223,7 +222,8 @@ def _explain_compiled(
 ) -> Report:
     earlier = len(journal.reports())
     torch._dynamo.reset()  # a graph that is compiled already would not be reported again
-    compiled = torch.compile(model, backend="rfquant", options={"policy": policy}, dynamic=False)
+    options: dict[str, Any] = {"policy": policy}
+    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
     _forward_backward(compiled, args, kwargs)
     return merge_reports(journal.reports()[earlier:])
 
@@ -293,8 +293,10 @@ def diff(
                 "a report is compared with itself and must hold graphs: pass one report of a "
                 "compiled model, such as rfcompile.reports()[-1]."
             )
-        sides = ("\n\n".join(g.before for g in before.graphs), "\n\n".join(g.after for g in before.graphs))
-        return diff_graphs(*sides)
+        return diff_graphs(
+            "\n\n".join(graph.before for graph in before.graphs),
+            "\n\n".join(graph.after for graph in before.graphs),
+        )
     if after is None:
         raise CaptureError("diff needs two graphs: diff(before, after), or one report.")
     return diff_graphs(_graph(before, example_inputs), _graph(after, example_inputs))

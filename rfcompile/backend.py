@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
@@ -66,7 +65,7 @@ class Settings:
         given = left.pop("inductor", {})
         if not isinstance(given, Mapping):
             raise PolicyError("inductor", given, "use {Inductor option: value}.")
-        flags = {name: left.pop(name, default) for name, default in (("strict", False), ("merge", True))}
+        flags = {"strict": left.pop("strict", False), "merge": left.pop("merge", True)}
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise PolicyError(name, value, "use True or False.")
@@ -104,7 +103,7 @@ def rfquant(
         settings = Settings.of(options, mode)
         entry = new_entry(settings.policy.describe())
         with functorch_config.patch(enable_autograd_cache=False):
-            compiled: Callable[..., Any] = compile_fx(
+            compiled = compile_fx(
                 gm,
                 list(example_inputs),
                 inner_compile=_Inner(settings, entry),
@@ -114,6 +113,7 @@ def rfquant(
         # Raised here it would reach the user as BackendCompilerFailed; raised by the compiled
         # function it keeps its type.
         return _failing(error)
+    assert callable(compiled)
     return compiled
 
 

@@ -83,5 +83,6 @@ def _blocks(module: nn.Module, path: str = "") -> Iterable[tuple[str, nn.Module]
 
 
 def _is_leaf_class(cls: type[nn.Module]) -> bool:
-    """Plain layers of torch.nn (Linear, ReLU, ...) in a row are not blocks; its transformers are."""
-    return cls.__module__.startswith("torch.nn.modules") and not cls.__name__.startswith("Transformer")
+    """Plain layers of torch.nn (Linear, ...) in a row are not blocks; its transformers are."""
+    is_torch = cls.__module__.startswith("torch.nn.modules")
+    return is_torch and not cls.__name__.startswith("Transformer")

@@ -34,10 +34,11 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs:
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, (tuple, list)):
-        items = tuple(example_inputs)
-        if len(items) == 2 and isinstance(items[0], (tuple, list)) and isinstance(items[1], Mapping):
-            return tuple(items[0]), dict(items[1])
-        return items, {}
+        match tuple(example_inputs):
+            case (tuple() | list() as args, Mapping() as kwargs):
+                return tuple(args), dict(kwargs)
+            case items:
+                return items, {}
     raise CaptureError(
         f"example_inputs is a {type(example_inputs).__name__}: pass a tuple of arguments, an "
         "(args, kwargs) pair, or a dict of keyword arguments."
@@ -54,9 +55,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         return model
     args, kwargs = inputs_of(model, example_inputs)
     try:
-        return torch.export.export(model, args, kwargs, strict=False).graph_module
+        graph: fx.GraphModule = torch.export.export(model, args, kwargs, strict=False).graph_module
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {error}. Compile it with "
             'torch.compile(model, backend="rfquant") instead, which may split the graph.'
         ) from error
+    return graph

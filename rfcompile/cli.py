@@ -69,16 +69,16 @@ def _parser() -> argparse.ArgumentParser:
             default="4",
             help='bits, or a format such as "4b:g64:h32" (default: 4)',
         )
-        command.add_argument("--min-bytes", type=int, default=0, help="smaller collectives stay exact")
+        command.add_argument("--min-bytes", type=int, default=0, help="smaller ones stay exact")
         command.add_argument(
             "--world-size",
             type=int,
             default=1,
-            help="simulate this many ranks (no data is sent) while FACTORY and the model run, for a "
-            "model with collectives",
+            help="for a model with collectives: simulate this many ranks while FACTORY and the "
+            "model run; nothing is sent",
         )
         command.add_argument(
-            "--boundaries", default="auto", help='"auto", "branches" or module paths, comma-separated'
+            "--boundaries", default="auto", help='"auto", "branches", or module paths with commas'
         )
         command.add_argument("--json", action="store_true", help="print JSON")
     diff.add_argument("--html", type=Path, metavar="FILE", help="also write a page to FILE")

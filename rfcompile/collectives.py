@@ -1,11 +1,7 @@
-"""Quantized collectives as plain tensor functions, and as differentiable operators around them.
+"""Quantized collectives as differentiable functions; the gradient's collective is quantized too.
 
-The ``*_wire`` functions are what travels: codec operators and functional collectives only. The
-``quantize_collectives`` pass traces them into graphs; the operators ``rfcompile::all_reduce`` and so on
-run them eagerly and give them a gradient, which is quantized too.
-
-Every rank decodes the same bytes: the owner of a shard sends itself its payload through the
-collective and decodes that, never the values it still holds.
+``wire.py`` says what travels; here that becomes operators (``rfcompile::all_reduce`` and so on)
+with fake kernels and gradients, and the public functions around them.
 """
 
 from __future__ import annotations
@@ -14,169 +10,36 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch._ops import OpOverload
 
 from rfcompile import ops
 from rfcompile.errors import PolicyError, ShapeError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.process_groups import agree, resolve
+from rfcompile.process_groups import agree, constant_while_compiling, resolve
+from rfcompile.wire import (
+    all_gather_wire,
+    all_reduce_wire,
+    all_to_all_wire,
+    broadcast_wire,
+    default_segments,
+    reduce_scatter_wire,
+)
 
-c10d = torch.ops._c10d_functional
 REDUCTIONS = ("sum", "avg")
-SEGMENT_BYTES = 2**18
-"""A large all-reduce is cut into up to 8 segments of at least this payload, so that coding overlaps
-sending.
-
-Measured with benchmarks/slow_link.py: 4 to 8 segments of a 16 MB tensor are best at 4 bits.
-"""
-
-
-# ---- what travels --------------------------------------------------------------------------
-
-
-def all_reduce_wire(
-    x: Tensor, fmt: str, op: str, world: int, group: str, segments: int = 1, site: str = "all_reduce"
-) -> Tensor:
-    """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
-
-    ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
-    """
-    format = QuantFormat.parse(fmt)
-    n = x.numel()
-    unit = world * segments * format.group_elements(8)
-    flat = _padded(x.reshape(-1), (n + unit - 1) // unit * unit - n)
-    rows_SWM = flat.reshape(segments, world, -1)
-    flags = _nonfinite_flags(x, format, world, group)
-    sent = []
-    for s in range(segments):
-        payload = _checked(ops.quantize(rows_SWM.select(0, s), fmt), flags, site)
-        sent.append(_exchange(payload, world, group))
-    gathered = []
-    for s in range(segments):
-        total = ops.requantize(c10d.wait_tensor(sent[s]), fmt, op == "avg")
-        gathered.append(c10d.all_gather_into_tensor(total, world, group))
-    # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
-    decoded = x.dtype if x.dtype != torch.float16 else torch.float32
-    parts = [ops.dequantize(c10d.wait_tensor(g), fmt, decoded).reshape(-1) for g in gathered]
-    result = parts[0] if segments == 1 else torch.cat(parts)
-    return result.to(x.dtype).narrow(0, 0, n).reshape(x.shape)
-
-
-def reduce_scatter_wire(
-    x: Tensor, fmt: str, op: str, world: int, group: str, site: str = "reduce_scatter"
-) -> Tensor:
-    """Reduce along dim 0: quantize, all_to_all, dequantize the sum. ``[W * d, ...]`` to ``[d, ...]``."""
-    shape = (x.shape[0] // world, *x.shape[1:])
-    m = x.numel() // world
-    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
-    received = c10d.wait_tensor(_exchange(payload, world, group))
-    return ops.dequantize_sum(received, fmt, x.dtype, op == "avg").narrow(0, 0, m).reshape(shape)
-
-
-def all_gather_wire(x: Tensor, fmt: str, world: int, group: str, site: str = "all_gather") -> Tensor:
-    """Gather along dim 0: quantize, all_gather, dequantize. ``[d, ...]`` to ``[W * d, ...]``."""
-    shape = (world * x.shape[0], *x.shape[1:]) if x.dim() else (world,)
-    m = x.numel()
-    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
-    gathered = c10d.wait_tensor(c10d.all_gather_into_tensor(payload, world, group))
-    return ops.dequantize(gathered, fmt, x.dtype).narrow(1, 0, m).reshape(shape)
-
-
-def all_to_all_wire(
-    x: Tensor,
-    fmt: str,
-    output_splits: Sequence[int],
-    input_splits: Sequence[int],
-    group: str,
-    site: str = "all_to_all",
-) -> Tensor:
-    """Exchange along dim 0, ``input_splits[r]`` rows to rank r: quantize, all_to_all, dequantize."""
-    world = len(input_splits)
-    format = QuantFormat.parse(fmt)
-    inner = x.shape[1:].numel()
-    flags = _nonfinite_flags(x, format, world, group)
-    if _all_equal((*input_splits, *output_splits)):
-        m = input_splits[0] * inner
-        payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
-        received = c10d.wait_tensor(_exchange(payload, world, group))
-        values = ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m)
-        return values.reshape((sum(output_splits), *x.shape[1:]))
-    sent = [format.row_bytes(rows * inner) for rows in input_splits]
-    got = [format.row_bytes(rows * inner) for rows in output_splits]
-    pieces = [
-        ops.quantize(part.reshape(1, -1) if part.numel() else part.reshape(1, 0), fmt).reshape(-1)
-        for part in x.split(list(input_splits))
-    ]
-    payload = _checked(torch.cat(pieces), flags, site)
-    received = c10d.wait_tensor(c10d.all_to_all_single(payload, got, sent, group))
-    parts = []
-    for piece, rows in zip(received.split(got), output_splits, strict=True):
-        decoded = ops.dequantize(piece.reshape(1, -1) if piece.numel() else piece.reshape(1, 0), fmt, x.dtype)
-        parts.append(decoded.narrow(1, 0, rows * inner).reshape((rows, *x.shape[1:])))
-    return torch.cat(parts)
-
-
-def broadcast_wire(
-    x: Tensor, fmt: str, src: int, world: int, group: str, site: str = "broadcast"
-) -> Tensor:
-    """Send rank ``src``'s values (``src`` counts within the group); it decodes its own payload too."""
-    m = x.numel()
-    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
-    received = c10d.wait_tensor(c10d.broadcast(payload, src, group))
-    return ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m).reshape(x.shape)
-
-
-def default_segments(x: Tensor, fmt: QuantFormat) -> int:
-    """How many pipelined segments an all-reduce of ``x`` uses unless told: a power of two up to 8."""
-    size = x.numel()
-    if not isinstance(size, int):
-        return 1
-    segments = 1
-    while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:
-        segments *= 2
-    return segments
-
-
-def _exchange(payload_WB: Tensor, world: int, group: str) -> Tensor:
-    return c10d.all_to_all_single(payload_WB, [1] * world, [1] * world, group)
-
-
-def _padded(flat: Tensor, padding: int) -> Tensor:
-    return flat if statically_known_true(padding == 0) else F.pad(flat, (0, padding))
-
-
-def _all_equal(splits: Sequence[int]) -> bool:
-    return all(statically_known_true(split == splits[0]) for split in splits)
-
-
-def _nonfinite_flags(x: Tensor, fmt: QuantFormat, world: int, group: str) -> Tensor | None:
-    """With nonfinite="raise": one byte a rank, 1 where that rank's ``x`` holds NaN or Inf."""
-    if fmt.nonfinite != "raise":
-        return None
-    return c10d.wait_tensor(c10d.all_gather_into_tensor(ops.nonfinite_flag(x), world, group))
-
-
-def _checked(payload: Tensor, flags: Tensor | None, site: str) -> Tensor:
-    return payload if flags is None else ops.require_finite(payload, flags, site)
-
 
 # ---- operators with a gradient ---------------------------------------------------------------
 
 
 def define_operator(
     schema: str, wire: Callable[..., Tensor], fake: Callable[..., Tensor]
-) -> Any:
+) -> OpOverload[..., Tensor]:
     """An operator that runs ``wire`` eagerly, and that compilers may replace by it."""
     name = schema.split("(")[0]
     ops.LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     ops.LIBRARY.impl(name, wire, "CompositeExplicitAutograd")
     ops.LIBRARY.impl(name, fake, "Meta")
-    overload = getattr(torch.ops.rfcompile, name).default
+    overload: OpOverload[..., Tensor] = getattr(torch.ops.rfcompile, name).default
     DECOMPOSITIONS[overload] = wire
     return overload
 
@@ -255,9 +118,7 @@ for _op, _backward in (
     (_all_to_all, _all_to_all_backward),
     (_broadcast, _broadcast_backward),
 ):
-    torch.library.register_autograd(
-        _op, _backward, setup_context=_save_arguments, lib=ops.LIBRARY
-    )
+    torch.library.register_autograd(_op, _backward, setup_context=_save_arguments, lib=ops.LIBRARY)
 
 
 # ---- the public functions ----------------------------------------------------------------------
@@ -266,7 +127,7 @@ BEFORE_COMPILING: list[Callable[[], object]] = []
 """Called when Dynamo traces one of the functions below: the package loads its lowerings here."""
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def before_compiling() -> bool:
     """Run the hooks, for real, while Dynamo traces a caller."""
     for hook in BEFORE_COMPILING:
@@ -277,7 +138,7 @@ def before_compiling() -> bool:
 Formatish = QuantFormat | str | int
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 def _spec_of(fmt: Formatish) -> str:
     format = as_format(fmt)
     assert format is not None
@@ -327,12 +188,11 @@ def all_reduce(
         return x.clone()
     if segments is None:
         segments = default_segments(x, QuantFormat.parse(spec))
-    out: Tensor = _all_reduce(x, spec, op, world, name, segments)
-    return out
+    return _all_reduce(x, spec, op, world, name, segments)
 
 
 def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: str = "sum") -> Tensor:
-    """Sum (or average) over ranks, rank r keeping the r-th slice of dim 0: ``[W d, ..] -> [d, ..]``.
+    """Sum (or average) over ranks; rank r keeps slice r of dim 0: ``[W d, ..] -> [d, ..]``.
 
     Arguments, error and exceptions as :func:`all_reduce` (one rounding: ``e * sum a_r``), and
     ShapeError when dim 0 does not divide by the world size.
@@ -341,14 +201,15 @@ def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: str = "s
     spec, _, world, name = _prepare(x, fmt, group, "reduce_scatter")
     if x.dim() == 0 or x.shape[0] % world:
         raise ShapeError(
-            "the input of reduce_scatter", x.shape, f"dim 0 must divide by the {world} ranks; pad it."
+            "the input of reduce_scatter",
+            x.shape,
+            f"dim 0 must divide by the {world} ranks; pad it.",
         )
     if world == 1:
         return x.clone()
     if x.numel() == 0:
         return x.narrow(0, 0, x.shape[0] // world).clone()
-    out: Tensor = _reduce_scatter(x, spec, op, world, name)
-    return out
+    return _reduce_scatter(x, spec, op, world, name)
 
 
 def all_gather(x: Tensor, fmt: Formatish, group: Any = None) -> Tensor:
@@ -363,8 +224,7 @@ def all_gather(x: Tensor, fmt: Formatish, group: Any = None) -> Tensor:
         return x.clone()
     if x.numel() == 0:
         return x.new_empty((world * x.shape[0], *x.shape[1:]))
-    out: Tensor = _all_gather(x, spec, world, name)
-    return out
+    return _all_gather(x, spec, world, name)
 
 
 def all_to_all(
@@ -386,21 +246,22 @@ def all_to_all(
     if input_splits is None or output_splits is None:
         if x.dim() == 0 or rows % world:
             raise ShapeError(
-                "the input of all_to_all", x.shape,
+                "the input of all_to_all",
+                x.shape,
                 f"dim 0 must divide by the {world} ranks; or give input_splits and output_splits.",
             )
         input_splits = input_splits or [rows // world] * world
         output_splits = output_splits or [rows // world] * world
     if len(input_splits) != world or len(output_splits) != world or sum(input_splits) != rows:
         raise ShapeError(
-            "the input of all_to_all", x.shape,
+            "the input of all_to_all",
+            x.shape,
             f"input_splits={list(input_splits)} must hold one number for each of the {world} ranks "
             f"and add up to dim 0; output_splits={list(output_splits)} likewise one a rank.",
         )
     if world == 1:
         return x.clone()
-    out: Tensor = _all_to_all(x, spec, list(output_splits), list(input_splits), name)
-    return out
+    return _all_to_all(x, spec, list(output_splits), list(input_splits), name)
 
 
 def broadcast(x: Tensor, fmt: Formatish, src: int = 0, group: Any = None) -> Tensor:
@@ -411,5 +272,4 @@ def broadcast(x: Tensor, fmt: Formatish, src: int = 0, group: Any = None) -> Ten
     spec, _, world, name = _prepare(x, fmt, group, "broadcast")
     if world == 1 or x.numel() == 0:
         return x.clone()
-    out: Tensor = _broadcast(x, spec, src, world, name)
-    return out
+    return _broadcast(x, spec, src, world, name)

@@ -57,9 +57,7 @@ class PayloadError(RFCompileError, ValueError):
     """A payload's length or type is not what the format and shape ask for."""
 
     def __init__(self, got: object, expected: object, format: str, rule: str) -> None:
-        super().__init__(
-            f"the payload is {got}, but format {format!r} needs {expected}: {rule}"
-        )
+        super().__init__(f"the payload is {got}, but format {format!r} needs {expected}: {rule}")
         self.got, self.expected, self.format, self.rule = got, expected, format, rule
 
 
@@ -89,8 +87,10 @@ class NonFiniteError(RFCompileError, ArithmeticError):
     """A tensor at a site with ``nonfinite="raise"`` holds NaN or Inf."""
 
     def __init__(self, site: str, ranks: Sequence[int] | None = None) -> None:
-        where = "" if ranks is None else f" on rank{'s' if len(ranks) > 1 else ''} " + ", ".join(
-            map(str, ranks)
+        where = (
+            ""
+            if ranks is None
+            else f" on rank{'s' if len(ranks) > 1 else ''} " + ", ".join(map(str, ranks))
         )
         super().__init__(
             f"NaN or Inf in the input of {site}{where}. The format says nonfinite='raise'; "
@@ -106,8 +106,8 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
         listing = "; ".join(f"{where}: {why}" for where, why in sites)
         super().__init__(
             f"strict=True, but {len(sites)} eligible site{'s' if len(sites) > 1 else ''} would "
-            f"stay exact ({listing}). Lower min_bytes, or name them in sites={{pattern: None}} to accept it, or "
-            "drop strict."
+            f"stay exact ({listing}). Lower min_bytes, name them in sites={{pattern: None}} to "
+            "accept it, or drop strict."
         )
         self.sites = tuple(sites)
 

@@ -1,8 +1,8 @@
 """The fake wire: what a quantized transfer does to a tensor, on one machine and without sending.
 
-``rfcompile::fake_wire(x, forward, backward)`` quantizes and dequantizes ``x`` in the format of the text
-``forward``; the gradient passes straight through, itself quantized in the format ``backward`` (""
-leaves a direction exact).
+``rfcompile::fake_wire(x, forward, backward)`` quantizes and dequantizes ``x`` in the format of the
+text ``forward``; the gradient passes straight through, itself quantized in the format ``backward``
+("" leaves a direction exact).
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ class FakeWire:
             _WATCHERS[-1].append(Crossing(self.module, x.detach(), self))
         if x.numel() * x.element_size() < self.min_bytes:
             return x
-        out: Tensor = fake_wire(x, self.forward, self.backward)
-        return out
+        return fake_wire(x, self.forward, self.backward)
 
     def __repr__(self) -> str:
         return (

@@ -23,7 +23,7 @@ SCALE_BYTES = 2
 """A scale is one bfloat16."""
 
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Code bits are stored in planes whose width divides 8, low bits first: no code straddles a byte."""
+"""Codes are stored in planes whose width divides 8, low bits first: none straddles a byte."""
 
 _GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
 """Step of the best uniform quantizer of N(0, 1) with ``2**bits`` levels (Max 1960, Table II)."""
@@ -85,12 +85,14 @@ class QuantFormat:
         group = self.group_size
         if group is not None and not _is_power_of_two(group, 16, 1024):
             raise FormatError(
-                "group_size", group,
+                "group_size",
+                group,
                 "use a power of two from 16 to 1024, or None for one scale a tensor.",
             )
         if self.rotate is not None and not _is_power_of_two(self.rotate, 2, group or 1024):
             raise FormatError(
-                "rotate", self.rotate,
+                "rotate",
+                self.rotate,
                 f"use a power of two from 2 to {group or 1024} (it must divide the group), "
                 "or None for no rotation.",
             )
@@ -156,7 +158,7 @@ class QuantFormat:
         return max(8 // self.planes[-1], min(self.rotate or 1, 8))
 
     def group_elements(self, row_numel: int) -> int:
-        """Elements in a group when a payload row codes ``row_numel`` elements (symbolic is fine)."""
+        """Elements in a group of a payload row of ``row_numel`` elements (symbolic is fine)."""
         if self.group_size is not None:
             return self.group_size
         unit = max(8, self.rotate or 1)
@@ -251,7 +253,8 @@ def as_format(value: object, **changes: object) -> QuantFormat | None:
         return as_format(QuantFormat.parse(value), **changes)
     if isinstance(value, int):
         return QuantFormat(value, **changes)  # type: ignore[arg-type]
-    raise FormatError("format", value, "give a QuantFormat, bits, a text such as '4b:g128', or None.")
+    rule = "give a QuantFormat, bits, a text such as '4b:g128', or None."
+    raise FormatError("format", value, rule)
 
 
 FORMAT_FIELDS = tuple(f.name for f in fields(QuantFormat))
@@ -259,7 +262,7 @@ FORMAT_FIELDS = tuple(f.name for f in fields(QuantFormat))
 
 @lru_cache(maxsize=64)
 def expected_peak(n: int) -> float:
-    """``E[max|z|]`` of ``n`` independent N(0, 1) values: the integral of ``1 - (2 Phi(t) - 1)^n``."""
+    """``E[max|z|]`` of ``n`` independent N(0, 1) values: integral of ``1 - (2 Phi(t) - 1)^n``."""
     t = np.linspace(0.0, 9.0, 9001)
     below = np.array([math.erf(v / math.sqrt(2)) for v in t])
     return float(np.trapezoid(1 - below**n, t))

@@ -1,8 +1,8 @@
 """The codec as torch operators, so that graphs show ``rfcompile.quantize`` as one node.
 
 Every operator has an eager kernel (``codec.py`` itself), a fake kernel that works on symbolic
-sizes, and, once ``lowering.py`` is loaded, an Inductor lowering of the same formula. A format travels
-as its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache keys honest.
+sizes, and, once ``lowering.py`` is loaded, an Inductor lowering of the same formula. A format goes
+by its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache keys honest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from rfcompile import codec
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
@@ -21,12 +22,15 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY = torch.library.Library("rfcompile", "FRAGMENT")
 
 
-def _define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _define(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
+) -> OpOverload[..., Tensor]:
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=_TAGS)
     LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     LIBRARY.impl(name, fake, "Meta")
-    return getattr(torch.ops.rfcompile, name).default
+    overload: OpOverload[..., Tensor] = getattr(torch.ops.rfcompile, name).default
+    return overload
 
 
 # ---- checks (run by eager and fake kernels, so that compiling fails as early as running) -------

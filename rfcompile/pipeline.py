@@ -93,9 +93,7 @@ def run(gm: fx.GraphModule, passes: Iterable[GraphPass]) -> Record:
     return Record(gm, tuple(steps))
 
 
-def _run_one(
-    graph_pass: GraphPass, gm: fx.GraphModule, before: str
-) -> tuple[fx.GraphModule, Step]:
+def _run_one(graph_pass: GraphPass, gm: fx.GraphModule, before: str) -> tuple[fx.GraphModule, Step]:
     start = time.perf_counter()
     result = graph_pass(gm)
     result.gm.graph.lint()

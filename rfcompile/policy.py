@@ -97,9 +97,11 @@ class Policy:
         """One line that two policies share only if they put the same bytes on the wire."""
         formats = {kind: str(getattr(self, kind) or "exact") for kind in KINDS}
         same = len(set(formats.values())) == 1
-        parts = [f"all={self.activations or 'exact'}"] if same else [
-            f"{kind}={fmt}" for kind, fmt in formats.items()
-        ]
+        parts = (
+            [f"all={self.activations or 'exact'}"]
+            if same
+            else [f"{kind}={fmt}" for kind, fmt in formats.items()]
+        )
         parts.append(f"min_bytes={self.min_bytes}")
         parts += [f"sites[{pattern!r}]={fmt or 'exact'}" for pattern, fmt in self.sites.items()]
         return " ".join(parts)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rfcompile.errors import ProcessGroupError, RankMismatchError
 from rfcompile.fingerprint import package_version, source_digest
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +42,7 @@ def resolve(group: Any) -> Any:
         return group
     name = name_of(group)
     try:
-        return torch._C._distributed_c10d._resolve_process_group(name)
+        return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError as error:
         raise ProcessGroupError(
             f"process group {name!r} does not exist in this process: pass a ProcessGroup, or the "
@@ -52,7 +55,13 @@ def name_of(group: Any) -> str:
     return group if isinstance(group, str) else str(group.group_name)
 
 
-@torch.compiler.assume_constant_result
+def constant_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
+    """Under torch.compile the function runs for real, once, while its caller is traced."""
+    marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
+    return marked
+
+
+@constant_while_compiling
 def agree(group: str, plan: str) -> bool:
     """Check once per group and plan that every rank has the same plan; True, or an error on all.
 

@@ -160,8 +160,11 @@ class Report:
 
     def require_all(self) -> None:
         """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""
-        left = [(f"{s.direction} {s.collective} at {s.place}", s.reason)
-                for s in self.skipped if s.eligible]
+        left = [
+            (f"{s.direction} {s.collective} at {s.place}", s.reason)
+            for s in self.skipped
+            if s.eligible
+        ]
         if left:
             raise UnquantizedSiteError(left)
 

@@ -6,8 +6,8 @@ order, so every device computes the same bits. The orthogonal rotation is ``H D 
 group's scale absorbs the difference. Dividing by all of ``n`` before the sums keeps
 ``|y| <= max|x|``, so that no input overflows.
 
-A block is the elements of a group that lie ``E / n`` apart (``E`` elements a group). A block of more
-than 8 elements is an array with the axes :func:`axes_of`, first axis slowest, and each axis is
+A block is the elements of a group that lie ``E / n`` apart (``E`` elements a group). A block of
+more than 8 elements is an array with the axes :func:`axes_of`, first axis slowest, and each axis is
 rotated by itself: ``H`` is then the Kronecker product of the axes' matrices, ``D`` of their signs.
 
 Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456) for the use before low-bit coding; the
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from torch import Tensor
+
 
 @lru_cache(maxsize=256)
 def signs(n: int, seed: int) -> tuple[int, ...]:

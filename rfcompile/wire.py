@@ -1,0 +1,169 @@
+"""What travels: each collective as codec operators and functional collectives, nothing else.
+
+The ``quantize_collectives`` pass traces these functions into graphs; ``collectives.py`` runs them
+eagerly and gives them a gradient.
+
+Every rank decodes the same bytes: the owner of a shard sends itself its payload through the
+collective and decodes that, never the values it still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from rfcompile import ops
+from rfcompile.formats import QuantFormat
+
+c10d = torch.ops._c10d_functional
+_wait: Callable[..., Tensor] = c10d.wait_tensor
+_all_gather: Callable[..., Tensor] = c10d.all_gather_into_tensor
+_all_to_all: Callable[..., Tensor] = c10d.all_to_all_single
+
+SEGMENT_BYTES = 2**18
+"""A large all-reduce is cut into up to 8 segments of at least this payload, so that coding overlaps
+sending.
+
+Measured with benchmarks/slow_link.py: 4 to 8 segments of a 16 MB tensor are best at 4 bits.
+"""
+
+
+def all_reduce_wire(
+    x: Tensor,
+    fmt: str,
+    op: str,
+    world: int,
+    group: str,
+    segments: int = 1,
+    site: str = "all_reduce",
+) -> Tensor:
+    """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
+
+    ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
+    """
+    format = QuantFormat.parse(fmt)
+    n = x.numel()
+    unit = world * segments * format.group_elements(8)
+    flat = _padded(x.reshape(-1), (n + unit - 1) // unit * unit - n)
+    rows_SWM = flat.reshape(segments, world, -1)
+    flags = _nonfinite_flags(x, format, world, group)
+    sent = []
+    for s in range(segments):
+        payload = _checked(ops.quantize(rows_SWM.select(0, s), fmt), flags, site)
+        sent.append(_exchange(payload, world, group))
+    gathered = []
+    for s in range(segments):
+        total = ops.requantize(_wait(sent[s]), fmt, op == "avg")
+        gathered.append(_all_gather(total, world, group))
+    # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
+    decoded = x.dtype if x.dtype != torch.float16 else torch.float32
+    parts = [ops.dequantize(_wait(g), fmt, decoded).reshape(-1) for g in gathered]
+    result = parts[0] if segments == 1 else torch.cat(parts)
+    return result.to(x.dtype).narrow(0, 0, n).reshape(x.shape)
+
+
+def reduce_scatter_wire(
+    x: Tensor, fmt: str, op: str, world: int, group: str, site: str = "reduce_scatter"
+) -> Tensor:
+    """Reduce along dim 0, ``[W d, ..]`` to ``[d, ..]``: quantize, all_to_all, dequantize_sum."""
+    shape = (x.shape[0] // world, *x.shape[1:])
+    m = x.numel() // world
+    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
+    payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
+    received = _wait(_exchange(payload, world, group))
+    return ops.dequantize_sum(received, fmt, x.dtype, op == "avg").narrow(0, 0, m).reshape(shape)
+
+
+def all_gather_wire(
+    x: Tensor, fmt: str, world: int, group: str, site: str = "all_gather"
+) -> Tensor:
+    """Gather along dim 0: quantize, all_gather, dequantize. ``[d, ...]`` to ``[W * d, ...]``."""
+    shape = (world * x.shape[0], *x.shape[1:]) if x.dim() else (world,)
+    m = x.numel()
+    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
+    payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
+    gathered = _wait(_all_gather(payload, world, group))
+    return ops.dequantize(gathered, fmt, x.dtype).narrow(1, 0, m).reshape(shape)
+
+
+def all_to_all_wire(
+    x: Tensor,
+    fmt: str,
+    output_splits: Sequence[int],
+    input_splits: Sequence[int],
+    group: str,
+    site: str = "all_to_all",
+) -> Tensor:
+    """Send ``input_splits[r]`` rows of dim 0 to rank r: quantize, all_to_all, dequantize."""
+    world = len(input_splits)
+    format = QuantFormat.parse(fmt)
+    inner = x.shape[1:].numel()
+    flags = _nonfinite_flags(x, format, world, group)
+    if _all_equal((*input_splits, *output_splits)):
+        m = input_splits[0] * inner
+        payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
+        received = _wait(_exchange(payload, world, group))
+        values = ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m)
+        return values.reshape((sum(output_splits), *x.shape[1:]))
+    sent = [format.row_bytes(rows * inner) for rows in input_splits]
+    got = [format.row_bytes(rows * inner) for rows in output_splits]
+    pieces = [
+        ops.quantize(part.reshape(1, rows * inner), fmt).reshape(-1)
+        for part, rows in zip(x.split(list(input_splits)), input_splits, strict=True)
+    ]
+    payload = _checked(torch.cat(pieces), flags, site)
+    received = _wait(_all_to_all(payload, got, sent, group))
+    parts = []
+    for piece, size, rows in zip(received.split(got), got, output_splits, strict=True):
+        decoded = ops.dequantize(piece.reshape(1, size), fmt, x.dtype)
+        parts.append(decoded.narrow(1, 0, rows * inner).reshape((rows, *x.shape[1:])))
+    return torch.cat(parts)
+
+
+def broadcast_wire(
+    x: Tensor, fmt: str, src: int, world: int, group: str, site: str = "broadcast"
+) -> Tensor:
+    """Send rank ``src``'s values (``src`` counts in the group); it decodes its own payload too."""
+    m = x.numel()
+    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
+    payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
+    received = _wait(c10d.broadcast(payload, src, group))
+    return ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m).reshape(x.shape)
+
+
+def default_segments(x: Tensor, fmt: QuantFormat) -> int:
+    """How many pipelined segments an all-reduce of ``x`` uses unless told: 1, 2, 4 or 8."""
+    size = x.numel()
+    if not isinstance(size, int):
+        return 1
+    segments = 1
+    while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:
+        segments *= 2
+    return segments
+
+
+def _exchange(payload_WB: Tensor, world: int, group: str) -> Tensor:
+    return _all_to_all(payload_WB, [1] * world, [1] * world, group)
+
+
+def _padded(flat: Tensor, padding: int) -> Tensor:
+    return flat if statically_known_true(padding == 0) else F.pad(flat, (0, padding))
+
+
+def _all_equal(splits: Sequence[int]) -> bool:
+    return all(statically_known_true(split == splits[0]) for split in splits)
+
+
+def _nonfinite_flags(x: Tensor, fmt: QuantFormat, world: int, group: str) -> Tensor | None:
+    """With nonfinite="raise": one byte a rank, 1 where that rank's ``x`` holds NaN or Inf."""
+    if fmt.nonfinite != "raise":
+        return None
+    return _wait(_all_gather(ops.nonfinite_flag(x), world, group))
+
+
+def _checked(payload: Tensor, flags: Tensor | None, site: str) -> Tensor:
+    return payload if flags is None else ops.require_finite(payload, flags, site)
