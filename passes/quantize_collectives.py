@@ -121,7 +121,8 @@ class QuantizeCollectives:
 
 def _why_not(c: Collective) -> str:
     """Why a collective cannot be quantized, "" if it can."""
-    if c.input.dtype == torch.uint8 and c.node.args[0].target in _CODED:  # type: ignore[union-attr]
+    sent = c.node.args[0]
+    if isinstance(sent, fx.Node) and sent.target in _CODED:
         return "its input is quantized already"
     if c.input.dtype not in DTYPES:
         return f"{dtype_text(c.input.dtype)} data is not quantized"
@@ -146,7 +147,7 @@ def _has_symbols(splits: Any) -> bool:
     return not all(isinstance(size, int) for sizes in splits for size in sizes)
 
 
-_CODED = frozenset({ops.quantize, ops.requantize, ops.require_finite})
+_CODED: frozenset[object] = frozenset({ops.quantize, ops.requantize, ops.require_finite})
 
 
 def _sent(c: Collective, size: int | None) -> int | None:

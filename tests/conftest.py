@@ -39,6 +39,8 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor
 os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _source_hash())
 # A container may show the host's cores: more threads than granted cores only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _num_cpus())))
+# Threads that wait must sleep: spinning ones made a busy machine six times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++"):
     # Trust the CPU's own flags instead of compiling a probe for each instruction set (10 s): any
     # g++ that compiles torch's headers knows them.

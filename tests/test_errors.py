@@ -73,8 +73,8 @@ CASES: dict[str, Case] = {
     "UnquantizedSiteError": (
         lambda: UnquantizedSiteError([("a", "integers"), ("b", "too small")]),
         RuntimeError,
-        "strict=True, but 2 eligible sites would stay exact (a: integers; b: too small). Name "
-        "them in sites={pattern: None} to accept that, or drop strict.",
+        "strict=True, but 2 eligible sites would stay exact (a: integers; b: too small). Lower "
+        "min_bytes, name them in sites={pattern: None} to accept it, or drop strict.",
         {"sites": (("a", "integers"), ("b", "too small"))},
     ),
     "ProcessGroupError": (lambda: errors.ProcessGroupError("m"), RuntimeError, "m", {}),

@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("formats", "policy", "graph", "cost", "rotation", "fingerprint", "process_groups"),
     ("codec", "ops", "capture", "boundaries"),
-    ("collectives", "fake_wire", "pipeline", "report", "journal"),
+    ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     ("lowering", "surgery", "distributed", "analysis", "training"),
     ("backend", "diff", "api"),
