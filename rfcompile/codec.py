@@ -18,7 +18,6 @@ a device that is not there.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from rfcompile.bitmath import noise, scale_bits
 from rfcompile.errors import PayloadError
 from rfcompile.formats import SCALE_BYTES, QuantFormat
 from rfcompile.rotation import axes_of, rotate_parts, unrotate_parts
@@ -35,14 +35,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Pack = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
 """``pack(pieces, counts)``: see :func:`pack_reference`."""
 
-_EXPONENT_BITS = 0x7F800000
-_NAN_SCALE = 0x7FC00000
-_MIN_SCALE = (127 - 120) << 23
-"""Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
-
 
 def pack_reference(pieces: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Lay pieces side by side: ``counts[f]`` pieces ``[C, G, R]`` form field f ``[C, G, count, R]``.
+    """Lay pieces side by side: ``counts[f]`` pieces ``[C, G, R]`` are field f ``[C, G, count, R]``.
 
     Returns ``[C, sum of field sizes]``. Inductor's lowering writes each piece in place instead.
     """
@@ -93,49 +88,27 @@ def _quantize_groups(
     peak_CGR = parts[0].abs()
     for part in parts[1:]:
         peak_CGR = torch.maximum(peak_CGR, part.abs())
-    scale_CG1, inverse_CG1 = _scale_bits(peak_CGR.amax(-1, keepdim=True), fmt, dtype)
+    scale_CG1, inverse_CG1 = scale_bits(peak_CGR.amax(-1, keepdim=True), fmt, dtype)
     codes = [_code(part, inverse_CG1, fmt, seed, k * (E // K), E) for k, part in enumerate(parts)]
     pieces, counts = [], []
     for plane, width in enumerate(fmt.planes):
         last = plane == len(fmt.planes) - 1
         high = codes if last else [torch.floor(code * 2.0**-width) for code in codes]
-        low = codes if last else [
-            code - upper * 2.0**width for code, upper in zip(codes, high, strict=True)
-        ]
+        low = (
+            codes
+            if last
+            else [code - upper * 2.0**width for code, upper in zip(codes, high, strict=True)]
+        )
         pieces += _bytes_of(low, width)
         counts.append(K * width // 8)
         codes = high
     for shift in (16, 24):
         byte = (scale_CG1 >> shift) & 255
         # int16 keeps the scale's loop scalar on the CPU, so that it fuses with the codes' loops.
-        pieces.append(byte.to(torch.int16 if byte.device.type == "cpu" else torch.int32).to(torch.uint8))
+        narrow = torch.int16 if byte.device.type == "cpu" else torch.int32
+        pieces.append(byte.to(narrow).to(torch.uint8))
         counts.append(1)
     return pack(pieces, counts)
-
-
-def _scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The step of a group as float32 bits (a bfloat16 with 16 zero bits below), and ``1 / step``.
-
-    A non-finite peak gives a NaN step; a zero peak gives step 0; the grid never leaves the finite
-    range of ``dtype``.
-    """
-    bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
-    is_nonfinite = bits >= _EXPONENT_BITS
-    rounded = torch.clamp((bits + 0xFFFF) & -65536, _MIN_SCALE, _largest_scale(fmt, dtype))
-    rounded = torch.where(is_nonfinite, _MIN_SCALE, rounded)
-    # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
-    inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
-    inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
-    stored = torch.where(is_nonfinite, _NAN_SCALE, torch.where(bits == 0, 0, rounded))
-    return stored, torch.where(is_nonfinite, 0, inverse).view(torch.float32)
-
-
-def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
-    end = torch.finfo(dtype).max
-    if fmt.rotate is not None:  # the sums that rotate back must not overflow
-        end = min(end, torch.finfo(torch.bfloat16).max / fmt.rotate)
-    largest = struct.unpack("<i", struct.pack("<f", end / fmt.half_range))[0]
-    return int(largest) & -65536
 
 
 def _code(
@@ -149,31 +122,11 @@ def _code(
         # All in integers: x * inverse + noise would be fused on some devices and not on others.
         t = torch.where(t == t, t, 0.0)
         sixteenths = torch.floor(t * 65536.0).to(torch.int32) - (32768 if fmt.is_mid_rise else 0)
-        noise = _noise(x, fmt.seed + seed, first, group)
-        level = ((sixteenths + noise) >> 16).to(torch.float32)
+        hashed = noise(x, fmt.seed + seed, first, group)
+        level = ((sixteenths + hashed) >> 16).to(torch.float32)
     else:
         level = torch.floor(t) if fmt.is_mid_rise else torch.round(t)
     return torch.clamp(level, low, half - 1) + half
-
-
-def _noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
-    """16 hashed bits of (seed, place, the value's own bits): no state, the same on every device.
-
-    Mixing the value in makes the rounding differ from step to step without a new seed. Hash:
-    lowbias32 (C. Wellons, "Prospecting for hash functions", 2018).
-    """
-    C, G, R = x_CGR.shape
-    device = x_CGR.device
-    group_CG1 = torch.arange(C * G, dtype=torch.int32, device=device).view(C, G, 1)
-    place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
-    v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
-    v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
-    v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
-    return (v >> 16) & 0xFFFF
-
-
-def _signed32(value: int) -> int:
-    return (value + 2**31) % 2**32 - 2**31
 
 
 def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:
@@ -234,13 +187,13 @@ def requantize(
     seed: int = 0,
     pack: Pack = pack_reference,
 ) -> Tensor:
-    """Code the sum (or mean) of the rows again, without leaving the rotated domain: uint8 ``[1, B]``."""
+    """Code the sum (or mean) of the rows again, still in the rotated domain: uint8 ``[1, B]``."""
     total_1GE = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
     return _quantize_groups(total_1GE, fmt, seed + 1, torch.float32, pack, rotate=False)
 
 
 def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
-    """The grid values a payload stands for, float32 ``[C, G, E]``, in the coded (rotated) domain."""
+    """The grid values a payload stands for, float32 ``[C, G, E]``, in the rotated domain."""
     C, B = payload_CB.shape
     G, E = groups_of(B, fmt)
     # uint8 to int32 on two vectors is scalar code in the CPU backend; elsewhere int32 is natural.
@@ -257,11 +210,8 @@ def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
             shifts = torch.arange(0, 8, width, dtype=integer, device=payload_CB.device)
             plane = (plane >> shifts.view(P, 1, 1)) & (2**width - 1)
         value = plane.to(torch.float32)
-        if code is None:
-            code = value
-        else:
-            # The wide plane is [P1, K1, R], a narrow one [P2, K2, R]: both are [per_byte, R].
-            code = code.reshape(whole) + value.reshape(whole) * weight
+        # The wide plane is [P1, K1, R], a narrow one [P2, K2, R]: both are [per_byte, R].
+        code = value if code is None else code.reshape(whole) + value.reshape(whole) * weight
         offset = offset + G * size
         weight = weight * 2**width
     assert code is not None

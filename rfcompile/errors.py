@@ -13,6 +13,16 @@ from typing import Any
 class RFCompileError(Exception):
     """Base of every error of this package."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The default would call the class with the message; ours are made from facts.
+        return _restore, (type(self), str(self), vars(self))
+
+
+def _restore(kind: type[RFCompileError], message: str, facts: dict[str, Any]) -> RFCompileError:
+    error = kind.__new__(kind, message)
+    vars(error).update(facts)
+    return error
+
 
 class RFCompileWarning(UserWarning):
     """A setting had no effect, or a result needs a second look."""

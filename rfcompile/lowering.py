@@ -8,8 +8,8 @@ eager kernels come from the same lines.
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes}``, ``_inductor.ir.{ConcatKernel,
 FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
-``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``, ``_inductor.config.{realize_*,unroll_reductions}_threshold``,
-``_inductor.virtualized.V``.
+``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
+``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_every_error_is_listed_here_and_derives_from_a_builtin() -> None:
     }
     assert defined - {"RFCompileError"} == set(CASES)
     assert issubclass(errors.RFCompileWarning, UserWarning)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_error_survives_the_way_from_a_worker_process(name: str) -> None:
+    error = CASES[name][0]()
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+    assert vars(back) == vars(error)
 
 
 def test_one_of_a_kind_is_singular() -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("formats", "policy", "graph", "cost", "rotation", "fingerprint", "process_groups"),
+    ("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint", "process_groups"),
     ("codec", "ops", "capture", "boundaries"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),

@@ -59,7 +59,7 @@ class Rank:
 
     def gathered(self, x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
         """``x`` of every rank, exactly; shapes must agree."""
-        mine = x.detach().contiguous()
+        mine = x.detach().clone(memory_format=torch.contiguous_format)
         sent = mine.reshape(-1).view(torch.uint8)
         others = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
         dist.all_gather(others, sent, group=group)
@@ -81,6 +81,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     pool: list[_Process] = []
 
     def run(world: int, f: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+        __tracebackhide__ = True
         while len(pool) < world:
             pool.append(_Process(len(pool), folder))
         try:
@@ -127,6 +128,7 @@ class _Process:
 def _run(
     processes: list[_Process], folder: Path, f: Callable[..., Any], args: Any, timeout: float
 ) -> list[Any]:
+    __tracebackhide__ = True
     store = folder / f"store{time.monotonic_ns()}"  # a file: no port that others could take
     job = (f.__code__.co_filename, f.__qualname__, args, len(processes), str(store))
     for process in processes:
