@@ -38,7 +38,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from network import Network, available, sent_bytes
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import rfcompile as rf
+from rfcompile import cost
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "slow_link.jsonl"
@@ -48,14 +56,14 @@ WIRES = {
     "all-reduce": ["exact", "bf16", "int8", "int4", "int4/1", "int4/4", "int4/8", "int2"],
     "step": ["exact", "bf16", "int8", "int4", "int2"],
 }
+WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement, as sent to the ranks."""
+    """A task to time over every wire, as sent to the ranks."""
 
     task: str
-    wire: str
     runs: int
 
 
@@ -67,47 +75,54 @@ class Work:
     """Something to time: ``run`` is timed, ``prepare`` runs before it, untimed."""
 
     run: Callable[[], object]
-    predicted_bytes: int
-    error: float | None = None
+    facts: dict[str, float]
     prepare: Callable[[], object] = lambda: None
 
 
 def worker() -> None:
     """Serve the jobs on stdin; rank 0 answers each with a line of JSON on stdout."""
-    import torch
-    import torch.distributed as dist
-
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    works: dict[tuple[str, str], Work] = {}
+    tasks: dict[str, dict[str, Work]] = {}
     for line in sys.stdin:
         job = Job(**json.loads(line))
-        key = job.task, job.wire
-        if key not in works:
-            works[key] = all_reduce(job.wire) if job.task == "all-reduce" else step(job.wire)
-        work = works[key]
-        seconds, sent = [], []
-        for _ in range(2 + job.runs):
-            work.prepare()
-            dist.barrier()
-            bytes_before, start = bytes_sent_here(), time.perf_counter()
-            work.run()
-            mine = torch.tensor(time.perf_counter() - start)
-            dist.all_reduce(mine, dist.ReduceOp.MAX)  # the slowest rank; also: all has been sent
-            seconds.append(mine.item())
-            sent.append(bytes_sent_here() - bytes_before)
-        low, median, high = statistics.quantiles(seconds[2:], n=4, method="inclusive")
-        answer = {
-            "median_ms": round(1e3 * median, 2),
-            "iqr_ms": round(1e3 * (high - low), 2),
-            "sent_bytes": statistics.median_low(sent[2:]),
-            "predicted_bytes": work.predicted_bytes,
-            "error": work.error,
-            "torch": torch.__version__,
-        }
+        make = all_reduce if job.task == "all-reduce" else step
+        if job.task not in tasks:
+            tasks[job.task] = {wire: make(wire) for wire in WIRES[job.task]}
+        works = tasks[job.task]
+        timings: dict[str, list[tuple[float, int]]] = {wire: [] for wire in works}
+        for _ in range(WARM_UP + job.runs):
+            for wire, work in works.items():  # in turn: a busy moment hits every wire alike
+                timings[wire].append(timed(work))
         if dist.get_rank() == 0:
-            print(json.dumps(answer), flush=True)
+            answers = [
+                {"wire": wire, **summary(timings[wire][WARM_UP:]), **work.facts}
+                for wire, work in works.items()
+            ]
+            print(json.dumps(answers), flush=True)
     dist.destroy_process_group()
+
+
+def timed(work: Work) -> tuple[float, int]:
+    """Run once: seconds of the slowest rank, and bytes this rank sent."""
+    work.prepare()
+    dist.barrier()
+    bytes_before, start = bytes_sent_here(), time.perf_counter()
+    work.run()
+    seconds = torch.tensor(time.perf_counter() - start)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)  # also: from here on everything has been sent
+    return seconds.item(), bytes_sent_here() - bytes_before
+
+
+def summary(timings: list[tuple[float, int]]) -> dict[str, float]:
+    """Median and interquartile range of the times, median of the bytes."""
+    seconds, sent = zip(*timings, strict=True)
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {
+        "median_ms": round(1e3 * median, 2),
+        "iqr_ms": round(1e3 * (high - low), 2),
+        "sent_bytes": statistics.median_low(sent),
+    }
 
 
 def bytes_sent_here() -> int:
@@ -116,12 +131,6 @@ def bytes_sent_here() -> int:
 
 def all_reduce(wire: str) -> Work:
     """One all-reduce of 16 MB."""
-    import torch
-    import torch.distributed as dist
-
-    import rfcompile as rf
-    from rfcompile import cost
-
     world = dist.get_world_size()
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(ELEMENTS, generator=generator)
@@ -137,7 +146,7 @@ def all_reduce(wire: str) -> Work:
             return y.to(torch.float32)
 
         prediction = cost.sent_bytes("all_reduce", ELEMENTS * dtype.itemsize, world)
-        return Work(run, prediction, prepare=lambda: buffer.copy_(x))
+        return Work(run, {"predicted_bytes": prediction}, prepare=lambda: buffer.copy_(x))
 
     def quantized() -> Work:
         name, _, segments = wire.partition("/")
@@ -147,27 +156,20 @@ def all_reduce(wire: str) -> Work:
         row = fmt.payload_bytes(-(-ELEMENTS // world))
         prediction = cost.sent_bytes("all_to_all", row * world, world)
         prediction += cost.sent_bytes("all_gather", row, world)
-        return Work(lambda: reduce(x), prediction)
+        return Work(lambda: reduce(x), {"predicted_bytes": prediction})
 
     dtypes = {"exact": torch.float32, "bf16": torch.bfloat16}
     work = plain(dtypes[wire]) if wire in dtypes else quantized()
     work.prepare()
     result = work.run()
     assert isinstance(result, torch.Tensor)
-    work.error = ((result - exact).norm() / exact.norm()).item()
+    work.facts["error"] = ((result - exact).norm() / exact.norm()).item()
     return work
 
 
 def step(wire: str) -> Work:
     """One training step of the tensor-parallel GPT."""
-    import torch
-    import torch.distributed as dist
-    import torch.nn.functional as F
     from gpt import BYTES, GPT, GPTConfig, parallelize  # examples/ is on the ranks' PYTHONPATH
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor
-
-    import rfcompile as rf
 
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -177,7 +179,6 @@ def step(wire: str) -> Work:
     parallelize(model, mesh)
     if wire == "bf16":
         cast_linears(model, torch.float32)
-    torch._dynamo.reset()
     options = {"bits": BITS.get(wire)}
     compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
     parameters = list(model.parameters())
@@ -193,10 +194,11 @@ def step(wire: str) -> Work:
         optimizer.zero_grad()
 
     run()
-    return Work(run, sum(report.bytes_after for report in rf.reports(clear=True)))
+    prediction = sum(report.bytes_after for report in rf.reports(clear=True))
+    return Work(run, {"predicted_bytes": prediction})
 
 
-def cast_linears(model: Any, dtype: Any) -> None:
+def cast_linears(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Hook casts in where an all-reduce is: after ``out`` and ``down``, and before ``qkv`` and
     ``up``, whose all-reduce is the backward's."""
     for name, module in model.named_modules():
@@ -209,7 +211,7 @@ def cast_linears(model: Any, dtype: Any) -> None:
 # ---- on the machine ----------------------------------------------------------------------------
 
 
-def measure(ranks: int, rates: list[str | None], jobs: list[Job]) -> Iterator[dict[str, Any]]:
+def measure(ranks: int, rates: list[str], jobs: list[Job]) -> Iterator[list[dict[str, Any]]]:
     """Run the jobs on ``ranks`` hosts at every rate; the same processes serve all of them."""
     env = {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples"))),
@@ -220,7 +222,7 @@ def measure(ranks: int, rates: list[str | None], jobs: list[Job]) -> Iterator[di
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         workers = [network.run(rank, command, env, **pipes) for rank in range(ranks)]
         for rate in rates:
-            network.set_rate(rate)
+            network.set_rate(None if rate == "none" else rate)
             for job in jobs:
                 for process in workers:
                     assert process.stdin is not None
@@ -230,7 +232,8 @@ def measure(ranks: int, rates: list[str | None], jobs: list[Job]) -> Iterator[di
                 answer = workers[0].stdout.readline()
                 if not answer:
                     raise RuntimeError(f"a rank stopped during {job}; its error is above.")
-                yield {"ranks": ranks, "rate": rate or "none", **asdict(job), **json.loads(answer)}
+                place = {"ranks": ranks, "rate": rate, **asdict(job)}
+                yield [place | row for row in json.loads(answer)]
         for process in workers:
             process.communicate()
 
@@ -253,7 +256,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: (row["task"], row["ranks"])):
         where = tuple(row[k] for k in place)
         faster = [times[*where, wire] / row["median_ms"] for wire in ("exact", "bf16")]
-        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        error = f"{row['error']:.1e}" if "error" in row else ""
         lines.append(
             f"{row['task']:10} {row['ranks']:5} {row['rate']:>7} {row['wire']:>7}"
             f" {row['median_ms']:10.1f} {row['iqr_ms']:7.1f} {faster[0]:7.2f} {faster[1]:7.2f}"
@@ -304,7 +307,7 @@ def main() -> int:
     parser.add_argument("--ranks", help="comma-separated numbers of ranks (default 2,4)")
     parser.add_argument("--rates", help="comma-separated tc rates (default none,1gbit,200mbit)")
     parser.add_argument("--tasks", help="all-reduce, step or both (default)")
-    parser.add_argument("--runs", type=int, default=7, help="timed runs of each, at least 2")
+    parser.add_argument("--runs", type=int, default=9, help="timed runs of each, at least 2")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON lines to write")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -318,15 +321,20 @@ def main() -> int:
     ranks = [int(n) for n in (args.ranks or ("2" if args.quick else "2,4")).split(",")]
     rates = (args.rates or ("200mbit" if args.quick else "none,1gbit,200mbit")).split(",")
     tasks = (args.tasks or ("all-reduce" if args.quick else "all-reduce,step")).split(",")
-    jobs = [Job(task, wire, args.runs) for task in tasks for wire in WIRES[task]]
-    facts = {"machine": machine(), "date": date.today().isoformat()}
-    rows = []
+    jobs = [Job(task, args.runs) for task in tasks]
+    facts = {"machine": machine(), "torch": torch.__version__, "date": date.today().isoformat()}
+    rows: list[dict[str, Any]] = []
     total = len(ranks) * len(rates) * len(jobs)
+    done = 0
+    started = time.perf_counter()
+    print("compiling first, for each number of ranks ...", file=sys.stderr, flush=True)
     for n in ranks:
-        for row in measure(n, [None if rate == "none" else rate for rate in rates], jobs):
-            rows.append({**row, **facts})
-            what = f"{row['task']}, {n} ranks, {row['rate']}, {row['wire']}: {row['median_ms']} ms"
-            print(f"[{len(rows)}/{total}] {what}", file=sys.stderr, flush=True)
+        for answer in measure(n, rates, jobs):
+            rows += [row | facts for row in answer]
+            done += 1
+            seconds = time.perf_counter() - started
+            text = f"{n} ranks, {rows[-1]['rate']}, {rows[-1]['task']}, after {seconds:.0f} s"
+            print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot(rows, args.out.with_suffix(".png"))

@@ -297,8 +297,8 @@ def main() -> int:
         torch.cuda.set_device(device)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
-    # Each rank computes the gradients of the replicated parameters by itself. Compiled code adds the
-    # embedding's in whatever order its threads come, and the ranks would drift apart.
+    # Each rank computes the gradients of the replicated parameters by itself. Compiled code sums
+    # the embedding's in whatever order its threads come, and the ranks would drift apart.
     torch.use_deterministic_algorithms(True)
     try:
         results = [train(bits, settings, device) for bits in args.bits]

@@ -111,7 +111,11 @@ class QuantizeCollectives:
     def _kind(self, collective: Collective) -> str:
         if collective.kind == "all_gather" and self._is_parameter(collective.node.args[0]):
             return "weights"
-        return "gradients" if self.direction == "backward" else "activations"
+        # Activation checkpointing runs forward collectives again in the backward graph: they must
+        # give the values of the first time.
+        is_recomputed = collective.node.meta.get("partitioner_tag") == "is_forward"
+        is_gradient = self.direction == "backward" and not is_recomputed
+        return "gradients" if is_gradient else "activations"
 
     def _is_parameter(self, value: object) -> bool:
         while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
