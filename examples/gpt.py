@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -152,3 +153,15 @@ def parallelize(model: GPT, mesh: DeviceMesh) -> GPT:
         }
         parallelize_module(block, mesh, plan)
     return model
+
+
+def tiny() -> tuple[GPT, tuple[Tensor, ...]]:
+    """A model and its inputs, for ``rfcompile explain examples/gpt.py:tiny``."""
+    config = GPTConfig(width=64, layers=2, context=64)
+    return GPT(config), (torch.randint(BYTES, (4, config.context)),)
+
+
+def tiny_tensor_parallel() -> tuple[GPT, tuple[Tensor, ...]]:
+    """The same over all ranks, for ``rfcompile explain ... --world-size 2``."""
+    model, inputs = tiny()
+    return parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),))), inputs

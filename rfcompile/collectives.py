@@ -22,7 +22,6 @@ from rfcompile.wire import (
     all_reduce_wire,
     all_to_all_wire,
     broadcast_wire,
-    default_segments,
     reduce_scatter_wire,
 )
 
@@ -53,7 +52,7 @@ def _contiguous_like(x: Tensor, *args: Any) -> Tensor:
 
 
 _all_reduce = define_operator(
-    "all_reduce(Tensor x, str format, str op, int world, str group, int segments=1) -> Tensor",
+    "all_reduce(Tensor x, str format, str op, int world, str group, int segments=0) -> Tensor",
     all_reduce_wire,
     _contiguous_like,
 )
@@ -186,9 +185,7 @@ def all_reduce(
     spec, _, world, name = _prepare(x, fmt, group, "all_reduce")
     if world == 1 or x.numel() == 0:
         return x.clone()
-    if segments is None:
-        segments = default_segments(x, QuantFormat.parse(spec))
-    return _all_reduce(x, spec, op, world, name, segments)
+    return _all_reduce(x, spec, op, world, name, segments or 0)
 
 
 def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: str = "sum") -> Tensor:

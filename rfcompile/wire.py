@@ -38,32 +38,36 @@ def all_reduce_wire(
     op: str,
     world: int,
     group: str,
-    segments: int = 1,
+    segments: int = 0,
     site: str = "all_reduce",
 ) -> Tensor:
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
     ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
+    ``segments=0`` chooses by size.
     """
     format = QuantFormat.parse(fmt)
+    segments = segments or default_segments(x, format)
     n = x.numel()
     unit = world * segments * format.group_elements(8)
-    flat = _padded(x.reshape(-1), (n + unit - 1) // unit * unit - n)
-    rows_SWM = flat.reshape(segments, world, -1)
+    padding = (n + unit - 1) // unit * unit - n
+    fits = statically_known_true(padding == 0)
+    padded = x if fits else F.pad(x.reshape(-1), (0, padding))
+    rows = padded.reshape(segments * world, -1)
     flags = _nonfinite_flags(x, format, world, group)
     sent = []
-    for s in range(segments):
-        payload = _checked(ops.quantize(rows_SWM.select(0, s), fmt), flags, site)
+    for segment in [rows] if segments == 1 else rows.split(world):
+        payload = _checked(ops.quantize(segment, fmt), flags, site)
         sent.append(_exchange(payload, world, group))
     gathered = []
-    for s in range(segments):
-        total = ops.requantize(_wait(sent[s]), fmt, op == "avg")
+    for received in sent:
+        total = ops.requantize(_wait(received), fmt, op == "avg")
         gathered.append(_all_gather(total, world, group))
     # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
     decoded = x.dtype if x.dtype != torch.float16 else torch.float32
-    parts = [ops.dequantize(_wait(g), fmt, decoded).reshape(-1) for g in gathered]
-    result = parts[0] if segments == 1 else torch.cat(parts)
-    return result.to(x.dtype).narrow(0, 0, n).reshape(x.shape)
+    parts = [ops.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
+    result = (parts[0] if segments == 1 else torch.cat(parts)).to(x.dtype)
+    return (result if fits else result.reshape(-1).narrow(0, 0, n)).reshape(x.shape)
 
 
 def reduce_scatter_wire(
@@ -87,7 +91,8 @@ def all_gather_wire(
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
     payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
     gathered = _wait(_all_gather(payload, world, group))
-    return ops.dequantize(gathered, fmt, x.dtype).narrow(1, 0, m).reshape(shape)
+    # A view where rows have one element; results are contiguous, as the fake kernels promise.
+    return ops.dequantize(gathered, fmt, x.dtype).narrow(1, 0, m).reshape(shape).contiguous()
 
 
 def all_to_all_wire(
@@ -108,7 +113,7 @@ def all_to_all_wire(
         payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
         received = _wait(_exchange(payload, world, group))
         values = ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m)
-        return values.reshape((sum(output_splits), *x.shape[1:]))
+        return values.reshape((sum(output_splits), *x.shape[1:])).contiguous()
     sent = [format.row_bytes(rows * inner) for rows in input_splits]
     got = [format.row_bytes(rows * inner) for rows in output_splits]
     pieces = [
@@ -148,10 +153,6 @@ def default_segments(x: Tensor, fmt: QuantFormat) -> int:
 
 def _exchange(payload_WB: Tensor, world: int, group: str) -> Tensor:
     return _all_to_all(payload_WB, [1] * world, [1] * world, group)
-
-
-def _padded(flat: Tensor, padding: int) -> Tensor:
-    return flat if statically_known_true(padding == 0) else F.pad(flat, (0, padding))
 
 
 def _all_equal(splits: Sequence[int]) -> bool:
