@@ -268,7 +268,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of the median times, with their interquartile range, one panel a task."""
+    """Bars of the median times, with the interquartile range, one panel a task."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -284,20 +284,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         groups = list(dict.fromkeys((row["ranks"], row["rate"]) for row in mine))
         for i, (wire, color) in enumerate(zip(wires, colors, strict=True)):
             bars = [r for r in mine if r["wire"] == wire]
-            axes.bar(
+            drawn = axes.bar(
                 [groups.index((r["ranks"], r["rate"])) + 0.16 * (i - 2) for r in bars],
                 [r["median_ms"] for r in bars],
                 width=0.16,
                 color=color,
                 label=wire,
                 yerr=[r["iqr_ms"] / 2 for r in bars],
+                error_kw={"ecolor": "0.5"},
             )
+            axes.bar_label(drawn, fmt=" %.0f", rotation=90, fontsize="x-small")
         labels = [f"{ranks} ranks\n{rate.replace('none', 'no limit')}" for ranks, rate in groups]
         axes.set_xticks(range(len(groups)), labels)
-        axes.set(title=titles[task], ylabel="median time, ms (log scale)", yscale="log")
-        axes.grid(axis="y", which="both", alpha=0.3)
-        axes.set_axisbelow(True)
-        axes.legend(ncols=5, loc="upper left", fontsize="small")
+        axes.set(title=titles[task], ylabel="median time, ms")
+        axes.legend(loc="upper left")
         axes.margins(y=0.15)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

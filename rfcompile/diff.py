@@ -61,12 +61,15 @@ class GraphDiff:
         """The unified diff.
 
         In it the second graph has the first one's names wherever a statement has stayed, so that
-        one new ``add`` does not rename all later ones.
+        one new ``add`` does not rename all later ones. Several graphs (forward and backward) stand
+        in a text with an empty line between; each is compared with its counterpart.
         """
-        after = with_names_of(self.before, self.after).splitlines()
-        return list(
-            difflib.unified_diff(self.before.splitlines(), after, "before", "after", lineterm="")
-        )
+        before, after = self.before.split("\n\n"), self.after.split("\n\n")
+        if len(before) != len(after):
+            before, after = [self.before], [self.after]
+        renamed = [with_names_of(old, new) for old, new in zip(before, after, strict=True)]
+        sides = ("\n\n".join(before).splitlines(), "\n\n".join(renamed).splitlines())
+        return list(difflib.unified_diff(*sides, "before", "after", lineterm=""))
 
     def count_rows(self) -> list[tuple[str, int, int]]:
         """(operator, calls before, calls after) where these differ."""
