@@ -6,7 +6,7 @@ if __name__ != "rfcompile.passes":
     raise ImportError(f"passes/ was imported as {__name__!r}; import it as 'rfcompile.passes'")
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
@@ -29,7 +29,7 @@ def wire_pipeline(
 
 
 def boundary_pipeline(
-    policy: Policy, boundaries: str | tuple[str, ...] = "auto"
+    policy: Policy, boundaries: Literal["auto"] | tuple[str, ...] = "auto"
 ) -> tuple[GraphPass, ...]:
     """The passes on a graph without collectives: a fake wire at each boundary."""
     return (QuantizeBoundaries(policy, boundaries),)

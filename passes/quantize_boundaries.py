@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from rfcompile import ops
+from rfcompile.boundaries import find_blocks, match_paths
 from rfcompile.errors import BoundaryError, CaptureError
-from rfcompile.fake_wire import fake_wire
-from rfcompile.graph import dtype_text, module_stack, source_of
+from rfcompile.fake_wire import fake_wire, wire_arguments
+from rfcompile.graph import ModuleCall, dtype_text, graph_text, module_calls, source_of
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.report import Site
@@ -21,10 +21,12 @@ from rfcompile.report import Site
 
 @dataclass(frozen=True)
 class QuantizeBoundaries:
-    """Send every float tensor that leaves a block over a fake wire, once for all its readers.
+    """Send the hidden state that leaves a block over a fake wire, once for all its readers.
 
-    A block is a module whose path ends in a number and that has a sibling ("layers.0" and
-    "layers.1"), the outermost such; or the modules that ``boundaries`` names by path or pattern.
+    A block is a module that ``find_boundaries`` would find, as far as the graph tells; or those
+    that ``boundaries`` names by path or pattern. Its hidden state is the float tensor of at least
+    two dimensions that it computes last among those that others read; what else it hands on
+    (position biases, router scores) stays exact. Fake wires that are in the graph already go.
 
     Rewrites:
         add = add(x, y)  # the last of block 0; block 1 reads it
@@ -33,42 +35,46 @@ class QuantizeBoundaries:
     The tier is "rounding"; the bound is that of one round trip of the format.
 
     Raises:
-        BoundaryError: no block. CaptureError: the graph has no shapes.
+        BoundaryError: no block. CaptureError: the graph has no shapes. DtypeError: a hidden state
+        cannot be quantized and the policy does not leave it exact.
     """
 
     policy: Policy
-    boundaries: str | tuple[str, ...] = "auto"
+    boundaries: Literal["auto"] | tuple[str, ...] = "auto"
     name: str = "quantize-boundaries"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        blocks = self._blocks(gm)
+        before = graph_text(gm)
+        changes = _remove_wires(gm)
+        inside = self._blocks(gm)
+        depths = {call: depth for stack in inside.values() for depth, call in enumerate(stack)}
         sites: list[Site] = []
-        changes = 0
-        for node, block in blocks.items():
-            leaving = [user for user in node.users if blocks.get(user) != block]
-            if not leaving or any(user.target is fake_wire for user in leaving):
+        for call in sorted(depths, key=lambda call: -depths[call]):  # inner blocks first
+            leaving = _leaving(gm, inside, call)
+            matrices = [node for node in leaving if _value(node).dim() >= 2]
+            hidden = next(reversed(matrices or list(leaving)), None)
+            if hidden is None:
                 continue
-            value = node.meta.get("val", node.meta.get("example_value"))
-            if not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                continue
-            site, formats = self._site(node, block, value)
-            sites.append(site)
-            if any(formats):
-                with gm.graph.inserting_after(node):
-                    wire = gm.graph.call_function(fake_wire, (node, *formats))
-                wire.meta = dict(node.meta)
-                for user in leaving:
-                    user.replace_input_with(node, wire)
+            sites += [self._site(node, call.path, node is hidden) for node in leaving]
+            if arguments := self._arguments(hidden, call.path):
+                ops.check_codec_input(_value(hidden), f"the output of module {call.path!r}")
+                wire = _insert_wire(hidden, arguments, leaving[hidden])
+                inside[wire] = inside[hidden][: depths[call]]
                 changes += 1
-        return PassResult(gm, changes, tuple(sites))
+        return PassResult(gm, changes if graph_text(gm) != before else 0, tuple(sites))
 
-    def _site(self, node: fx.Node, block: str, value: torch.Tensor) -> tuple[Site, tuple[str, str]]:
-        numel = value.numel()
-        size = numel * value.element_size() if isinstance(numel, int) else None
-        forward, reason = self.policy.format_for("activations", block, size or 2**62)
-        backward, _ = self.policy.format_for("gradients", block, size or 2**62)
-        site = Site(
+    def _arguments(self, node: fx.Node, block: str) -> tuple[str, ...]:
+        size = _size_bytes(node)
+        return wire_arguments(self.policy, block, 2**62 if size is None else size)
+
+    def _site(self, node: fx.Node, block: str, is_hidden_state: bool) -> Site:
+        value, size = _value(node), _size_bytes(node)
+        fmt, reason = self.policy.format_for("activations", block, 2**62 if size is None else size)
+        eligible = fmt is not None or "min_bytes" in reason
+        if not is_hidden_state:
+            fmt, reason, eligible = None, "it is not the hidden state of the block", False
+        return Site(
             collective="boundary",
             direction="forward",
             kind="activations",
@@ -78,40 +84,76 @@ class QuantizeBoundaries:
             dtype=dtype_text(value.dtype),
             group="",
             world_size=2,
-            format=forward.spec if forward else None,
+            format=fmt.spec if fmt else None,
             reason=reason,
-            eligible=True,
+            eligible=eligible,
             bytes_before=size,
-            bytes_after=forward.payload_bytes(numel) if forward and size is not None else size,
+            bytes_after=fmt.payload_bytes(value.numel()) if fmt and size is not None else size,
         )
-        return site, (forward.spec if forward else "", backward.spec if backward else "")
 
-    def _blocks(self, gm: fx.GraphModule) -> dict[fx.Node, str]:
-        stacks = {node: module_stack(node) for node in gm.graph.nodes if node.op != "placeholder"}
-        if not any("val" in node.meta or "example_value" in node.meta for node in stacks):
+    def _blocks(self, gm: fx.GraphModule) -> dict[fx.Node, list[ModuleCall]]:
+        """The calls of blocks that each node belongs to, outermost first; only nodes in blocks."""
+        given = ("placeholder", "get_attr")  # inputs and weights are not computed in a block
+        calls = {node: module_calls(node) for node in gm.graph.nodes if node.op not in given}
+        if not any("val" in node.meta or "example_value" in node.meta for node in calls):
             raise CaptureError(
                 "the graph has no shapes in its metadata: pass example_inputs, or a graph from "
                 "torch.export."
             )
-        paths = {path for stack in stacks.values() for path in stack}
-        blocks = {}
-        for node, stack in stacks.items():
-            inside = [path for path in stack if self._is_block(path, paths)]
-            if inside:
-                blocks[node] = inside[0]
-        if not blocks:
+        classes = {call.path: call.cls for stack in calls.values() for call in stack}
+        if self.boundaries == "auto":
+            paths = set(find_blocks(classes))
+        else:
+            paths = set(match_paths(self.boundaries, classes))
+        if not paths:
             raise BoundaryError(
-                "no node of the graph belongs to a repeated block (two modules whose paths differ "
-                "in a number): name the modules whose output crosses the wire, "
+                "no node of the graph belongs to a repeated block (two modules of one class in a "
+                "list): name the modules whose output crosses the wire, "
                 "boundaries=['path.of.module', ...]."
             )
-        return blocks
+        inside = {n: [call for call in stack if call.path in paths] for n, stack in calls.items()}
+        if self.boundaries == "auto":  # a block within a block is no boundary
+            inside = {node: stack[:1] for node, stack in inside.items()}
+        return {node: stack for node, stack in inside.items() if stack}
 
-    def _is_block(self, path: str, paths: Sequence[str] | set[str]) -> bool:
-        if self.boundaries != "auto":
-            return any(fnmatchcase(path, pattern) for pattern in self.boundaries)
-        match = re.fullmatch(r"(.*?)(\d+)", path)
-        if match is None or (match[1] and not match[1].endswith(".")):
-            return False
-        sibling = re.compile(re.escape(match[1]) + r"\d+")
-        return sum(sibling.fullmatch(other) is not None for other in paths) > 1
+
+def _leaving(
+    gm: fx.GraphModule, inside: Mapping[fx.Node, Sequence[ModuleCall]], call: ModuleCall
+) -> dict[fx.Node, list[fx.Node]]:
+    """The float tensors that a call of a block hands on, each with its readers outside."""
+    found = {}
+    for node in gm.graph.nodes:
+        readers = [user for user in node.users if call not in inside.get(user, ())]
+        if readers and call in inside.get(node, ()) and _travels(_value(node)):
+            found[node] = readers
+    return found
+
+
+def _insert_wire(node: fx.Node, arguments: tuple[str, ...], readers: Sequence[fx.Node]) -> fx.Node:
+    with node.graph.inserting_after(node):
+        wire = node.graph.call_function(fake_wire, (node, *arguments))
+    wire.meta = dict(node.meta)
+    for reader in readers:
+        reader.replace_input_with(node, wire)
+    return wire
+
+
+def _remove_wires(gm: fx.GraphModule) -> int:
+    wires = gm.graph.find_nodes(op="call_function", target=fake_wire)
+    for wire in wires:
+        wire.replace_all_uses_with(wire.args[0])
+        gm.graph.erase_node(wire)
+    return len(wires)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
+def _travels(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _size_bytes(node: fx.Node) -> int | None:
+    size = _value(node).nbytes
+    return size if isinstance(size, int) else None

@@ -3,10 +3,11 @@
 import importlib
 
 from rfcompile import collectives, errors
-from rfcompile.api import dequantize, diff, explain, quantize, transform
+from rfcompile.api import dequantize, diff, quantize, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
+from rfcompile.explain import explain
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
 from rfcompile.policy import Policy

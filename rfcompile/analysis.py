@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,8 @@ def excess_kurtosis(x: Tensor) -> float:
 
     NaN for a constant, empty or non-finite tensor.
     """
-    centred = x.detach().to(torch.float64).flatten()
+    flat = x.detach().to(torch.float64).flatten()
+    centred = flat - flat[:1]  # so that a constant becomes zeros, and not the error of its mean
     centred = centred - centred.mean()
     variance = centred.square().mean()
     return float(centred.pow(4).mean() / variance.square() - 3)
@@ -20,8 +23,10 @@ def excess_kurtosis(x: Tensor) -> float:
 def sqnr_db(x: Tensor, decoded: Tensor) -> float:
     """Signal-to-quantization-noise ratio, ``10 log10(sum x^2 / sum (x - decoded)^2)``, in dB.
 
-    Infinite for an exact copy, NaN for non-finite tensors.
+    Infinite for an exact copy (also of zeros), NaN for empty and non-finite tensors.
     """
     signal = x.detach().to(torch.float64)
-    noise = signal - decoded.detach().to(torch.float64)
-    return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
+    noise = (signal - decoded.detach().to(torch.float64)).square().sum()
+    if noise == 0 and x.numel():
+        return math.inf
+    return float(10 * torch.log10(signal.square().sum() / noise))

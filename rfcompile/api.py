@@ -1,34 +1,35 @@
-"""What users call on whole models: transform, explain, diff; and the codec on any tensor."""
+"""What users call on whole models: transform and diff; and the codec on any tensor."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from rfcompile import codec, journal, ops
-from rfcompile.analysis import excess_kurtosis, sqnr_db
+from rfcompile import codec, ops
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import capture, inputs_of
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
-from rfcompile.errors import CaptureError, PolicyError
-from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
+from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
+from rfcompile.fake_wire import FakeWire
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.graph import dtype_text
 from rfcompile.passes import boundary_pipeline, wire_pipeline
 from rfcompile.passes.find_collectives import find_collectives
-from rfcompile.pipeline import run
+from rfcompile.pipeline import Record, run
 from rfcompile.policy import Policy
-from rfcompile.report import Report, Site, merge_reports
+from rfcompile.report import Report
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # ---- the codec -------------------------------------------------------------------------------
 
@@ -97,7 +98,8 @@ def transform(
     and trains, copies, compiles and exports like it.
 
     - A model with collectives (DTensor parameters) gets them quantized when it is called: it is
-      compiled with backend "rfquant".
+      compiled with backend "rfquant". (A copy of it is not: torch drops what ``Module.compile``
+      sets. Transform the copy.)
     - Any other gets a fake wire at its boundaries: what leaves a boundary is quantized and
       dequantized at once, and so is the gradient that comes back. It shows on one machine what the
       wire would do.
@@ -105,37 +107,67 @@ def transform(
 
     Args:
         bits: bits an element for all traffic; or give a ``policy``.
-        example_inputs: needed for an ``fx.GraphModule`` without shapes in its metadata only: a
-            tuple of arguments or an (args, kwargs) pair.
+        example_inputs: used for an ``fx.GraphModule`` without shapes in its metadata only: a tuple
+            of arguments or an (args, kwargs) pair.
         residual: "keep". Other values come with the next release.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
     Raises:
-        PolicyError, FormatError: options. BoundaryError: nowhere to put the wire.
-        NotImplementedError: ``residual`` other than "keep".
+        PolicyError, FormatError: options. BoundaryError: nowhere to put the wire. CaptureError: the
+        model cannot be copied, or the graph has no shapes. NotImplementedError: ``residual`` other
+        than "keep". And when the new model is called, DtypeError: what leaves a boundary is neither
+        float32, bfloat16 nor float16.
     """
-    wanted = _policy(bits, policy)
+    wanted = policy_of(bits, policy)
+    check_module(model)
     if residual != "keep":
         raise NotImplementedError(
             f"residual={residual!r}: rewriting a model without its residual connections comes with "
             "rfcompile 0.2; use residual='keep'."
         )
+    if isinstance(model, fx.GraphModule):
+        return rewrite_graph(model, wanted, boundaries, example_inputs).gm
     twin = _twin(model)
-    if isinstance(twin, fx.GraphModule):
-        return _transform_graph(twin, wanted, boundaries, example_inputs)
-    if _has_collectives(twin):
-        twin.compile(backend="rfquant", options={"policy": wanted})
+    inner = uncompiled(twin)
+    if has_collectives(inner):
+        if boundaries != "auto":
+            warnings.warn(
+                f"boundaries={boundaries!r} has no effect on a model with collectives: these are "
+                "its boundaries.",
+                RFCompileWarning,
+                stacklevel=2,
+            )
+        if inner is not twin:  # its names start with _orig_mod, and go on doing so
+            return cast(nn.Module, torch.compile(inner, **_compiler(wanted)))
+        _compile_in_place(twin, wanted)
         return twin
     for module in twin.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, FakeWire):
                 del module._forward_hooks[key]
-    for path, module in find_boundaries(twin, boundaries).items():
+    for path, module in find_boundaries(inner, boundaries).items():
         module.register_forward_hook(FakeWire(path, wanted))
     return twin
 
 
-def _policy(bits: int | None, policy: Policy | None) -> Policy:
+def _compiler(policy: Policy) -> dict[str, Any]:
+    return {"backend": "rfquant", "options": {"policy": policy}}
+
+
+def _compile_in_place(module: nn.Module, policy: Policy) -> None:
+    """``module.compile``, but in one graph also if the module is torch's own (a Sequential).
+
+    Dynamo starts at no frame of torch.nn, only further in, at those of the user's modules.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    module._compiled_call_impl = torch.compile(call, **_compiler(policy))
+
+
+def policy_of(bits: int | None, policy: Policy | None) -> Policy:
+    """The policy that ``bits`` or ``policy`` stands for."""
     if policy is not None and bits is not None:
         raise PolicyError("bits", bits, "give bits or a policy, not both.")
     if policy is None and bits is None:
@@ -143,129 +175,74 @@ def _policy(bits: int | None, policy: Policy | None) -> Policy:
     return policy if policy is not None else Policy.of(bits=bits, min_bytes=0)
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        rule = "give a torch.nn.Module or fx.GraphModule; an ExportedProgram has one, .module()."
+        raise PolicyError("model", model, rule)
+
+
+def _twin(model: ModuleT) -> ModuleT:
     """A copy of the modules that shares their tensors."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    # torch does not copy what has a history, such as the weight that an old weight_norm computed.
+    held = [value for module in model.modules() for value in vars(module).values()]
+    tensors += [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    with warnings.catch_warnings():
+        # An exported module holds a structure of torch whose own copying warns.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        try:
+            return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be copied: {error}. transform changes a copy of "
+                "the modules: set what cannot be copied after it, or give its class a __deepcopy__."
+            ) from error
 
 
-def _has_collectives(model: nn.Module) -> bool:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def has_collectives(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def _transform_graph(
+def rewrite_graph(
     gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
-) -> fx.GraphModule:
-    if example_inputs is not None:
+) -> Record:
+    """:func:`transform` for a graph, with the record of what was done."""
+    gm = _twin(gm)
+    if example_inputs is not None and not _has_shapes(gm):
         _propagate_shapes(gm, example_inputs)
-    if find_collectives(gm):
-        return run(gm, wire_pipeline(policy, "forward")).gm
-    if callable(boundaries):
-        raise PolicyError("boundaries", boundaries, "a graph has no modules to ask; give paths.")
-    places = boundaries if isinstance(boundaries, str) else tuple(boundaries)
-    if places == "branches":
-        raise PolicyError("boundaries", places, "give the paths of the branches for a graph.")
-    return run(gm, boundary_pipeline(policy, places)).gm
+    if _has_shapes(gm) and find_collectives(gm):
+        return run(gm, wire_pipeline(policy, "forward"))
+    if callable(boundaries) or (isinstance(boundaries, str) and boundaries != "auto"):
+        rule = "a graph has no modules to ask: use 'auto' or give the paths of the modules."
+        raise PolicyError("boundaries", boundaries, rule)
+    if isinstance(boundaries, str):
+        return run(gm, boundary_pipeline(policy))
+    return run(gm, boundary_pipeline(policy, tuple(boundaries)))
+
+
+def _has_shapes(gm: fx.GraphModule) -> bool:
+    return any("val" in node.meta or "example_value" in node.meta for node in gm.graph.nodes)
 
 
 def _propagate_shapes(gm: fx.GraphModule, example_inputs: Any) -> None:
     args, kwargs = inputs_of(gm, example_inputs)
-    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    FakeTensorProp(gm, mode).propagate(*args, *(kwargs[str(name)] for name in names[len(args) :]))
-
-
-# ---- explain -----------------------------------------------------------------------------------
-
-
-def explain(
-    model: nn.Module,
-    *args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    bits: int | None = None,
-    policy: Policy | None = None,
-    boundaries: Boundaries = "auto",
-) -> Report:
-    """What would be quantized, where, why not the rest, and what it saves; ``print`` the result.
-
-    The model runs once on the given inputs, forward and (if it has trainable parameters) backward.
-    Gradients, random state and the model itself stay as they are; buffers that a forward pass
-    updates are updated. A model with collectives is compiled with backend "rfquant" and the report
-    lists them; any other is reported as :func:`transform` would change it, with SQNR and excess
-    kurtosis measured at each boundary.
-
-    Args:
-        args, kwargs: the model's inputs; none: ``model.dummy_inputs``.
-        bits, policy, boundaries: as in :func:`transform`.
-
-    Raises:
-        as :func:`transform`, and CaptureError when there are no inputs.
-    """
-    wanted = _policy(bits, policy)
-    if not args and not kwargs:
-        args, kwargs = inputs_of(model, None)
-    kwargs = dict(kwargs or {})
-    with torch.random.fork_rng(devices=[]):
-        if _has_collectives(model) or (dist.is_available() and dist.is_initialized()):
-            report = _explain_compiled(model, args, kwargs, wanted)
-            if report.sites:
-                return report
-        twin = transform(model, policy=wanted, boundaries=boundaries)
-        with watch() as crossings:
-            _forward_backward(twin, args, kwargs)
-    sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
-    return Report(tuple(sites), wanted.describe())
-
-
-def _explain_compiled(
-    model: nn.Module, args: Any, kwargs: dict[str, Any], policy: Policy
-) -> Report:
-    earlier = len(journal.reports())
-    torch._dynamo.reset()  # a graph that is compiled already would not be reported again
-    options: dict[str, Any] = {"policy": policy}
-    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
-    _forward_backward(compiled, args, kwargs)
-    return merge_reports(journal.reports()[earlier:])
-
-
-def _forward_backward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    outputs = model(*args, **kwargs)
-    leaves = torch.utils._pytree.tree_leaves((outputs,))
-    floats = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if floats and parameters:
-        loss = torch.stack([leaf.float().mean() for leaf in floats]).sum()
-        torch.autograd.grad(loss, parameters, allow_unused=True)
-
-
-def _boundary_sites(crossing: Crossing, policy: Policy) -> list[Site]:
-    x = crossing.tensor
-    sites = []
-    for direction, kind in (("forward", "activations"), ("backward", "gradients")):
-        fmt, reason = policy.format_for(kind, crossing.module, x.nbytes)
-        measured = direction == "forward"
-        decoded = round_trip(x, fmt.spec if fmt else "") if measured else None
-        sites.append(
-            Site(
-                collective="boundary",
-                direction=direction,
-                kind=kind,
-                module=crossing.module,
-                source="",
-                shape=tuple(x.shape),
-                dtype=dtype_text(x.dtype),
-                group="",
-                world_size=2,
-                format=fmt.spec if fmt else None,
-                reason=reason,
-                eligible=True,
-                bytes_before=x.nbytes,
-                bytes_after=fmt.payload_bytes(x.numel()) if fmt else x.nbytes,
-                sqnr_db=sqnr_db(x, decoded) if decoded is not None else None,
-                kurtosis=excess_kurtosis(x) if measured else None,
-            )
-        )
-    return sites
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    # A placeholder's own argument is its default.
+    later = [kwargs.get(str(node.target), *node.args) for node in placeholders[len(args) :]]
+    try:
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args, *later)
+    except Exception as error:
+        raise CaptureError(
+            f"the graph does not run on example_inputs: {error}. Its inputs are "
+            f"{', '.join(str(node.target) for node in placeholders)}."
+        ) from error
 
 
 # ---- diff --------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -13,7 +13,7 @@ Boundaries = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 
 def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[str, nn.Module]:
-    """The modules whose output crosses the wire, by path.
+    """The modules whose output crosses the wire, by path; one that has several paths by the first.
 
     Args:
         model: any module.
@@ -26,18 +26,17 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
         BoundaryError: nothing matches, with what to do.
 
     Source: the rule for blocks is ours: at least two children of one class in a ModuleList or
-    Sequential, the outermost such container of each path.
+    Sequential, the outermost such container of each path. Plain layers of torch.nn are no blocks;
+    Sequentials are if there are no others.
     """
-    modules = dict(model.named_modules())
+    # Lists of modules are never called themselves: nothing leaves them.
+    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
     if boundaries == "auto":
-        found = dict(_blocks(model))
+        found = dict(_all_blocks(model))
     elif boundaries == "branches":
-        found = {
-            f"{path}.{name}": child
-            for path, block in _blocks(model)
-            for name, child in block.named_children()
-            if sum(p.dim() >= 2 for p in child.parameters()) >= 2
-        }
+        found = dict(
+            branch for path, block in _all_blocks(model) for branch in _branches(path, block)
+        )
     elif isinstance(boundaries, str):
         raise BoundaryError(
             f"boundaries={boundaries!r} is not known: use 'auto', 'branches', a list of module "
@@ -46,43 +45,101 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
     elif callable(boundaries):
         found = {path: module for path, module in modules.items() if boundaries(path, module)}
     else:
-        patterns = tuple(boundaries)
-        found = {
-            path: module
-            for path, module in modules.items()
-            if any(fnmatchcase(path, pattern) for pattern in patterns)
-        }
-        unused = [p for p in patterns if not any(fnmatchcase(path, p) for path in found)]
-        if unused:
-            raise BoundaryError(
-                f"boundaries: no module matches {unused[0]!r}; the paths of this model are those "
-                f"of model.named_modules(), such as {', '.join(list(modules)[1:4])}."
-            )
+        found = {path: modules[path] for path in match_paths(tuple(boundaries), modules)}
     if not found:
         raise BoundaryError(
             f"{type(model).__name__} has no repeated blocks (two or more modules of one class in a "
             "ModuleList or Sequential): name the modules whose output crosses the wire, "
             "boundaries=['path.of.module', ...]."
         )
-    return found
+    first_path = {id(module): path for path, module in reversed(found.items())}
+    return {path: module for path, module in found.items() if first_path[id(module)] == path}
 
 
-def _blocks(module: nn.Module, path: str = "") -> Iterable[tuple[str, nn.Module]]:
-    children = list(module.named_children())
-    if isinstance(module, (nn.ModuleList, nn.Sequential)):
-        classes = [type(child) for _, child in children]
-        repeated = {cls for cls in classes if classes.count(cls) > 1 and not _is_leaf_class(cls)}
-        for name, child in children:
-            if type(child) in repeated:
-                yield f"{path}{name}", child
-            else:
-                yield from _blocks(child, f"{path}{name}.")
-        return
-    for name, child in children:
-        yield from _blocks(child, f"{path}{name}.")
+def match_paths(patterns: tuple[str, ...], paths: Iterable[str]) -> list[str]:
+    """The paths that some pattern matches.
+
+    Raises:
+        BoundaryError: a pattern matches none.
+    """
+    paths = list(paths)
+    for pattern in patterns:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            named = [path for path in paths if path]
+            raise BoundaryError(
+                f"boundaries: no module that is called matches {pattern!r}; the paths here are "
+                f"those of model.named_modules(), such as {', '.join(named[:3]) or '(none)'}."
+            )
+    return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
 
 
-def _is_leaf_class(cls: type[nn.Module]) -> bool:
-    """Plain layers of torch.nn (Linear, ...) in a row are not blocks; its transformers are."""
-    is_torch = cls.__module__.startswith("torch.nn.modules")
-    return is_torch and not cls.__name__.startswith("Transformer")
+# ---- blocks of a module ------------------------------------------------------------------------
+
+
+def _all_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(_blocks(model, "", _is_block_class)) or list(_blocks(model, "", _is_sequential))
+
+
+def _blocks(
+    module: nn.Module, path: str, is_block_class: Callable[[str], bool]
+) -> Iterator[tuple[str, nn.Module]]:
+    # named_children would leave out a block that a list holds several times.
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+    classes = [_class_name(type(child)) for _, child in children]
+    for (name, child), cls in zip(children, classes, strict=True):
+        if is_list and classes.count(cls) > 1 and is_block_class(cls):
+            yield f"{path}{name}", child
+        else:
+            yield from _blocks(child, f"{path}{name}.", is_block_class)
+
+
+def _branches(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in block.named_children():
+        if not _is_called(child):
+            yield from _branches(f"{path}.{name}", child)
+        elif sum(p.dim() >= 2 for p in child.parameters()) >= 2:
+            yield f"{path}.{name}", child
+
+
+def _is_called(module: nn.Module) -> bool:
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
+
+
+def _class_name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_sequential(cls: str) -> bool:
+    return cls == "torch.nn.modules.container.Sequential"
+
+
+def _is_block_class(cls: str) -> bool:
+    """Layers and lists of torch.nn in a row are not blocks; its transformers are."""
+    return not cls.startswith("torch.nn.modules.") or ".Transformer" in cls
+
+
+# ---- blocks of a graph -------------------------------------------------------------------------
+
+
+def find_blocks(classes: Mapping[str, str]) -> list[str]:
+    """The "auto" boundaries where only paths and class names are known: those of a graph.
+
+    Args:
+        classes: the name of the class, as "package.module.Class", of each module that was called.
+    """
+    families: dict[tuple[str, str], list[str]] = {}
+    for path, cls in classes.items():
+        parent, _, name = path.rpartition(".")
+        if path and (name.isdigit() or _is_sequential(classes.get(parent, ""))):
+            families.setdefault((parent, cls), []).append(path)
+    for is_block_class in (_is_block_class, _is_sequential):
+        found = [
+            path
+            for (_, cls), paths in families.items()
+            if len(paths) > 1 and is_block_class(cls)
+            for path in paths
+        ]
+        if found:
+            return found
+    return []

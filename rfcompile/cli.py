@@ -1,6 +1,6 @@
 """The command line: ``rfcompile explain`` and ``rfcompile diff`` on MODULE:FACTORY.
 
-Results go to stdout, everything else to stderr. Exit codes:
+Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 
 ==== ================================================ =========================================
 code explain                                          diff
@@ -8,7 +8,7 @@ code explain                                          diff
 0    every eligible site is quantized                 the graph changed
 1    an eligible site stays exact, or there is none   the graph did not change
 2    the command line is wrong                        the command line is wrong
-3    an error of this package, printed to stderr      an error of this package, printed to stderr
+3    an error, printed to stderr                      an error, printed to stderr
 ==== ================================================ =========================================
 """
 
@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,25 @@ from torch import nn
 from rfcompile import api
 from rfcompile.capture import inputs_of
 from rfcompile.errors import RFCompileError, TargetError
+from rfcompile.explain import explain
 from rfcompile.fingerprint import package_version
 from rfcompile.formats import as_format
 from rfcompile.policy import Policy
 from rfcompile.process_groups import simulated
+from rfcompile.report import Report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
+    """Run the command line and return its exit code (argparse exits by itself with 2)."""
     args = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         return command(args)
     except (RFCompileError, NotImplementedError) as error:
         print(f"rfcompile: {error}", file=sys.stderr)
-        return 3
+    except Exception:  # of the user's model: Python's own exit code would be 1
+        traceback.print_exc()
+    return 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--min-bytes", type=int, default=0, help="smaller ones stay exact")
         command.add_argument(
             "--world-size",
-            type=int,
+            type=_positive,
             default=1,
             help="for a model with collectives: simulate this many ranks while FACTORY and the "
             "model run; nothing is sent",
@@ -85,21 +90,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
+    return int(text)
+
+
 def _explain(args: argparse.Namespace) -> int:
-    with _ranks(args):
-        model, inputs, kwargs = _load(args.target)
-        report = api.explain(
-            model, *inputs, kwargs=kwargs, policy=_policy(args), boundaries=_boundaries(args)
-        )
+    with _ranks(args), redirect_stdout(sys.stderr):
+        report = _report(args, *_load(args.target))
     print(report.json() if args.json else report.text())
     return 1 if not report.sites or any(site.eligible for site in report.skipped) else 0
 
 
+def _report(
+    args: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Report:
+    return explain(
+        model, *inputs, kwargs=kwargs, policy=_policy(args), boundaries=_boundaries(args)
+    )
+
+
 def _diff(args: argparse.Namespace) -> int:
-    with _ranks(args):
+    with _ranks(args), redirect_stdout(sys.stderr):
         model, inputs, kwargs = _load(args.target)
-        if args.world_size > 1:
-            result = api.diff(api.explain(model, *inputs, kwargs=kwargs, policy=_policy(args)))
+        report = _report(args, model, inputs, kwargs) if args.world_size > 1 else None
+        if report and report.graphs:
+            result = api.diff(report)
         else:
             after = api.transform(model, policy=_policy(args), boundaries=_boundaries(args))
             result = api.diff(model, after, example_inputs=(inputs, kwargs))
@@ -136,21 +153,36 @@ def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise TargetError(
-            f"target {target!r} cannot be loaded: {error}. MODULE must be importable from here or "
-            "be a path to a .py file, and FACTORY a name in it."
+            f"target {target!r} cannot be loaded: {_describe(error)}. MODULE must be importable "
+            "from here or be a path to a .py file, and FACTORY a name in it."
         ) from error
-    made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
-    model, *inputs = made if isinstance(made, tuple) else (made,)
-    if not isinstance(model, nn.Module) or len(inputs) > 2:
+    try:
+        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:
         raise TargetError(
-            f"target {target!r} gave a {type(made).__name__}; it must return a torch.nn.Module, "
-            "(model, args) or (model, args, kwargs)."
-        )
-    example = (tuple(inputs[0]), dict(inputs[1])) if len(inputs) == 2 else (inputs or [None])[0]
-    args, kwargs = inputs_of(model, example)
+            f"target {target!r} cannot be called without arguments: {_describe(error)}."
+        ) from error
+    match made:
+        case nn.Module() as model:
+            args, kwargs = inputs_of(model, None)
+        case (nn.Module() as model, example):
+            args, kwargs = inputs_of(model, example)
+        case (nn.Module() as model, (tuple() | list() as positional), Mapping() as named):
+            args, kwargs = tuple(positional), dict(named)
+        case _:
+            made = made if isinstance(made, tuple) else (made,)
+            raise TargetError(
+                f"target {target!r} gave {', '.join(type(item).__name__ for item in made)}; it "
+                "must return a torch.nn.Module, (model, args) or (model, args, kwargs), with a "
+                "tuple of args and a dict of kwargs."
+            )
     return model, args, kwargs
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 if __name__ == "__main__":

@@ -1,57 +1,75 @@
 """The fake wire: what a quantized transfer does to a tensor, on one machine and without sending.
 
-``rfcompile::fake_wire(x, forward, backward)`` quantizes and dequantizes ``x`` in the format of the
-text ``forward``; the gradient passes straight through, itself quantized in the format ``backward``
-("" leaves a direction exact).
+``rfcompile::fake_wire(x, forward, backward, site)`` quantizes and dequantizes ``x`` in the format
+of the text ``forward``; the gradient passes straight through, itself quantized in the format
+``backward`` ("" leaves a direction exact). ``site`` is what an error calls the place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfcompile import collectives, ops
+from rfcompile import codec, collectives, ops
+from rfcompile.errors import RFCompileWarning
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy
+from rfcompile.process_groups import constant_while_compiling
 
 
-def round_trip(x: Tensor, fmt: str) -> Tensor:
+def round_trip(x: Tensor, fmt: str, site: str = "a fake wire") -> Tensor:
     """``dequantize(quantize(x))`` in the shape and dtype of ``x``; a copy where ``fmt`` is ""."""
     if not fmt or x.numel() == 0:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     rows = x.reshape(1, -1)
     payload = ops.quantize(rows, fmt)
     if QuantFormat.parse(fmt).nonfinite == "raise":
-        payload = ops.require_finite(payload, ops.nonfinite_flag(x), "a fake wire")
+        payload = ops.require_finite(payload, ops.nonfinite_flag(x), site)
     return ops.dequantize(payload, fmt, x.dtype).narrow(1, 0, rows.shape[1]).reshape(x.shape)
 
 
-def _wire(x: Tensor, forward: str, backward: str) -> Tensor:
-    ops.check_codec_input(x, "the tensor on a fake wire")
-    return round_trip(x, forward)
+def _wire(x: Tensor, forward: str, backward: str, site: str = "a fake wire") -> Tensor:
+    ops.check_codec_input(x, f"the input of {site}")
+    return round_trip(x, forward, site)
 
 
 fake_wire = collectives.define_operator(
-    "fake_wire(Tensor x, str forward, str backward) -> Tensor",
+    "fake_wire(Tensor x, str forward, str backward, str site='a fake wire') -> Tensor",
     _wire,
-    lambda x, forward, backward: x.new_empty(x.shape),
+    lambda x, forward, backward, site="a fake wire": x.new_empty(x.shape),
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.backward_format = inputs[2]
+    ctx.backward_format, ctx.site = inputs[2:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return fake_wire(grad, ctx.backward_format, ""), None, None
+    return fake_wire(grad, ctx.backward_format, "", f"{ctx.site}, backward"), None, None, None
 
 
 torch.library.register_autograd(fake_wire, _backward, setup_context=_setup, lib=ops.LIBRARY)
+
+
+def wire_arguments(policy: Policy, module: str, size_bytes: int) -> tuple[str, ...]:
+    """What :func:`fake_wire` takes after the tensor; empty where the policy leaves all exact."""
+    formats = [
+        policy.format_for(kind, module, size_bytes)[0] for kind in ("activations", "gradients")
+    ]
+    if not any(formats):
+        return ()
+    texts = tuple(fmt.spec if fmt else "" for fmt in formats)
+    # Named only where an error can name it: blocks with the same arguments share compiled code.
+    raises = any(fmt and fmt.nonfinite == "raise" for fmt in formats)
+    return (*texts, f"the fake wire at {module!r}") if raises else texts
 
 
 # ---- the hook that puts it into a model --------------------------------------------------------
@@ -59,11 +77,15 @@ torch.library.register_autograd(fake_wire, _backward, setup_context=_setup, lib=
 
 @dataclass(frozen=True)
 class Crossing:
-    """A tensor that went through a fake wire while :func:`watch` was on."""
+    """What a boundary handed on while :func:`watch` was on.
+
+    ``tensor`` is None where its output holds nothing to quantize; ``has_gradient``: a gradient
+    will come back.
+    """
 
     module: str
-    tensor: Tensor
-    wire: FakeWire
+    tensor: Tensor | None
+    has_gradient: bool = False
 
 
 _WATCHERS: list[list[Crossing]] = []
@@ -77,26 +99,24 @@ def watch() -> Iterator[list[Crossing]]:
     try:
         yield crossings
     finally:
-        _WATCHERS.remove(crossings)
+        _WATCHERS.pop()
 
 
 class FakeWire:
     """A forward hook that sends a module's output over a fake wire.
 
     Of a tuple, list or dict (a model output) the first floating-point tensor travels: the hidden
-    state; what a block hands on beside it (caches, attention maps) does not.
+    state; what a block hands on beside it (caches, attention maps) does not. Where there is none,
+    nothing travels, and a warning says so.
     """
 
     def __init__(self, module: str, policy: Policy) -> None:
         self.module = module
-        activations = policy.format_for("activations", module, 2**62)[0]
-        gradients = policy.format_for("gradients", module, 2**62)[0]
-        self.forward = activations.spec if activations else ""
-        self.backward = gradients.spec if gradients else ""
-        self.min_bytes = 0 if _is_named(policy, module) else policy.min_bytes
+        self.arguments = wire_arguments(policy, module, 2**62)
+        self.min_bytes = 0 if policy.override_for(module) is not None else policy.min_bytes
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
+        if _travels(output):
             return self.send(output)
         if isinstance(output, (tuple, list)):
             for i, item in enumerate(output):
@@ -108,32 +128,55 @@ class FakeWire:
         if isinstance(output, dict):
             for key, item in output.items():
                 if _travels(item):
-                    changed = type(output)(**output)  # ModelOutput and dict alike
+                    changed = _copy_of(output)
                     changed[key] = self.send(item)
                     return changed
+        _note_idle(self.module, type(output).__name__)
         return output
 
     def send(self, x: Tensor) -> Tensor:
-        if not _travels(x):
-            return x
+        if x.is_nested:  # torch.nn.TransformerEncoder with a padding mask, in inference
+            sent = [self.send(component) for component in x.unbind()]
+            return torch.nested.as_nested_tensor(sent, layout=x.layout)
         if torch.compiler.is_compiling():
             collectives.before_compiling()
         elif _WATCHERS:
-            _WATCHERS[-1].append(Crossing(self.module, x.detach(), self))
-        if x.numel() * x.element_size() < self.min_bytes:
+            _WATCHERS[-1].append(Crossing(self.module, x.detach(), x.requires_grad))
+            if x.dtype not in codec.DTYPES:
+                return x  # the watcher reports it
+        if not self.arguments or x.numel() * x.element_size() < self.min_bytes:
             return x
-        return fake_wire(x, self.forward, self.backward)
+        if not torch.compiler.is_compiling():
+            ops.check_codec_input(x, f"the output of module {self.module!r}")
+        return fake_wire(x, *self.arguments)
 
     def __repr__(self) -> str:
+        forward, backward, *_ = (*self.arguments, "", "")
         return (
-            f"FakeWire({self.module!r}, forward={self.forward or 'exact'}, "
-            f"backward={self.backward or 'exact'})"
+            f"FakeWire({self.module!r}, forward={forward or 'exact'}, "
+            f"backward={backward or 'exact'})"
         )
 
 
 def _travels(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _is_named(policy: Policy, module: str) -> bool:
-    return policy.override_for(module) is not None
+def _copy_of(output: dict[Any, Any]) -> dict[Any, Any]:
+    if is_dataclass(output):  # a ModelOutput
+        return type(output)(**output)
+    return output.copy() if type(output) in (dict, OrderedDict) else copy.copy(output)
+
+
+@constant_while_compiling
+def _note_idle(module: str, kind: str) -> bool:
+    if _WATCHERS:
+        _WATCHERS[-1].append(Crossing(module, None))
+    else:
+        warnings.warn(
+            f"nothing travels at {module!r}: its output, a {kind}, is or directly holds no "
+            "floating-point tensor. Name another module in boundaries.",
+            RFCompileWarning,
+            stacklevel=2,
+        )
+    return True

@@ -238,14 +238,29 @@ def module_of(node: fx.Node) -> str:
     A backward node gives the module of its forward. Wrappers (``_orig_mod`` and the like) are
     left out.
     """
-    stack = module_stack(node)
-    return stack[-1] if stack else ""
+    calls = module_calls(node)
+    return calls[-1].path if calls else ""
 
 
-def module_stack(node: fx.Node) -> tuple[str, ...]:
-    """The paths of the modules a node was traced in, outermost first; see :func:`module_of`."""
+class ModuleCall(NamedTuple):
+    """A call of a module: its path, its class as "package.module.Class", which call it is."""
+
+    path: str
+    cls: str
+    number: str
+
+
+def module_calls(node: fx.Node) -> tuple[ModuleCall, ...]:
+    """The calls that a node was traced in, outermost first; paths as in :func:`module_of`."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return tuple(_module_path(path) for path, _ in stack.values())
+    return tuple(
+        ModuleCall(
+            _module_path(path),
+            cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}",
+            str(key).partition("@")[2],  # "layers.0@1" is the second call
+        )
+        for key, (path, cls) in stack.items()
+    )
 
 
 def _module_path(path: str) -> str:

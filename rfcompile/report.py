@@ -6,6 +6,7 @@ Data first (frozen dataclasses), text and JSON second.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -145,9 +146,13 @@ class Report:
         return self.text()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the graphs as plain data, for JSON."""
+        """Everything but the graphs as plain data, for JSON: NaN and infinity become None."""
         plain = asdict(self)
         del plain["graphs"]
+        for site in plain["sites"]:
+            for name in ("sqnr_db", "kurtosis"):
+                if site[name] is not None and not math.isfinite(site[name]):
+                    site[name] = None
         return plain | {
             "num_sites": self.num_sites,
             "num_quantized": self.num_quantized,
@@ -156,7 +161,7 @@ class Report:
         }
 
     def json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def require_all(self) -> None:
         """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""

@@ -8,10 +8,12 @@ This file is also what the processes run.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import io
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -82,9 +84,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
 
     def run(world: int, f: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
         __tracebackhide__ = True
-        while len(pool) < world:
-            pool.append(_Process(len(pool), folder))
+        new = [_Process(rank, folder) for rank in range(len(pool), world)]
+        pool.extend(new)
         try:
+            for process in new:
+                process.wait_until_ready()
             return _run(pool[:world], folder, f, args, timeout)
         except BaseException:  # the processes may be in any state: start anew
             while pool:
@@ -103,6 +107,7 @@ class _Process:
     """A rank: a Python process that waits for jobs."""
 
     def __init__(self, rank: int, folder: Path) -> None:
+        self.rank = rank
         self.connection, theirs = Pipe()
         self.log = folder / f"rank{rank}.log"
         environment = os.environ | {
@@ -118,6 +123,20 @@ class _Process:
                 stderr=log,
             )
         theirs.close()
+
+    def wait_until_ready(self) -> None:
+        """Importing may take long on a busy machine: no test's time should run meanwhile."""
+        if not self.connection.poll(120) or self.connection.recv_bytes() != b"ready":
+            raise RankError("the start", {self.rank: self.last_words(2000)})
+
+    def where_it_is(self) -> str:
+        """The stacks of a process that hangs, if it can still write them."""
+        self.popen.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+        return self.last_words(6000)
+
+    def last_words(self, length: int) -> str:
+        return self.log.read_text(errors="replace")[-length:]
 
     def stop(self) -> None:
         self.connection.close()
@@ -148,14 +167,15 @@ def _run(
                 result, failure = pickle.loads(connection.recv_bytes())
             except EOFError:
                 code = processes[rank].popen.wait()
-                text = processes[rank].log.read_text(errors="replace")[-2000:]
-                result, failure = None, f"died with exit code {code}\n{text}"
+                text = f"died with exit code {code}\n{processes[rank].last_words(2000)}"
+                result, failure = None, text
             results[rank] = result
             if failure:
                 failures[rank] = failure
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-    if failures or waiting:
-        failures |= dict.fromkeys(waiting.values(), "no answer")
+    for rank in waiting.values():
+        failures[rank] = f"no answer\n{processes[rank].where_it_is()}"
+    if failures:
         raise RankError(f.__qualname__, failures)
     return results
 
@@ -165,6 +185,8 @@ def _run(
 
 def _serve(connection: Connection, index: int) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1)
+    connection.send_bytes(b"ready")
     while True:
         try:
             file, name, args, world, store = pickle.loads(connection.recv_bytes())

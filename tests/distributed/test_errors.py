@@ -52,8 +52,8 @@ def disagree_on_the_format(rank: Rank) -> list[RFCompileError]:
     errors = []
     for name, call in CALLS.items():
         errors.append(error_of(lambda call=call: call(torch.ones(8), mine)))
-        y = call(torch.ones(8), "5b")  # the group still works
-        assert (y == (rank.world if "reduce" in name else 1)).all()
+        y = call(torch.ones(8), 5)  # the group still works
+        assert (y / (rank.world if "reduce" in name else 1) - 1).abs().max() < 0.02
     return errors
 
 
@@ -107,6 +107,7 @@ def disagree_in_the_backend(rank: Rank) -> list[RFCompileError]:
         {"bits": 4, "sites": {"a.*": None} if rank.index else {}},
         {"bits": 4, "merge": bool(rank.index)},
     ):
+        torch._dynamo.reset()  # it would find the last failure where options stayed the same
         compiled = torch.compile(f, backend="rfquant", options=options, fullgraph=True)
         errors.append(error_of(lambda g=compiled: g(torch.ones(8))))
     return errors

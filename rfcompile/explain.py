@@ -1,0 +1,178 @@
+"""explain: what the wire would carry, where, why not the rest, and what it saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
+
+from rfcompile import codec, journal
+from rfcompile.analysis import excess_kurtosis, sqnr_db
+from rfcompile.api import (
+    check_module,
+    has_collectives,
+    policy_of,
+    rewrite_graph,
+    transform,
+    uncompiled,
+)
+from rfcompile.boundaries import Boundaries
+from rfcompile.capture import inputs_of
+from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
+from rfcompile.graph import dtype_text
+from rfcompile.pipeline import Record
+from rfcompile.policy import Policy
+from rfcompile.report import GraphChange, Report, Site, merge_reports
+
+
+def explain(
+    model: nn.Module,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    bits: int | None = None,
+    policy: Policy | None = None,
+    boundaries: Boundaries = "auto",
+) -> Report:
+    """What would be quantized, where, why not the rest, and what it saves; ``print`` the result.
+
+    The model runs once on the given inputs, forward and (if it has trainable parameters) backward.
+    Gradients, buffers, random state and the model itself stay as they are. A model with collectives
+    is compiled with backend "rfquant" and the report lists them; any other is reported as
+    :func:`transform` would change it, with SQNR and excess kurtosis measured at each boundary. An
+    ``fx.GraphModule`` does not run: its report has no measures.
+
+    Args:
+        args, kwargs: the model's inputs; none: ``model.dummy_inputs``.
+        bits, policy, boundaries: as in :func:`transform`.
+
+    Raises:
+        as :func:`transform`, and CaptureError when there are no inputs.
+    """
+    wanted = policy_of(bits, policy)
+    check_module(model)
+    model = uncompiled(model)
+    if isinstance(model, fx.GraphModule):
+        inputs = (args, dict(kwargs or {})) if args or kwargs else None
+        return _explain_graph(rewrite_graph(model, wanted, boundaries, inputs), wanted)
+    if not args and not kwargs:
+        args, kwargs = inputs_of(model, None)
+    kwargs = dict(kwargs or {})
+    with _state_kept(model):
+        if has_collectives(model) or (dist.is_available() and dist.is_initialized()):
+            report = _explain_compiled(model, args, kwargs, wanted)
+            if report.sites:
+                return report
+        twin = transform(model, policy=wanted, boundaries=boundaries)
+        with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
+            with watch() as crossings:
+                outputs = twin(*args, **kwargs)
+            _backward(twin, outputs)
+    sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
+    return Report(tuple(sites), wanted.describe(), tuple(_idle_boundaries(twin, crossings)))
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[None]:
+    """Random state and buffers are afterwards as before."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
+    local = [b.to_local() if isinstance(b, DTensor) else b for b in model.buffers()]
+    buffers = [(buffer, buffer.clone()) for buffer in local]
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            for buffer, old in buffers:
+                buffer.data.copy_(old)  # a pending backward pass must not take it for a change
+
+
+def _explain_graph(record: Record, policy: Policy) -> Report:
+    return Report(
+        tuple(fact for fact in record.facts if isinstance(fact, Site)),
+        policy.describe(),
+        graphs=(GraphChange("forward", record.steps[0].before, record.steps[-1].after),),
+    )
+
+
+def _explain_compiled(
+    model: nn.Module, args: Any, kwargs: dict[str, Any], policy: Policy
+) -> Report:
+    earlier = len(journal.reports())
+    torch._dynamo.reset()  # a graph that is compiled already would not be reported again
+    options: dict[str, Any] = {"policy": policy}
+    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
+    _backward(model, compiled(*args, **kwargs))
+    return merge_reports(journal.reports()[earlier:])
+
+
+def _backward(model: nn.Module, outputs: Any) -> None:
+    leaves = [leaf for leaf in _tensors(outputs) if leaf.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if leaves and parameters:
+        grads = [torch.full_like(leaf, 1 / max(leaf.numel(), 1)) for leaf in leaves]
+        torch.autograd.grad(leaves, parameters, grads, allow_unused=True)
+
+
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    for leaf in torch.utils._pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf):
+            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def _idle_boundaries(model: nn.Module, crossings: Sequence[Crossing]) -> Iterator[str]:
+    seen = {crossing.module: crossing for crossing in crossings}
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            if not isinstance(hook, FakeWire):
+                continue
+            if hook.module not in seen:
+                yield f"nothing travels at {hook.module}: the model did not call it"
+            elif seen[hook.module].tensor is None:
+                yield (
+                    f"nothing travels at {hook.module}: its output is or directly holds no "
+                    "floating-point tensor"
+                )
+
+
+def _boundary_sites(crossing: Crossing, policy: Policy) -> list[Site]:
+    x = crossing.tensor
+    if x is None:
+        return []
+    sites = []
+    for direction, kind in (("forward", "activations"), ("backward", "gradients")):
+        if direction == "backward" and not crossing.has_gradient:
+            continue
+        fmt, reason = policy.format_for(kind, crossing.module, x.nbytes)
+        eligible = fmt is not None or "min_bytes" in reason
+        if x.dtype not in codec.DTYPES:
+            fmt, reason, eligible = None, f"{dtype_text(x.dtype)} data is not quantized", False
+        measured = direction == "forward" and not x.is_complex()
+        decoded = round_trip(x, fmt.spec if fmt else "") if measured else None
+        sites.append(
+            Site(
+                collective="boundary",
+                direction=direction,
+                kind=kind,
+                module=crossing.module,
+                source="",
+                shape=tuple(x.shape),
+                dtype=dtype_text(x.dtype),
+                group="",
+                world_size=2,
+                format=fmt.spec if fmt else None,
+                reason=reason,
+                eligible=eligible,
+                bytes_before=x.nbytes,
+                bytes_after=fmt.payload_bytes(x.numel()) if fmt else x.nbytes,
+                sqnr_db=sqnr_db(x, decoded) if decoded is not None else None,
+                kurtosis=excess_kurtosis(x) if measured else None,
+            )
+        )
+    return sites

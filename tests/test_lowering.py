@@ -1,0 +1,137 @@
+"""Compiled codec operators: the bytes of the eager ones, in one kernel, fused, still visible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.utils import run_and_get_code
+
+import rfcompile.lowering  # noqa: F401  # registers the lowerings
+from rfcompile import ops
+
+pytestmark = pytest.mark.slow
+
+FORMATS = [
+    "3b", "4b", "8b", "2b:g16:tread", "4b:tensor", "5b:h8", "4b:h128", "6b:stoch", "4b:saturate",
+]  # fmt: skip
+KERNEL = "async_compile.cpp_pybinding("
+EXTERNAL_CALL = re.compile(r"(\baten\.\w+|extern_kernels)\.\w+\(")
+
+
+def wide_values() -> Tensor:
+    """Four rows over 16 decades, with tails, NaN, Inf and a row of zeros."""
+    x = torch.randn(4, 1000) * torch.logspace(-8, 8, 1000)
+    x[1, 5], x[2, 700], x[3] = torch.nan, torch.inf, 0
+    return x
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, any NaN equal to any other."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if a.is_floating_point():
+        both_nan = a.isnan() & b.isnan()
+        a, b = a.masked_fill(both_nan, 0.0), b.masked_fill(both_nan, 0.0)
+        return torch.equal(a.view(torch.int32), b.view(torch.int32))
+    return torch.equal(a, b)
+
+
+def compiled(f: Callable[..., Any], *args: Tensor) -> tuple[Tensor, str]:
+    """The result of compiling ``f`` into one graph, and the generated code."""
+    result, code = run_and_get_code(torch.compile(f, fullgraph=True), *args)
+    return result, "".join(code)
+
+
+def test_same_bits_can_fail() -> None:
+    x = torch.tensor([1.0, torch.nan, 0.0])
+    assert same_bits(x, x.clone())
+    assert not same_bits(x, torch.tensor([1.0, torch.nan, -0.0]))
+    assert not same_bits(x, torch.tensor([1.0, 2.0, 0.0]))
+
+
+def test_the_search_for_external_calls_can_succeed() -> None:
+    _, code = compiled(lambda t: t @ t, torch.randn(64, 64))
+    assert EXTERNAL_CALL.search(code)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiled_bytes_are_the_eager_bytes_in_one_kernel(fmt: str) -> None:
+    x = wide_values()
+    payload = ops.quantize(x, fmt)
+
+    got, code = compiled(lambda t: ops.quantize(t, fmt), x)
+    assert same_bits(got, payload)
+    assert code.count(KERNEL) == 1
+    assert not EXTERNAL_CALL.search(code)
+
+    for op in (ops.dequantize, ops.dequantize_sum):
+        expected = op(payload, fmt, torch.float32)
+        got, code = compiled(lambda p, op=op: op(p, fmt, torch.float32), payload)
+        assert same_bits(got, expected)
+        assert code.count(KERNEL) == 1
+
+    got, code = compiled(lambda p: ops.requantize(p, fmt, True), payload)
+    assert same_bits(got, ops.requantize(payload, fmt, True))
+    assert code.count(KERNEL) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fmt", ["4b", "8b"])
+def test_a_lone_operator_on_a_narrow_dtype_gives_the_eager_bytes(
+    dtype: torch.dtype, fmt: str
+) -> None:
+    x = torch.randn(2, 300).to(dtype)
+    payload = ops.quantize(x, fmt)
+    assert torch.equal(compiled(lambda t: ops.quantize(t, fmt), x)[0], payload)
+    got = compiled(lambda p: ops.dequantize(p, fmt, dtype), payload)[0]
+    assert torch.equal(got, ops.dequantize(payload, fmt, dtype))
+
+
+def test_one_graph_serves_many_sizes() -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    run = torch.compile(lambda t: ops.quantize(t, "4b"), backend=counter, dynamic=True)
+    for n in (130, 1000, 4096):
+        x = torch.randn(3, n)
+        assert torch.equal(run(x), ops.quantize(x, "4b"))
+    assert counter.frame_count == 1
+
+
+def test_producers_and_consumers_fuse() -> None:
+    x, y = torch.randn(4, 1024), torch.randn(4, 1024)
+    quantized, code = compiled(
+        lambda a, b: ops.quantize(torch.nn.functional.gelu(a + b), "4b"), x, y
+    )
+    assert code.count(KERNEL) == 1
+    assert torch.equal(quantized, ops.quantize(torch.nn.functional.gelu(x + y), "4b"))
+
+    payload = ops.quantize(x, "4b")
+    out, code = compiled(lambda p: ops.dequantize(p, "4b", torch.float32).relu(), payload)
+    assert code.count(KERNEL) == 1
+    assert torch.equal(out, ops.dequantize(payload, "4b", torch.float32).relu())
+
+
+class Look(CustomGraphPass):
+    """Notes the operators of a graph."""
+
+    def __init__(self) -> None:
+        self.seen: list[object] = []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.seen += [node.target for node in graph.nodes]
+
+    def uuid(self) -> None:
+        return None  # never served from a cache
+
+
+def test_the_operator_is_one_node_at_the_end_of_the_post_grad_passes() -> None:
+    look = Look()
+    with config.patch(post_grad_custom_post_pass=look):
+        compiled(lambda t: ops.quantize(t * 2, "4b"), torch.randn(2, 256))
+    assert look.seen.count(ops.quantize) == 1

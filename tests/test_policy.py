@@ -1,0 +1,88 @@
+"""Policy: which format a site gets, and why it gets none."""
+
+from __future__ import annotations
+
+import pytest
+
+from rfcompile.errors import FormatError, PolicyError
+from rfcompile.formats import QuantFormat
+from rfcompile.policy import Policy
+
+BIG = 10**6
+
+
+def test_bits_are_shorthand_for_every_kind_and_named_kinds_keep_their_own() -> None:
+    policy = Policy.of(bits=4, group_size=64, gradients="8b", weights=None)
+
+    assert policy.activations == QuantFormat(4, group_size=64)
+    assert policy.optimizer_state == QuantFormat(4, group_size=64)
+    assert policy.gradients == QuantFormat(8)
+    assert policy.weights is None
+
+
+def test_bits_none_is_exact_everywhere() -> None:
+    policy = Policy.of(bits=None)
+    assert policy.format_for("activations", "any", BIG) == (
+        None,
+        "the policy sends activations exact",
+    )
+
+
+def test_small_tensors_stay_exact_with_the_figures() -> None:
+    policy = Policy.of(bits=4, min_bytes=100)
+    assert policy.format_for("gradients", "m", 99) == (None, "99 bytes < min_bytes=100")
+    assert policy.format_for("gradients", "m", 100) == (QuantFormat(4), "")
+
+
+def test_the_first_matching_site_wins_and_lifts_min_bytes() -> None:
+    policy = Policy.of(bits=4, sites={"blocks.0.*": None, "blocks.*": "8b", "*": 2})
+    assert policy.format_for("activations", "blocks.0.mlp", BIG) == (
+        None,
+        "sites['blocks.0.*'] says exact",
+    )
+    assert policy.format_for("activations", "blocks.1.mlp", 1) == (QuantFormat(8), "")
+    assert policy.format_for("activations", "head", 1) == (QuantFormat(2), "")
+
+
+def test_equal_descriptions_mean_equal_bytes() -> None:
+    assert Policy.of(bits=4).describe() == Policy.of(bits=4, grid="mid-rise").describe()
+    texts = {
+        Policy.of(**options).describe()  # type: ignore[arg-type]
+        for options in (
+            {"bits": 4},
+            {"bits": 3},
+            {"bits": 4, "group_size": 64},
+            {"bits": 4, "gradients": 8},
+            {"bits": 4, "min_bytes": 0},
+            {"bits": 4, "sites": {"a": None}},
+            {"bits": 4, "nonfinite": "raise"},
+            {"bits": 4, "seed": 1},
+        )
+    }
+    assert len(texts) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "option"),
+    [
+        ({"bitz": 4}, r"bitz=4 is not supported: the options are activations, .*bits", "bitz"),
+        ({"group_size": 64}, r"group_size=64 is not supported: give bits as well", "group_size"),
+        ({"min_bytes": -1}, r"min_bytes=-1 .* 0 or more", "min_bytes"),
+        ({"min_bytes": "1k"}, r"min_bytes='1k' .* number of bytes", "min_bytes"),
+        ({"sites": ["a"]}, r"sites=\['a'\] .* use \{module path pattern: format\}", "sites"),
+    ],
+)
+def test_unknown_options_are_named_with_the_rule(
+    options: dict[str, object], message: str, option: str
+) -> None:
+    with pytest.raises(PolicyError, match=message) as caught:
+        Policy.of(**options)
+    assert caught.value.option == option
+    assert caught.value.value == options[option]
+
+
+def test_a_bad_format_inside_a_policy_is_a_format_error() -> None:
+    with pytest.raises(FormatError, match=r"bits=7 is not supported"):
+        Policy(gradients=7)
+    with pytest.raises(FormatError, match=r"'x9' is not understood"):
+        Policy(sites={"a": "4b:x9"})

@@ -1,0 +1,100 @@
+"""Report: counts, bytes, reasons, and the strict check."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rfcompile.errors import UnquantizedSiteError
+from rfcompile.report import GraphChange, Report, Site, format_bytes, merge_reports
+
+QUANTIZED = Site(
+    collective="all_reduce",
+    direction="forward",
+    kind="activations",
+    module="blocks.0.mlp",
+    source="model.py:12",
+    shape=(8, 64),
+    dtype="f32",
+    group="0",
+    world_size=2,
+    format="4b:g128:rise",
+    reason="",
+    eligible=True,
+    bytes_before=2048,
+    bytes_after=264,
+)
+SMALL = replace(
+    QUANTIZED, module="norm", format=None, reason="64 bytes < min_bytes=100", bytes_after=2048
+)
+INTEGER = replace(SMALL, module="count", reason="i64 data is not quantized", eligible=False)
+SYMBOLIC = replace(QUANTIZED, shape=("s0", 64), bytes_before=None, bytes_after=None)
+MERGED = replace(
+    SMALL, module="up", reason="merged: added to a later site's tensor", eligible=False,
+    bytes_after=0, merged=True,
+)  # fmt: skip
+
+
+def test_counts_and_bytes() -> None:
+    report = Report((QUANTIZED, SMALL, INTEGER, MERGED))
+    assert (report.num_quantized, report.num_sites, report.num_merged) == (1, 3, 1)
+    assert report.skipped == (SMALL, INTEGER)
+    assert (report.bytes_before, report.bytes_after) == (4 * 2048, 264 + 2 * 2048)
+    assert report.ratio == 8192 / 4360
+
+
+def test_an_empty_report_is_a_fact_and_not_an_error() -> None:
+    report = Report(())
+    report.require_all()
+    assert report.summary() == "0 of 0 sites quantized, 0 bytes -> 0 bytes sent by each rank " + (
+        "(1.00x less)"
+    )
+
+
+def test_the_text_names_every_site_its_place_and_the_reason() -> None:
+    text = str(Report((QUANTIZED, SMALL, SYMBOLIC, MERGED), policy="all=4b"))
+    lines = text.splitlines()
+    assert lines[0].startswith("2 of 3 sites quantized, 1 merged into others, 6.14 kB -> 2.31 kB")
+    assert lines[0].endswith("1 sites of symbolic size not counted")
+    assert lines[1] == "policy: all=4b"
+    assert len(lines) == 3 + 4
+    assert "blocks.0.mlp model.py:12" in lines[3]
+    assert "4b:g128:rise" in lines[3]
+    assert "exact: 64 bytes < min_bytes=100" in lines[4]
+    assert "f32[s0, 64]" in lines[5]
+    assert "symbolic" in lines[5]
+    assert "  merged: added" in lines[6]
+
+
+def test_json_holds_the_same_facts() -> None:
+    data = json.loads(Report((QUANTIZED, SMALL)).json())
+    assert data["num_sites"] == 2
+    assert data["bytes_after"] == 264 + 2048
+    assert data["sites"][0]["shape"] == [8, 64]
+    assert data["sites"][1]["reason"] == SMALL.reason
+
+
+def test_strict_names_eligible_sites_only() -> None:
+    Report((QUANTIZED, INTEGER, MERGED)).require_all()
+    with pytest.raises(UnquantizedSiteError, match=r"1 eligible site would stay exact") as caught:
+        Report((QUANTIZED, SMALL, INTEGER)).require_all()
+    assert caught.value.sites == (("forward all_reduce at norm model.py:12", SMALL.reason),)
+
+
+def test_merging_keeps_sites_graphs_and_each_note_once() -> None:
+    graph = GraphChange("forward", "a", "b")
+    one = Report((QUANTIZED,), "p", notes=("n",), graphs=(graph,))
+    both = merge_reports([one, replace(one, sites=(SMALL,))])
+    assert both == Report((QUANTIZED, SMALL), "p", notes=("n",), graphs=(graph, graph))
+    assert merge_reports([]) == Report(())
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (2_163_000, "2.16 MB"),
+     (7 * 10**9, "7.00 GB")],
+)  # fmt: skip
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert format_bytes(count) == text
