@@ -18,21 +18,21 @@ _MIN_SCALE = (127 - 120) << 23
 """Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
 
 
-def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The step of a group as float32 bits (a bfloat16 with 16 zero bits below), and ``1 / step``.
+def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of a group as float32 bits (a bfloat16 with 16 zero bits below), ``1 / step``, and
+    int32 1 for a finite group, 0 for another.
 
     A non-finite peak gives a NaN step; a zero peak gives step 0; the grid never leaves the finite
     range of ``dtype``.
     """
     bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
     is_nonfinite = bits >= _EXPONENT_BITS
-    rounded = torch.clamp((bits + 0xFFFF) & -65536, _MIN_SCALE, _largest_scale(fmt, dtype))
-    rounded = torch.where(is_nonfinite, _MIN_SCALE, rounded)
+    rounded = (torch.clamp(bits, _MIN_SCALE, _largest_scale(fmt, dtype)) + 0xFFFF) & -65536
     # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
     inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
     inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
     stored = torch.where(is_nonfinite, _NAN_SCALE, torch.where(bits == 0, 0, rounded))
-    return stored, torch.where(is_nonfinite, 0, inverse).view(torch.float32)
+    return stored, inverse.view(torch.float32), is_nonfinite.logical_not().to(torch.int32)
 
 
 def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:

@@ -31,6 +31,8 @@ from rfcompile.formats import SCALE_BYTES, QuantFormat
 from rfcompile.rotation import axes_of, rotate_parts, unrotate_parts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VECTOR = 16
+"""float32 lanes of the widest CPU vectors."""
 
 Pack = Callable[[Sequence[Tensor], Sequence[int]], Tensor]
 """``pack(pieces, counts)``: see :func:`pack_reference`."""
@@ -81,52 +83,64 @@ def _quantize_groups(
         return x_CGE.new_zeros((C, G * SCALE_BYTES), dtype=torch.uint8)
     # Pieces of a byte and the maximum are taken over the same range R, so one loop does both.
     K = fmt.num_parts if rotate else 8 // fmt.planes[-1]
+    if x_CGE.device.type == "cpu":  # down to runs of one vector: the loop over R is one step
+        K = max([K, *(k for k in (2, 4, 8) if E % (k * VECTOR) == 0)])
     x_CGKR = x_CGE.reshape(C, G, K, E // K)
     parts = [x_CGKR.select(2, k).float() for k in range(K)]
     if rotate and fmt.rotate is not None:
         parts = rotate_parts(parts, axes_of(fmt.rotate)[0], fmt.seed)
-    peak_CGR = parts[0].abs()
-    for part in parts[1:]:
-        peak_CGR = torch.maximum(peak_CGR, part.abs())
-    scale_CG1, inverse_CG1 = scale_bits(peak_CGR.amax(-1, keepdim=True), fmt, dtype)
-    codes = [_code(part, inverse_CG1, fmt, seed, k * (E // K), E) for k, part in enumerate(parts)]
-    pieces, counts = [], []
-    for plane, width in enumerate(fmt.planes):
-        last = plane == len(fmt.planes) - 1
-        high = codes if last else [torch.floor(code * 2.0**-width) for code in codes]
-        low = (
-            codes
-            if last
-            else [code - upper * 2.0**width for code, upper in zip(codes, high, strict=True)]
-        )
-        pieces += _bytes_of(low, width)
+    scale_CG1, inverse_CG1, is_finite_CG1 = scale_bits(_peak(parts), fmt, dtype)
+    codes = [
+        _code(part, inverse_CG1, is_finite_CG1, fmt, seed, k * (E // K), E)
+        for k, part in enumerate(parts)
+    ]
+    pieces, counts, low = [], [], 0
+    for width in fmt.planes:
+        plane = codes
+        if width != fmt.bits:
+            plane = [(code >> low) & (2**width - 1) for code in codes]
+        pieces += _bytes_of(plane, width)
         counts.append(K * width // 8)
-        codes = high
-    for shift in (16, 24):
-        byte = (scale_CG1 >> shift) & 255
-        # int16 keeps the scale's loop scalar on the CPU, so that it fuses with the codes' loops.
-        narrow = torch.int16 if byte.device.type == "cpu" else torch.int32
-        pieces.append(byte.to(narrow).to(torch.uint8))
-        counts.append(1)
+        low += width
+    shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=x_CGE.device).view(2, 1)
+    pieces.append(((scale_CG1.view(C, 1, G) >> shifts) & 255).to(torch.uint8))
+    counts.append(1)
     return pack(pieces, counts)
 
 
+def _peak(parts: list[Tensor]) -> Tensor:
+    """Largest magnitude of a group, ``[C, G, 1]``; NaN if it holds one.
+
+    Compared as integers: the order of magnitudes is that of their bits, with NaN on top.
+    """
+    peak = parts[0].view(torch.int32) & 0x7FFFFFFF
+    for part in parts[1:]:
+        peak = torch.maximum(peak, part.view(torch.int32) & 0x7FFFFFFF)
+    return peak.view(torch.float32).amax(-1, keepdim=True)
+
+
 def _code(
-    x: Tensor, inverse: Tensor, fmt: QuantFormat, seed: int, first: int, group: int
+    x: Tensor,
+    inverse: Tensor,
+    is_finite: Tensor,
+    fmt: QuantFormat,
+    seed: int,
+    first: int,
+    group: int,
 ) -> Tensor:
-    """Codes 0 .. 2**bits - 1 as float32."""
+    """Codes 0 .. 2**bits - 1 as int32; one and the same code throughout a non-finite group."""
     t = x * inverse
-    half = float(2 ** (fmt.bits - 1))
+    half = 2 ** (fmt.bits - 1)
     low = -half if fmt.is_mid_rise else 1 - half
     if fmt.rounding == "stochastic":
         # All in integers: x * inverse + noise would be fused on some devices and not on others.
-        t = torch.where(t == t, t, 0.0)
         sixteenths = torch.floor(t * 65536.0).to(torch.int32) - (32768 if fmt.is_mid_rise else 0)
-        hashed = noise(x, fmt.seed + seed, first, group)
-        level = ((sixteenths + hashed) >> 16).to(torch.float32)
+        level = (sixteenths + noise(x, fmt.seed + seed, first, group)) >> 16
     else:
-        level = torch.floor(t) if fmt.is_mid_rise else torch.round(t)
-    return torch.clamp(level, low, half - 1) + half
+        level = (torch.floor(t) if fmt.is_mid_rise else torch.round(t)).to(torch.int32)
+    # What integer a NaN becomes differs between devices: in its group only the lowest code is left.
+    top = low + is_finite * (half - 1 - low)
+    return torch.minimum(torch.clamp(level, low), top) + half
 
 
 def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:
@@ -137,7 +151,7 @@ def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:
     for k in range(stride):
         total = codes[k]
         for i in range(1, per_byte):
-            total = total + codes[i * stride + k] * float(2 ** (width * i))
+            total = total | (codes[i * stride + k] << (width * i))
         result.append(total.to(torch.uint8))
     return result
 
