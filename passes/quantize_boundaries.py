@@ -155,5 +155,6 @@ def _travels(value: object) -> bool:
 
 
 def _size_bytes(node: fx.Node) -> int | None:
-    size = _value(node).nbytes
+    value = _value(node)
+    size = value.numel() * value.element_size()
     return size if isinstance(size, int) else None

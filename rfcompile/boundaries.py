@@ -134,12 +134,12 @@ def find_blocks(classes: Mapping[str, str]) -> list[str]:
         if path and (name.isdigit() or _is_sequential(classes.get(parent, ""))):
             families.setdefault((parent, cls), []).append(path)
     for is_block_class in (_is_block_class, _is_sequential):
-        found = [
+        found = {
             path
             for (_, cls), paths in families.items()
             if len(paths) > 1 and is_block_class(cls)
             for path in paths
-        ]
+        }
         if found:
-            return found
+            return [path for path in classes if path in found]
     return []

@@ -79,7 +79,8 @@ def reduce_scatter_wire(
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
     payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
     received = _wait(_exchange(payload, world, group))
-    return ops.dequantize_sum(received, fmt, x.dtype, op == "avg").narrow(0, 0, m).reshape(shape)
+    total = ops.dequantize_sum(received, fmt, x.dtype, op == "avg")
+    return _first(total, 0, m).reshape(shape)
 
 
 def all_gather_wire(
@@ -92,7 +93,7 @@ def all_gather_wire(
     payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
     gathered = _wait(_all_gather(payload, world, group))
     # A view where rows have one element; results are contiguous, as the fake kernels promise.
-    return ops.dequantize(gathered, fmt, x.dtype).narrow(1, 0, m).reshape(shape).contiguous()
+    return _first(ops.dequantize(gathered, fmt, x.dtype), 1, m).reshape(shape).contiguous()
 
 
 def all_to_all_wire(
@@ -112,7 +113,7 @@ def all_to_all_wire(
         m = input_splits[0] * inner
         payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
         received = _wait(_exchange(payload, world, group))
-        values = ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m)
+        values = _first(ops.dequantize(received, fmt, x.dtype), 1, m)
         return values.reshape((sum(output_splits), *x.shape[1:])).contiguous()
     sent = [format.row_bytes(rows * inner) for rows in input_splits]
     got = [format.row_bytes(rows * inner) for rows in output_splits]
@@ -125,7 +126,7 @@ def all_to_all_wire(
     parts = []
     for piece, size, rows in zip(received.split(got), got, output_splits, strict=True):
         decoded = ops.dequantize(piece.reshape(1, size), fmt, x.dtype)
-        parts.append(decoded.narrow(1, 0, rows * inner).reshape((rows, *x.shape[1:])))
+        parts.append(_first(decoded, 1, rows * inner).reshape((rows, *x.shape[1:])))
     return torch.cat(parts)
 
 
@@ -137,7 +138,7 @@ def broadcast_wire(
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
     payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
     received = _wait(c10d.broadcast(payload, src, group))
-    return ops.dequantize(received, fmt, x.dtype).narrow(1, 0, m).reshape(x.shape)
+    return _first(ops.dequantize(received, fmt, x.dtype), 1, m).reshape(x.shape)
 
 
 def default_segments(x: Tensor, fmt: QuantFormat) -> int:
@@ -153,6 +154,11 @@ def default_segments(x: Tensor, fmt: QuantFormat) -> int:
 
 def _exchange(payload_WB: Tensor, world: int, group: str) -> Tensor:
     return _all_to_all(payload_WB, [1] * world, [1] * world, group)
+
+
+def _first(x: Tensor, dim: int, n: int) -> Tensor:
+    """The first ``n`` along ``dim``: what follows is padding, where there is any."""
+    return x if statically_known_true(x.shape[dim] == n) else x.narrow(dim, 0, n)
 
 
 def _all_equal(splits: Sequence[int]) -> bool:

@@ -112,22 +112,22 @@ class PlainBlock(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-class TwoBranches(nn.Module):
+class Parallel(nn.Module):
     """A block with tensor-parallel linears."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(32, 64, bias=False)
-        self.down = nn.Linear(64, 32, bias=False)
+        self.up = nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.relu(self.up(x)))
 
 
-def tensor_parallel(num_ranks: int) -> nn.Module:
-    mesh = init_device_mesh("cpu", (num_ranks,))
+def tensor_parallel() -> nn.Module:
     plan = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
-    return parallelize_module(nn.Sequential(TwoBranches(), TwoBranches()), mesh, plan)
+    mesh = init_device_mesh("cpu", (4,))
+    return parallelize_module(nn.Sequential(Parallel(), Parallel()), mesh, plan)
 
 
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -797,24 +797,25 @@ def test_a_graph_with_collectives_gets_them_quantized() -> None:
 
 @pytest.mark.slow
 def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> None:
-    with simulated(2):
-        model = tensor_parallel(2)
+    x = torch.randn(16, 64)
+    with simulated(4):
+        model = tensor_parallel()
         rf.reports(clear=True)
         with pytest.warns(RFCompileWarning, match=r"boundaries=\['0'\] has no effect"):
             wired = rf.transform(model, bits=4, boundaries=["0"])
-        wired(X).sum().backward()
-        (report,) = rf.reports(clear=True)
+        wired(x).sum().backward()
+        (report,) = rf.reports(clear=True)  # one graph, though Sequential is torch's own
         assert report.num_quantized == report.num_sites == 3
         assert list(wired.state_dict()) == list(model.state_dict())
         assert all(p.grad is not None for p in model.parameters())
 
+        torch._dynamo.reset()
         compiled = torch.compile(model)
-        wired = rf.transform(compiled, bits=8)
+        wired = rf.transform(compiled, bits=4)
         assert list(wired.state_dict()) == list(compiled.state_dict())
-        with torch.no_grad():
-            wired(X)
+        wired(x).sum().backward()
         (report,) = rf.reports(clear=True)
-        assert {site.format for site in report.sites} == {"8b:g128:tread"}
+        assert report.num_quantized == 3
 
 
 # ---- errors -----------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def test_only_codec_dtypes_travel() -> None:
         assert caught.value.dtype == dtype
 
 
-# ---- non-finite values ----------------------------------------------------------------------------
+# ---- non-finite values -----------------------------------------------------------------------
 
 
 def test_nan_spoils_its_group_and_no_other() -> None:

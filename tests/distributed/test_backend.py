@@ -188,7 +188,9 @@ def train_llama(rank: Rank, bits: int, sequence_parallel: bool, inductor: bool) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
-@pytest.mark.parametrize(("world", "bits", "inductor"), [(2, 4, True), (2, 8, False), (4, 4, False)])
+@pytest.mark.parametrize(
+    ("world", "bits", "inductor"), [(2, 4, True), (2, 8, False), (4, 4, False)]
+)
 def test_llama(
     ranks: RunRanks, world: int, bits: int, inductor: bool, sequence_parallel: bool
 ) -> None:

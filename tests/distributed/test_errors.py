@@ -1,4 +1,4 @@
-"""Ranks that disagree, and calls that cannot work: a typed error on every rank, by type and text."""
+"""Ranks that disagree, and calls that cannot work: typed errors, on every rank."""
 
 from __future__ import annotations
 

@@ -68,13 +68,16 @@ def test_a_sum_of_three_in_any_order_of_additions(trace: Trace) -> None:
 
     add = "add: f32[6, 50] = aten.add.Tensor(a_1, b_1)"
     mul = "mul: f32[6, 50] = aten.mul.Tensor(a_1, b_1)"
-    for f, (one, two) in ((left, (add, mul)), (right, (mul, add))):
+    for f, (one, two), terms in (
+        (left, (add, mul), "add, mul"),
+        (right, (mul, add), "mul, add"),
+    ):
         assert merged(trace(f, A, B)) == dedent(f"""\
             a_1: f32[6, 50]
             b_1: f32[6, 50]
             {one}
             {two}
-            add_1: f32[6, 50] = aten.add.Tensor(add, mul)
+            add_1: f32[6, 50] = aten.add.Tensor({terms})
             all_reduce: f32[6, 50] = _c10d_functional.all_reduce.default(add_1, 'sum', '0')
             wait_tensor: f32[6, 50] = _c10d_functional.wait_tensor.default(all_reduce)
             return wait_tensor""")

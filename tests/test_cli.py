@@ -1,0 +1,342 @@
+"""The command line: results on stdout, everything else on stderr, exit codes, bad targets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+
+from rfcompile.cli import main
+
+FACTORIES = '''
+"""Models for the command line."""
+import sys
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+X = torch.randn(16, 64)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 128, bias=False)
+        self.down = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x, scale=None):
+        y = x + self.down(torch.relu(self.up(x)))
+        return y if scale is None else y * scale
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x, scale=None):
+        for layer in self.layers:
+            x = layer(x, scale)
+        return x
+
+
+class Loud(Net):
+    def forward(self, x):
+        print("loud model")
+        return super().forward(x)
+
+
+def net(): return Net(), (X,)
+def tensor(): return Net(), X
+def keywords(): return Net(), {"x": X}
+def both(): return Net(), (X,), {"scale": torch.ones(64)}
+def empty(): return Net(), (X[:0],)
+def loud():
+    print("loud factory")
+    return Loud(), (X,)
+def dummies():
+    model = Net()
+    model.dummy_inputs = {"x": X}
+    return model
+
+
+def parallel():
+    torch.manual_seed(0)
+    plan = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
+    model = nn.Sequential(Block(), Block())
+    return parallelize_module(model, init_device_mesh("cpu", (4,)), plan), (X,)
+
+
+instance = Net()
+def without_inputs(): return Net()
+def number(): return 5
+def three_but_no_tuple(): return Net(), X, {}
+def four(): return Net(), (), {}, 1
+def wants_an_argument(size): return Net(), (X,)
+def broken(): raise RuntimeError("no luck")
+def exits(): sys.exit("enough")
+def wrong_shape(): return Net(), (X[:, :3],)
+def no_blocks(): return nn.Linear(64, 2), (X,)
+'''
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("targets")
+    (path / "factories.py").write_text(FACTORIES, encoding="utf-8")
+    (path / "syntax.py").write_text("def f(:\n", encoding="utf-8")
+    (path / "crashes.py").write_text("1 / 0\n", encoding="utf-8")
+    (path / "imports.py").write_text("import no_such_module_at_all\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command line in this process; a target without a path is a factory."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def call(command: str, target: str, *options: str) -> Result:
+        full = target if ":" in target else f"{folder / 'factories.py'}:{target}"
+        code = main([command, full, *options])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+# ---- explain ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["net", "tensor", "keywords", "both", "dummies"])
+def test_explain(run: Run, target: str) -> None:
+    result = run("explain", target)
+    assert result.code == 0
+    assert result.err == ""
+    lines = result.out.splitlines()
+    assert lines[0].startswith("4 of 4 sites quantized, 16.38 kB -> 2.11 kB sent by each rank")
+    assert len(lines) == 7
+    assert "layers.0" in lines[3]
+    assert "4b:g128:rise" in lines[3]
+
+
+def test_formats_and_other_options(run: Run) -> None:
+    out = run("explain", "net", "--bits", "2b:g64:h32").out
+    assert "2b:g64:rise:h32" in out
+    result = run("explain", "net", "--boundaries", "layers.*.up,layers.1")
+    assert result.code == 0
+    assert "6 of 6 sites quantized" in result.out
+    result = run("explain", "net", "--min-bytes", "4097")
+    assert result.code == 1, "eligible sites stay exact"
+    assert "4096 bytes < min_bytes=4097" in result.out
+
+
+def test_explain_as_json(run: Run) -> None:
+    result = run("explain", "net", "--json", "--bits", "8")
+    plain = json.loads(result.out, parse_constant=pytest.fail)
+    assert plain["num_quantized"] == plain["num_sites"] == 4
+    assert [site["module"] for site in plain["sites"]] == ["layers.0"] * 2 + ["layers.1"] * 2
+    assert plain["sites"][0]["bytes_after"] == 8 * (128 + 2)
+    nothing = json.loads(run("explain", "empty", "--json").out, parse_constant=pytest.fail)
+    assert nothing["sites"][0]["sqnr_db"] is None
+
+
+@pytest.mark.parametrize("command", ["explain", "diff"])
+def test_what_the_model_prints_goes_to_stderr(run: Run, command: str) -> None:
+    result = run(command, "loud", "--json")
+    assert result.code == 0
+    json.loads(result.out)
+    assert result.err.startswith("loud factory\nloud model\n")
+
+
+# ---- diff -------------------------------------------------------------------------------------
+
+
+def test_diff(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "diff.html"
+    result = run("diff", "net", "--html", str(page))
+    assert result.code == 0
+    assert "+fake_wire: f32[16, 64] = rfcompile.fake_wire.default(add, '4b:g128:rise'" in result.out
+    assert result.err == f"rfcompile: wrote {page}\n"
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>")
+    assert "fake_wire" in text
+
+
+def test_diff_without_a_change(run: Run) -> None:
+    result = run("diff", "net", "--min-bytes", "100000")
+    assert (result.code, result.out) == (1, "no change\n")
+
+
+def test_diff_as_json(run: Run) -> None:
+    plain = json.loads(run("diff", "both", "--json").out, parse_constant=pytest.fail)
+    assert plain["changed"] is True
+    assert plain["added"] == {"rfcompile.fake_wire.default": 2}
+
+
+# ---- simulated ranks --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_simulated_ranks(run: Run) -> None:
+    result = run("explain", "parallel", "--world-size", "4", "--json")
+    plain = json.loads(result.out)
+    assert result.code == 0
+    assert [(s["direction"], s["collective"], s["world_size"]) for s in plain["sites"]] == [
+        ("forward", "all_reduce", 4),
+        ("forward", "all_reduce", 4),
+        ("backward", "all_reduce", 4),
+    ]
+    result = run("diff", "parallel", "--world-size", "4")
+    assert result.code == 0
+    assert "-all_reduce: f32[16, 64] = _c10d_functional.all_reduce.default" in result.out
+    assert "_c10d_functional.all_reduce.default" in result.out.split("@@")[-1]
+    assert result.err == ""
+
+
+@pytest.mark.slow
+def test_simulated_ranks_of_a_model_that_needs_none(run: Run) -> None:
+    result = run("diff", "no_blocks", "--world-size", "2", "--boundaries", "")
+    assert result.code == 0
+    assert "+fake_wire" in result.out
+
+
+# ---- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no_colon_at_all", "is not MODULE:FACTORY, such as models.py:tiny_gpt"),
+        ("missing", "cannot be loaded: AttributeError: module 'factories' has no attribute"),
+        ("nowhere.models:f", "cannot be loaded: ModuleNotFoundError: No module named 'nowhere'"),
+        ("/nowhere/absent.py:f", "cannot be loaded: ModuleNotFoundError: No module named 'absent'"),
+        (":f", "cannot be loaded: ValueError: Empty module name"),
+        ("..up:f", "cannot be loaded: TypeError"),
+        ("syntax.py:f", "cannot be loaded: SyntaxError: invalid syntax"),
+        ("crashes.py:f", "cannot be loaded: ZeroDivisionError: division by zero"),
+        ("imports.py:f", "No module named 'no_such_module_at_all'"),
+        ("number", "gave int; it must return a torch.nn.Module"),
+        ("three_but_no_tuple", "gave Net, Tensor, dict; it must return"),
+        ("four", "gave Net, tuple, dict, int; it must return"),
+        ("wants_an_argument", "cannot be called without arguments: TypeError"),
+        ("broken", "cannot be called without arguments: RuntimeError: no luck"),
+        ("without_inputs", "Net has no example inputs"),
+        ("instance", "Net has no example inputs"),
+        ("no_blocks", "Linear has no repeated blocks"),
+        ("wrong_shape", "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+def test_bad_targets(run: Run, folder: Path, target: str, message: str) -> None:
+    if target == "no_colon_at_all":
+        code = main(["explain", target])
+        assert code == 3
+        return
+    if target.split(":")[0] in ("syntax.py", "crashes.py", "imports.py"):
+        target = f"{folder}/{target}"
+    result = run("explain", target)
+    assert result.code == 3
+    assert result.out == ""
+    assert message in result.err
+
+
+def test_bad_values(run: Run, tmp_path: Path) -> None:
+    for option, value, message in (
+        ("--bits", "7", "rfcompile: bits=7 is not supported: choose one of (2, 3, 4, 5, 6, 8).\n"),
+        ("--bits", "abc", "format='abc' is not supported"),
+        ("--min-bytes", "-1", "min_bytes=-1 is not supported"),
+        ("--boundaries", "layers.7", "no module that is called matches 'layers.7'"),
+    ):
+        result = run("explain", "net", f"{option}={value}")
+        assert (result.code, result.out) == (3, "")
+        assert message in result.err
+    result = run("diff", "net", "--html", str(tmp_path / "no" / "folder.html"))
+    assert result.code == 3
+    assert "FileNotFoundError" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
+        (["explain"], "the following arguments are required: MODULE:FACTORY"),
+        (["explain", "a:b", "--min-bytes", "many"], "invalid int value: 'many'"),
+        (["explain", "a:b", "--world-size", "0"], "'0' is not 1 or more"),
+        (["explain", "a:b", "--html", "x"], "unrecognized arguments: --html"),
+    ],
+)
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for option, expected in (("--version", "rfcompile "), ("--help", "usage: rfcompile")):
+        with pytest.raises(SystemExit) as caught:
+            main([option])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(expected)
+
+
+# ---- processes --------------------------------------------------------------------------------
+
+
+def process(command: list[str], folder: Path, **env: Any) -> Result:
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.slow
+def test_as_a_module_and_as_a_script(folder: Path, root: Path) -> None:
+    """A module name is found in the working directory; the exit code is the process's."""
+    module = [sys.executable, "-W", "error::UserWarning", "-m", "rfcompile.cli"]
+    result = process([*module, "explain", "factories:net"], folder, PYTHONPATH=str(root))
+    assert result.code == 0, result.err
+    assert result.out.startswith("4 of 4 sites quantized")
+    assert result.err == ""
+
+    script = shutil.which("rfcompile", path=str(Path(sys.executable).parent))
+    if script:
+        result = process([script, "explain", "factories:net", "--bits", "7"], folder)
+        assert (result.code, result.out) == (3, "")
+        assert result.err.startswith("rfcompile: bits=7 is not supported")
+
+
+def test_the_documented_exit_codes() -> None:
+    import rfcompile.cli
+
+    text = dedent(rfcompile.cli.__doc__ or "")
+    assert all(f"\n{code}    " in text for code in range(4))
