@@ -116,8 +116,8 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
     torch.manual_seed(0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     model = parallelize(GPT(settings.model).to(device), mesh)
-    # All the collectives are in the blocks, and these are alike: compiled one by one they share one
-    # graph, which takes a quarter of the time. torch.compile(model, ...) does the same in one piece.
+    # All the collectives are in the blocks, and these are alike: compiled one by one they share a
+    # graph, which takes a quarter of the time. torch.compile(model, ...) would do it in one piece.
     for block in model.blocks:
         block.compile(backend="rfquant", options={"bits": bits}, dynamic=False)
     optimizer, schedule = adamw(model, settings)

@@ -83,7 +83,7 @@ def _quantize_groups(
         return x_CGE.new_zeros((C, G * SCALE_BYTES), dtype=torch.uint8)
     # Pieces of a byte and the maximum are taken over the same range R, so one loop does both.
     K = fmt.num_parts if rotate else 8 // fmt.planes[-1]
-    if x_CGE.device.type == "cpu":  # down to runs of one vector: the loop over R is one step
+    if rotate and x_CGE.device.type == "cpu":  # runs of one vector: the loop over R is one step
         K = max([K, *(k for k in (2, 4, 8) if E % (k * VECTOR) == 0)])
     x_CGKR = x_CGE.reshape(C, G, K, E // K)
     parts = [x_CGKR.select(2, k).float() for k in range(K)]
@@ -103,7 +103,7 @@ def _quantize_groups(
         counts.append(K * width // 8)
         low += width
     shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=x_CGE.device).view(2, 1)
-    pieces.append(((scale_CG1.view(C, 1, G) >> shifts) & 255).to(torch.uint8))
+    pieces.append(((scale_CG1.select(2, 0).unsqueeze(1) >> shifts) & 255).to(torch.uint8))
     counts.append(1)
     return pack(pieces, counts)
 
@@ -139,8 +139,9 @@ def _code(
     else:
         level = (torch.floor(t) if fmt.is_mid_rise else torch.round(t)).to(torch.int32)
     # What integer a NaN becomes differs between devices: in its group only the lowest code is left.
-    top = low + is_finite * (half - 1 - low)
-    return torch.minimum(torch.clamp(level, low), top) + half
+    top = is_finite * (half - 1 - low) + low
+    code: Tensor = torch.minimum(torch.clamp(level, low), top) + half
+    return code
 
 
 def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:

@@ -301,7 +301,7 @@ def test_the_backward_pass_starts_from_any_output(wrap: Callable[[Tensor], Any])
         def forward(self, x: Tensor) -> Any:
             return wrap(super().forward(x))
 
-    reached = []
+    reached: list[Tensor] = []
     model = Wrapped()
     model.layers[0].up.weight.register_hook(reached.append)  # type: ignore[union-attr]
     rf.explain(model, X, bits=4)

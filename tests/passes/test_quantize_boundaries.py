@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from textwrap import dedent
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ class Net(nn.Module):
 
 
 def export(model: nn.Module, x: Tensor = X) -> fx.GraphModule:
-    return cast(fx.GraphModule, torch.export.export(model, (x,), strict=False).module())
+    return torch.export.export(model, (x,), strict=False).module()
 
 
 def rewritten(
@@ -253,7 +253,7 @@ def test_values_and_gradients_are_those_of_the_hooks() -> None:
 def test_the_same_when_compiled_with_a_dynamic_batch() -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(Net(), (X,), dynamic_shapes={"x": {0: batch}}, strict=False)
-    gm, (site,) = rewritten(cast(fx.GraphModule, program.module()), boundaries=("layers.0",))
+    gm, (site,) = rewritten(program.module(), boundaries=("layers.0",))
     assert (site.bytes_before, site.bytes_after, site.format) == (None, None, "4b:g128:rise")
     assert isinstance(site.shape[0], str)
     assert site.shape[1] == 40
