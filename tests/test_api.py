@@ -720,6 +720,19 @@ def test_nonfinite_values_travel_or_raise() -> None:
 # ---- graphs -----------------------------------------------------------------------------------
 
 
+def test_a_graph_of_dynamo_can_be_rewritten() -> None:
+    rewritten = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        rewritten.append(rf.transform(gm, policy=POLICY))
+        return rewritten[0]
+
+    model = nn.Sequential(Block(), Block())
+    y = torch.compile(lambda x: model(x), backend=backend, fullgraph=True)(X)
+    assert_same(y, rf.transform(model, policy=POLICY)(X))
+    assert len(wire_nodes(rewritten[0])) == 2  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("trace", ["export", "strict export", "symbolic trace"])
 def test_the_rewritten_graph_is_the_hooked_module(trace: str) -> None:
     model = nn.Sequential(nn.Linear(32, 32), Block(), Block(), nn.Linear(32, 32))

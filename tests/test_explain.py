@@ -94,6 +94,7 @@ def test_sites_and_bytes() -> None:
     assert lines[0] == "4 of 4 sites quantized, 16.38 kB -> 2.11 kB sent by each rank (7.76x less)"
     assert lines[1] == "policy: all=4b:g128:rise min_bytes=0"
     assert report.notes == ()
+    assert places(rf.explain(Net(), kwargs={"x": X}, bits=4)) == BOTH_WAYS
 
 
 @pytest.mark.parametrize(("bits", "at_least"), [(8, 43.5), (4, 19.7), (3, 14.1), (2, 9.0)])

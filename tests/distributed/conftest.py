@@ -235,4 +235,5 @@ def _load(file: str, name: str) -> Callable[..., Any]:
 if __name__ == "__main__":
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # arguments are of test modules
     _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -389,6 +389,41 @@ def test_nonfinite_raise_raises_everywhere_and_names_the_ranks(
             assert f"NaN or Inf in the input of {case.name} on {names}." in str(error)
 
 
+# ---- as operators --------------------------------------------------------------------------------
+
+
+def check_operators(rank: Rank) -> None:
+    """Schema, gradient and fake kernel (strides too) agree with what runs."""
+    world = rank.world
+    for n in (1, 75, 128):
+        x = make((world * n, 1), rank.index)
+        tail: tuple[Any, ...] = (world, "0")
+        rows = [n] * world
+        uneven = uneven_splits(world)
+        inputs = uneven[rank.index]
+        outputs = [row[rank.index] for row in uneven]
+        y = make((sum(inputs), n), rank.index)
+        for op, args in (
+            ("all_reduce", (x, "4b", "sum", *tail, 0)),
+            ("all_reduce", (x, "8b:g16", "avg", *tail, 4)),
+            ("reduce_scatter", (x, "4b", "sum", *tail)),
+            ("all_gather", (make((n,), rank.index), "4b", *tail)),
+            ("all_gather", (x, "8b", *tail)),
+            ("all_to_all", (x, "4b", rows, rows, "0")),
+            ("all_to_all", (y, "4b", outputs, inputs, "0")),
+            ("broadcast", (x, "4b:tensor", 1, *tail)),
+        ):
+            torch.library.opcheck(
+                getattr(torch.ops.rfcompile, op).default,
+                args,
+                test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+            )
+
+
+def test_the_operators_are_what_their_fake_kernels_promise(ranks: RunRanks) -> None:
+    ranks(2, check_operators)
+
+
 # ---- groups --------------------------------------------------------------------------------------
 
 
