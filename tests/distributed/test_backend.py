@@ -468,8 +468,9 @@ def check_merged(rank: Rank) -> None:
         rank.assert_same(y)
         results.append((y, x.grad, reported()))
     (y, grad, report), (y_merged, grad_merged, report_merged) = results
-    assert (report.num_sites, report.num_merged) == (6, 0)
-    assert (report_merged.num_sites, report_merged.num_merged) == (4, 2)
+    # Backward: all three reduce the same gradient, which AOTAutograd does once.
+    assert (report.num_sites, report.num_merged) == (4, 0)
+    assert (report_merged.num_sites, report_merged.num_merged) == (2, 2)
     assert report_merged.bytes_before == report.bytes_before
     for got, expected in ((y_merged, y), (grad_merged, grad)):
         scale = expected.abs().max().item()
