@@ -31,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+"""Else gloo looks for the interface of the host's name, which a sandbox may not have."""
 GRACE_SECONDS = 2.0
 """How long the other ranks may take to fail after the first one did."""
 
@@ -110,7 +112,7 @@ class _Process:
         self.rank = rank
         self.connection, theirs = Pipe()
         self.log = folder / f"rank{rank}.log"
-        environment = os.environ | {
+        environment = os.environ | LOOPBACK | {
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each rank starts a pool of its own
         }

@@ -41,6 +41,7 @@ def run(tmp_path: Path) -> Run:
             "TORCH_COMPILE_CACHE_KEY_TAG": tag,
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             "OMP_NUM_THREADS": "1",
+            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
             "PYTHONPATH": os.pathsep.join(path),
         }
         store = tmp_path / f"store-{uuid.uuid4().hex}"
@@ -59,7 +60,7 @@ def run(tmp_path: Path) -> Run:
         answers = []
         try:
             for rank in ranks:
-                out, err = rank.communicate(timeout=240)
+                out, err = rank.communicate(timeout=500)
                 assert rank.returncode == 0, err[-4000:]
                 answers.append(json.loads(out.splitlines()[-1]))
         finally:
