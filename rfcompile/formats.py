@@ -185,7 +185,17 @@ class QuantFormat:
     @property
     def spec(self) -> str:
         """The format as a short text, such as ``"4b:g128:rise"``; :meth:`parse` reads it back."""
-        return _spec(self)
+        parts = [f"{self.bits}b", "tensor" if self.group_size is None else f"g{self.group_size}"]
+        parts.append("rise" if self.is_mid_rise else "tread")
+        if self.rotate is not None:
+            parts.append(f"h{self.rotate}")
+        if self.rounding == "stochastic":
+            parts.append("stoch")
+        if self.nonfinite != "propagate":
+            parts.append(self.nonfinite)
+        if self.seed:
+            parts.append(f"s{self.seed}")
+        return ":".join(parts)
 
     @classmethod
     def parse(cls, spec: str) -> QuantFormat:
@@ -194,7 +204,19 @@ class QuantFormat:
         Raises:
             FormatError: a part is not understood.
         """
-        return _parse(spec)
+        head, *rest = spec.split(":")
+        rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
+        if not (head.endswith("b") and head[:-1].isdigit()):
+            raise FormatError("format", spec, rule)
+        values: dict[str, object] = {"bits": int(head[:-1])}
+        for part in rest:
+            if part in _WORDS:
+                values.update(_WORDS[part])
+            elif part[:1] in _NUMBERS and part[1:].isdigit():
+                values[_NUMBERS[part[0]]] = int(part[1:])
+            else:
+                raise FormatError("format", spec, f"{part!r} is not understood; {rule}")
+        return cls(**values)  # type: ignore[arg-type]  # checked by __post_init__
 
     def __str__(self) -> str:
         return self.spec
@@ -209,38 +231,6 @@ _WORDS: dict[str, dict[str, object]] = {
     "saturate": {"nonfinite": "saturate"},
 }
 _NUMBERS = {"g": "group_size", "h": "rotate", "s": "seed"}
-
-
-@lru_cache(maxsize=1024)
-def _spec(fmt: QuantFormat) -> str:
-    parts = [f"{fmt.bits}b", "tensor" if fmt.group_size is None else f"g{fmt.group_size}"]
-    parts.append("rise" if fmt.is_mid_rise else "tread")
-    if fmt.rotate is not None:
-        parts.append(f"h{fmt.rotate}")
-    if fmt.rounding == "stochastic":
-        parts.append("stoch")
-    if fmt.nonfinite != "propagate":
-        parts.append(fmt.nonfinite)
-    if fmt.seed:
-        parts.append(f"s{fmt.seed}")
-    return ":".join(parts)
-
-
-@lru_cache(maxsize=1024)
-def _parse(spec: str) -> QuantFormat:
-    head, *rest = spec.split(":")
-    rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
-    if not (head.endswith("b") and head[:-1].isdigit()):
-        raise FormatError("format", spec, rule)
-    values: dict[str, object] = {"bits": int(head[:-1])}
-    for part in rest:
-        if part in _WORDS:
-            values.update(_WORDS[part])
-        elif part[:1] in _NUMBERS and part[1:].isdigit():
-            values[_NUMBERS[part[0]]] = int(part[1:])
-        else:
-            raise FormatError("format", spec, f"{part!r} is not understood; {rule}")
-    return QuantFormat(**values)  # type: ignore[arg-type]  # checked by __post_init__
 
 
 def as_format(value: object, **changes: object) -> QuantFormat | None:

@@ -2,7 +2,8 @@
 
 Private torch symbols used here, tried on torch 2.13 and present in 2.11:
 ``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves),
-``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing).
+``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing),
+``torch._dispatch.python.no_python_dispatcher`` (see :func:`agree`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._dispatch.python import no_python_dispatcher
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rfcompile.errors import ProcessGroupError, RankMismatchError
@@ -76,7 +78,10 @@ def agree(group: str, plan: str) -> bool:
         return True
     mine = f"{plan} [rfcompile {package_version()}, sources {source_digest()}]"
     plans: list[Any] = [None] * process_group.size()
-    dist.all_gather_object(plans, mine, group=process_group)
+    # While compiling, torch dispatches through Python and holds the interpreter's lock in the call:
+    # a gloo thread that needs it to free the tensors of the last collective would never end.
+    with no_python_dispatcher():
+        dist.all_gather_object(plans, mine, group=process_group)
     if any(other != mine for other in plans):
         raise RankMismatchError(group, dict(enumerate(plans)))
     agreed.add(plan)

@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> Run:
         answers = []
         try:
             for rank in ranks:
-                out, err = rank.communicate(timeout=500)
+                out, err = rank.communicate(timeout=240)
                 assert rank.returncode == 0, err[-4000:]
                 answers.append(json.loads(out.splitlines()[-1]))
         finally:

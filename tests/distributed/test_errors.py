@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 
 import rfcompile as rf
 from rfcompile import process_groups
@@ -23,6 +24,7 @@ from rfcompile.errors import (
     RFCompileError,
     ShapeError,
 )
+from rfcompile.process_groups import agree
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -127,6 +129,17 @@ def test_backend_options_that_differ_are_refused_on_every_rank(ranks: RunRanks) 
             assert zero in error.plans[0]
             assert one in error.plans[1]
             assert all(plan.startswith("rfquant ") for plan in error.plans.values())
+
+
+def agree_often_while_compiling(rank: Rank) -> int:
+    with enable_python_dispatcher():  # as in AOTAutograd: its kernels run with the GIL held
+        return sum(agree("0", f"plan {number}") for number in range(2000))
+
+
+@pytest.mark.slow
+def test_agreeing_while_compiling_never_hangs(ranks: RunRanks) -> None:
+    # It hung now and then: a gloo thread wanted the GIL to free a tensor.
+    assert ranks(2, agree_often_while_compiling, timeout=60) == [2000, 2000]
 
 
 def disagree_while_compiling(rank: Rank) -> str:
