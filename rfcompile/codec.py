@@ -90,16 +90,19 @@ def _quantize_groups(
     if rotate and fmt.rotate is not None:
         parts = rotate_parts(parts, axes_of(fmt.rotate)[0], fmt.seed)
     scale_CG1, inverse_CG1, is_finite_CG1 = scale_bits(_peak(parts), fmt, dtype)
-    codes = [
-        _code(part, inverse_CG1, is_finite_CG1, fmt, seed, k * (E // K), E)
+    levels = [
+        _level(part, inverse_CG1, is_finite_CG1, fmt, seed, k * (E // K), E)
         for k, part in enumerate(parts)
     ]
+    # A code is a level plus half the number of codes: that only changes the highest bit, so it is
+    # added in the last plane, and there once a byte.
     pieces, counts, low = [], [], 0
     for width in fmt.planes:
-        plane = codes
-        if width != fmt.bits:
-            plane = [(code >> low) & (2**width - 1) for code in codes]
-        pieces += _bytes_of(plane, width)
+        plane = [level >> low for level in levels] if low else levels
+        if low + width < fmt.bits:
+            pieces += _bytes_of([level & (2**width - 1) for level in plane], width, 0)
+        else:
+            pieces += _bytes_of(plane, width, 2 ** (width - 1))
         counts.append(K * width // 8)
         low += width
     shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=x_CGE.device).view(2, 1)
@@ -119,7 +122,7 @@ def _peak(parts: list[Tensor]) -> Tensor:
     return peak.view(torch.float32).amax(-1, keepdim=True)
 
 
-def _code(
+def _level(
     x: Tensor,
     inverse: Tensor,
     is_finite: Tensor,
@@ -128,7 +131,7 @@ def _code(
     first: int,
     group: int,
 ) -> Tensor:
-    """Codes 0 .. 2**bits - 1 as int32; one and the same code throughout a non-finite group."""
+    """Signed codes as int32; one and the same, the lowest, throughout a non-finite group."""
     t = x * inverse
     half = 2 ** (fmt.bits - 1)
     low = -half if fmt.is_mid_rise else 1 - half
@@ -140,20 +143,20 @@ def _code(
         level = (torch.floor(t) if fmt.is_mid_rise else torch.round(t)).to(torch.int32)
     # What integer a NaN becomes differs between devices: in its group only the lowest code is left.
     top = is_finite * (half - 1 - low) + low
-    code: Tensor = torch.minimum(torch.clamp(level, low), top) + half
-    return code
+    return torch.minimum(torch.clamp(level, low), top)
 
 
-def _bytes_of(codes: list[Tensor], width: int) -> list[Tensor]:
-    """Join the ``width``-bit codes of a group's parts into bytes, low bits first."""
+def _bytes_of(values: list[Tensor], width: int, offset: int) -> list[Tensor]:
+    """Join the ``width``-bit codes ``values + offset`` of a group's parts into bytes, low first."""
     per_byte = 8 // width
-    stride = len(codes) // per_byte
+    stride = len(values) // per_byte
+    offsets = sum(offset << (width * i) for i in range(per_byte))
     result = []
     for k in range(stride):
-        total = codes[k]
+        total = values[k]
         for i in range(1, per_byte):
-            total = total | (codes[i * stride + k] << (width * i))
-        result.append(total.to(torch.uint8))
+            total = total + (values[i * stride + k] << (width * i))
+        result.append((total + offsets if offset else total).to(torch.uint8))
     return result
 
 
