@@ -5,13 +5,12 @@ Nothing is rewritten: an analysis must leave the graph, and its numbers, as they
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rfcompile.passes.dataflow import Value, is_contraction, is_pooling
+from rfcompile.passes.dataflow import Value, is_contraction, is_pooling, words
 
 # ---- sums --------------------------------------------------------------------------------------
 
@@ -148,20 +147,19 @@ def _rest(value: Value) -> tuple[Any, Any]:
 
 # ---- copies ------------------------------------------------------------------------------------
 
-_COPIES = set(
-    "to _to_copy to_copy type type_as float half bfloat16 double convert_element_type contiguous "
-    "clone alias detach detach_copy lift_fresh lift_fresh_copy view_as requires_grad "
-    "wait_tensor redistribute from_local to_local full_tensor wrap_with_checkpoint "
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout native_dropout "
-    "feature_alpha_dropout Dropout Dropout1d Dropout2d Dropout3d AlphaDropout Identity "
-    "fake_wire masked_fill".split()
+_COPIES = words(
+    "to _to_copy type type_as float half bfloat16 double convert_element_type contiguous clone "
+    "alias detach lift_fresh lift_fresh_copy view_as requires_grad masked_fill Identity "
+    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+    "native_dropout Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout "
+    "wait_tensor redistribute from_local to_local full_tensor fake_wire"
 )
-_LAYOUTS = set(
-    "view reshape unsafe_view _unsafe_view permute transpose t T mT movedim swapaxes unsqueeze "
-    "squeeze flatten unflatten Flatten Unflatten roll pad constant_pad_nd expand expand_as "
-    "view_copy reshape_as channel_shuffle pixel_shuffle pixel_unshuffle rearrange flip".split()
+_LAYOUTS = words(
+    "view view_copy reshape reshape_as _unsafe_view permute transpose t T mT movedim swapaxes "
+    "unsqueeze squeeze flatten unflatten Flatten Unflatten expand expand_as roll flip pad "
+    "constant_pad_nd pixel_shuffle pixel_unshuffle channel_shuffle"
 )
-_PARTS = set("slice select narrow split split_with_sizes chunk unbind tensor_split".split())
+_PARTS = words("slice select narrow split split_with_sizes chunk unbind tensor_split")
 _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 _NORM_MODULES = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
 
@@ -211,33 +209,21 @@ def _is_gain(factor: Value, tensor: Value) -> bool:
         return True  # dropout, stochastic depth
     if factor.is_mixed or factor.comes_from(tensor):
         return False
-    return is_broadcast(factor, tensor)
+    return factor.meta is None or is_smaller(factor, tensor)
 
 
-def is_broadcast(value: Value, other: Value) -> bool:
-    """Whether it spreads over ``other``, as far as shapes are known."""
+def is_smaller(value: Value, other: Value) -> bool:
+    """Whether it spreads over ``other`` when the two are combined, as far as shapes are known."""
     a, b = value.meta, other.meta
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
-        return value.node.op in ("get_attr", "placeholder") or a is None
-    pairs = list(zip(reversed(a.shape), reversed(b.shape), strict=False))
+        return False
     # A symbolic size is never 1: torch specializes on that.
-    return a.dim() < b.dim() or any(_is_one(m) and not _is_one(n) for m, n in pairs) or _is_scalar(a)
-
-
-def _is_scalar(tensor: torch.Tensor) -> bool:
-    return all(map(_is_one, tensor.shape))
+    pairs = zip(reversed(a.shape), reversed(b.shape), strict=False)
+    return a.dim() < b.dim() or any(_is_one(m) and not _is_one(n) for m, n in pairs)
 
 
 def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
-
-
-def carriers(value: Value) -> Iterator[Value]:
-    """The value, what it is a copy of, what that is a copy of, and so on."""
-    current: Value | None = value
-    while current is not None:
-        yield current
-        current = carried(current)
 
 
 # ---- projections -------------------------------------------------------------------------------

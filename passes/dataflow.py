@@ -11,6 +11,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # ---- operators, by one name for all their spellings --------------------------------------------
 
 _SAME = {
@@ -20,19 +25,21 @@ _SAME = {
     **dict.fromkeys(("iadd", "radd"), "add"),
     **dict.fromkeys(("imatmul", "rmatmul"), "matmul"),
 }
-_CONTRACTING = set(
+_CONTRACTING = words(
     "linear matmul mm bmm addmm baddbmm addbmm addmv mv dot vdot inner einsum tensordot bilinear "
-    "cdist conv conv1d conv2d conv3d convolution deform attention attn lstm gru rnn fft gemm".split()
+    "cdist conv conv1d conv2d conv3d convolution deform attention attn lstm gru rnn fft gemm"
 )
 _POOLING = ("avg_pool", "max_pool", "lp_pool", "mkldnn_max_pool", "fractional_max_pool")
-_SIZES = {"size", "sym_size", "shape", "dim", "numel", "sym_numel", "stride", "device", "dtype"}
-_RANDOM = {"bernoulli", "uniform", "normal", "inductor_random", "philox_rand"}
-_TORCH = {"aten", "prims", "prim", "_c10d_functional", "_dtensor", "c10d", "c10d_functional"}
-_TORCH |= {"inductor", "rfcompile", "profiler", "higher_order", "quantized_decomposed"}
+_SIZES = words("size sym_size shape dim numel sym_numel stride device dtype")
+_RANDOM = words("bernoulli uniform normal inductor_random philox_rand")
+_TORCH = words(
+    "aten prims prim _c10d_functional c10d_functional c10d _dtensor inductor rfcompile profiler "
+    "higher_order quantized_decomposed"
+)
 
 
 def operator_name(node: fx.Node) -> str:
-    """"add" for ``+``, ``+=``, ``torch.add``, ``Tensor.add_`` and ``aten.add_.Tensor``; the class
+    """ "add" for ``+``, ``+=``, ``torch.add``, ``Tensor.add_`` and ``aten.add_.Tensor``; the class
     for a module that the graph calls as a whole; "" for what is not called.
     """
     target = node.target

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,11 @@ from rfcompile.graph import dtype_text, module_of, source_of, target_text
 from rfcompile.passes.canonicalize import (
     Summand,
     carried,
-    carriers,
-    is_broadcast,
     is_convolution,
     is_norm,
     is_part,
     is_resampling,
+    is_smaller,
     projected,
     summands,
 )
@@ -36,9 +35,9 @@ class ResidualAdd:
 
     Args:
         kind: "block": on the stream that runs through the model. "local": inside the branch of
-            another one (an adapter, the D term of a state space model). "long": across others on
-            its own stream (a U-Net's skip, a skip over a whole stage). "projection": what is
-            skipped passes a convolution or a resampling (the downsampling block of a ResNet).
+            another one (an adapter, the D term of a state space model). "long": across others (a
+            skip over a whole stage). "projection": the skip passes a convolution or a resampling
+            (the downsampling block of a ResNet).
         module: dotted path of the module that performs the add, "" for the outermost.
         source: "file.py:123", the user's line, "" where unknown.
         order: its number in the graph, from 0.
@@ -47,7 +46,7 @@ class ResidualAdd:
         operand: which term is the skip: 0 for ``x + f(x)``, 1 for ``f(x) + x``.
         skip: name of the node that is this operand.
         stream: name of the node whose value the operand is a copy of, where the branch starts.
-        shape: of the sum, symbolic sizes as texts, () where unknown; dtype: "f32", "" where unknown.
+        shape: of the sum, symbolic sizes as texts; dtype: "f32"; () and "" where unknown.
         branch: paths of the modules whose contractions the branch goes through, in order.
     """
 
@@ -84,9 +83,9 @@ class FindResiduals:
     4. ``s`` enters the branch by itself. If it only enters as a term of other sums, as a position
        embedding does, it must come from a contraction and the branch hold no other residual add.
 
-    Failing that, it is one of kind "projection" if the skip is a single convolution or a resampling
-    of ``s`` and the branch has at least two contractions, something that is not linear, and no
-    other residual add.
+    Failing that, it is one of kind "projection" if the skip is made of ``s`` by convolutions, norms
+    and resamplings only, and the branch has two or more contractions, something that is not linear,
+    and no other residual add. (A skip through a matrix looks the same as a LoRA path: it is none.)
 
     Source: the rule is ours. Why skips matter to quantization: arXiv:2605.25880.
     """
@@ -111,22 +110,19 @@ def find_residuals(gm: fx.GraphModule) -> tuple[ResidualAdd, ...]:
 
 @dataclass(frozen=True)
 class _Add:
-    """``total`` adds the term ``skip``, a copy of ``stream``, to ``branches`` made of it."""
+    """``total`` adds the term ``skip``, made of ``stream``, and others: the branch."""
 
     total: Value
     skip: Summand
     stream: Value
-    branches: tuple[Summand, ...]
+    others: tuple[Summand, ...]
     is_projection: bool = False
 
-    @property
-    def branch(self) -> int:
-        """Bits of the values that the branches are computed from, themselves included."""
-        return _bits(factor for branch in self.branches for factor in branch.factors)
-
     def passes(self, value: Value) -> bool:
-        """The value lies on the way from the stream to a branch, ends included."""
-        return value.comes_from(self.stream) and bool(self.branch >> value.index & 1)
+        """The value lies on the way from the stream to the branch's end, ends included."""
+        return value.comes_from(self.stream) and any(
+            factor.comes_from(value) for term in self.others for factor in term.factors
+        )
 
 
 class _Finder:
@@ -139,24 +135,22 @@ class _Finder:
     def find(self) -> list[_Add]:
         for total, terms in self.terms.items():
             pairs = list(itertools.permutations(terms, 2))
-            for attempt in (self._identity, self._projection):
-                adds = (attempt(total, skip, branch) for skip, branch in pairs)
-                add = next((add for add in adds if add), None)
-                if add is not None:
-                    self.found[total] = add
-                    break
+            for rule in (self._identity, self._projection):
+                for skip, branch in pairs:
+                    if total not in self.found and (stream := rule(total, skip, branch)):
+                        others = tuple(term for term in terms if term is not skip)
+                        is_projection = rule == self._projection
+                        self.found[total] = _Add(total, skip, stream, others, is_projection)
         return list(self.found.values())
 
     # ---- the skip is a copy --------------------------------------------------------------------
 
-    def _identity(self, total: Value, skip: Summand, branch: Summand) -> _Add | None:
+    def _identity(self, total: Value, skip: Summand, branch: Summand) -> Value | None:
         if not _may_skip(total, skip):
             return None
         for stream, is_partial in self._sources(skip.factors[0]):
             if any(factor.comes_from(stream) for factor in branch.factors):
-                if self._enters(stream, branch, is_partial):
-                    return _Add(total, skip, stream, (branch,))
-                return None
+                return stream if self._enters(stream, branch, is_partial) else None
         return None
 
     def _sources(self, skip: Value) -> Iterator[tuple[Value, bool]]:
@@ -205,21 +199,18 @@ class _Finder:
 
     # ---- the skip is a projection --------------------------------------------------------------
 
-    def _projection(self, total: Value, skip: Summand, branch: Summand) -> _Add | None:
+    def _projection(self, total: Value, skip: Summand, branch: Summand) -> Value | None:
         if not _may_skip(total, skip) or len(branch.factors) != 1:
             return None
         (end,) = branch.factors
         steps: list[Value] = []
         value: Value | None = skip.factors[0]
         while value is not None:
-            if steps and end.comes_from(value) and self._is_block(value, end):
-                kinds = (is_convolution, is_resampling)
-                if any(kind(step) for kind in kinds for step in steps):
-                    return _Add(total, skip, value, (branch,), is_projection=True)
+            is_projected = any(is_convolution(step) or is_resampling(step) for step in steps)
+            if is_projected and end.comes_from(value) and self._is_block(value, end):
+                return value
             steps.append(value)
             value = carried(value) or projected(value)
-            if sum(map(is_convolution, steps)) > 1:
-                return None
         return None
 
     def _is_block(self, stream: Value, end: Value) -> bool:
@@ -257,17 +248,10 @@ def _may_skip(total: Value, term: Summand) -> bool:
         return False
     (value,) = term.factors
     meta = value.meta
-    if isinstance(meta, torch.Tensor):
-        if not (meta.is_floating_point() or meta.is_complex()) or meta.dim() == 0:
-            return False
-        if isinstance(total.meta, torch.Tensor):
-            return value.meta.dim() == total.meta.dim() and not _spreads(value, total)
-    return True
-
-
-def _spreads(value: Value, total: Value) -> bool:
-    pairs = zip(value.meta.shape, total.meta.shape, strict=True)
-    return any(isinstance(m, int) and m == 1 and not (isinstance(n, int) and n == 1) for m, n in pairs)
+    if not isinstance(meta, torch.Tensor):
+        return True
+    is_float = meta.is_floating_point() or meta.is_complex()
+    return is_float and meta.dim() > 0 and not is_smaller(value, total)
 
 
 def _contracts_to(start: Value, ends: Sequence[Value], is_contraction: bool) -> bool:
@@ -283,13 +267,6 @@ def _main_input(value: Value) -> Value | None:
     dims = value.meta.dim() if isinstance(value.meta, torch.Tensor) else None
     same = (o for o in operands if isinstance(o.meta, torch.Tensor) and o.meta.dim() == dims)
     return next(same, operands[0] if operands else None)
-
-
-def _bits(values: Iterator[Value]) -> int:
-    bits = 0
-    for value in values:
-        bits |= value.ancestors | 1 << value.index
-    return bits
 
 
 # ---- what is found ------------------------------------------------------------------------------
@@ -327,7 +304,7 @@ def _describe(add: _Add, kind: Kind, order: int, contractions: Sequence[Value]) 
     meta: Any = add.total.meta
     known = isinstance(meta, torch.Tensor)
     inside = [c for c in contractions if c is not add.stream and add.passes(c)]
-    if any(branch.is_contraction for branch in add.branches):
+    if any(term.is_contraction for term in add.others):
         inside.append(add.total)
     return ResidualAdd(
         kind=kind,

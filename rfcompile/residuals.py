@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rfcompile.api import check_module, uncompiled
+from rfcompile.api import check_module, uncompiled, with_shapes
 from rfcompile.capture import capture, inputs_of
 from rfcompile.errors import CaptureError
 from rfcompile.passes import residual_pipeline
@@ -32,8 +32,8 @@ def find_residuals(
 
     Args:
         model: any module, which is captured and does not run; its mode, state and random numbers
-            stay as they are. Or an ``fx.GraphModule``, which is read as it is; without shapes in
-            its metadata, shapes are not checked.
+            stay as they are. Or an ``fx.GraphModule``, which is read as it is; its shapes come from
+            its metadata, else from the inputs, else they are not looked at.
         args, kwargs: the model's inputs, of any shape; none: ``model.dummy_inputs``.
 
     Raises:
@@ -50,7 +50,7 @@ def find_residuals(
 
 def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
-        return model
+        return with_shapes(model, (args, kwargs) if args or kwargs else None)
     if not args and not kwargs:
         if not hasattr(model, "dummy_inputs"):
             raise CaptureError(
@@ -67,14 +67,14 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             if gm is None:
                 raise CaptureError(
                     f"{type(model).__name__} cannot be captured as one graph: "
-                    f"{exported.__cause__}. Find the residual adds of its submodules one by one, "
-                    "or keep control flow that depends on data out of the forward."
+                    f"{exported.__cause__}. Put it in eval mode if training skips layers at "
+                    "random, or find the residual adds of its submodules one by one."
                 ) from exported.__cause__
             return gm
 
 
-class _Captured(Exception):  # noqa: N818  # it ends the capture before anything runs
-    pass
+class _Captured(Exception):
+    """Ends a capture before anything runs."""
 
 
 def _graph_of_dynamo(

@@ -1,4 +1,4 @@
-"""The ways from a model to a graph that users take: torch.export, Dynamo, Dynamo and AOTAutograd."""
+"""The ways from a model to a graph that users take: torch.export, Dynamo, AOTAutograd."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ def compiled(
     """Dynamo's graph: torch functions, methods and Python operators, as the user wrote them. And
     AOTAutograd's forward graph: functional aten operators, some of them decomposed.
     """
-    graphs: list[fx.GraphModule] = []
+    last: dict[str, fx.GraphModule] = {}  # Dynamo may start anew when a number becomes a constant
 
     def keep(gm: fx.GraphModule, _: Any) -> fx.GraphModule:
-        graphs.append(gm)
+        last["aot"] = gm
         return gm
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(gm)
-        return aot_autograd(fw_compiler=keep)(gm, inputs)
+        last["dynamo"] = gm
+        return aot_autograd(fw_compiler=keep, bw_compiler=lambda backward, _: backward)(gm, inputs)
 
     torch._dynamo.reset()
     torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(**kwargs)
-    of_dynamo, of_aot = graphs
-    return of_dynamo, of_aot
+    return last["dynamo"], last["aot"]
 
 
 def graphs(

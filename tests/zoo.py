@@ -162,7 +162,9 @@ DECODER = {
 GROUPED = DECODER | {"num_key_value_heads": 2, "head_dim": 8}
 
 
-def pretrained(name: str, config: Mapping[str, Any], kind: str = "Model") -> Callable[[], nn.Module]:
+def pretrained(
+    name: str, config: Mapping[str, Any], kind: str = "Model"
+) -> Callable[[], nn.Module]:
     """``<name><kind>`` with random weights."""
 
     def build() -> nn.Module:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from rfcompile.graph import graph_text
 from rfcompile.passes.find_residuals import FindResiduals, find_residuals
 from rfcompile.pipeline import run
-from tests.routes import export, graphs
+from tests.routes import compiled, export, graphs
+from tests.zoo import NanoGPT, tokens
 
 D = 8
 Forward = Callable[["Parts", Tensor], Any]
@@ -164,7 +167,7 @@ FIRES: dict[str, tuple[Forward, int]] = {
     "stack and mean": (lambda m, x: torch.mean(torch.stack((m.f(x), x), 1), dim=1), 1),
     "python sum": (lambda m, x: sum([x, m.f(x)]), 1),
     "scaled skip": (lambda m, x: 0.7 * x + m.f(x), 1),
-    "divided sum": (lambda m, x: (x / 2**0.5 + m.f(x) / 2**0.5), 1),
+    "divided sum": (lambda m, x: x / 2**0.5 + m.f(x) / 2**0.5, 1),
     "learned skip": (lambda m, x: m.gain * x + m.f(x), 1),
     "LayerScale": (lambda m, x: x + m.gain * m.f(x), 1),
     "ReZero": (lambda m, x: x + m.scalar * m.f(x), 1),
@@ -202,7 +205,7 @@ FIRES: dict[str, tuple[Forward, int]] = {
 def test_fires(rule: str) -> None:
     forward, count = FIRES[rule]
     kinds = {route: kinds_of(gm) for route, gm in graphs(Parts(forward), inputs()).items()}
-    assert kinds == dict.fromkeys(kinds, {"block": count})
+    assert kinds == {route: {"block": count} for route in kinds}
 
 
 # ---- what must not fire ------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def gru_by_cell(m: Parts, x: Tensor) -> Tensor:
 
 def gru_by_hand(m: Parts, x: Tensor) -> Tensor:
     h = torch.zeros(2, D)
-    for t in range(3):
+    for _ in range(3):
         z = m.gate(h).sigmoid()
         n = m.k(h).tanh()
         h = n + z * (h - n)
@@ -348,4 +351,190 @@ SILENT: dict[str, Forward] = {
 @pytest.mark.parametrize("rule", SILENT)
 def test_silent(rule: str) -> None:
     kinds = {route: kinds_of(gm) for route, gm in graphs(Parts(SILENT[rule]), inputs()).items()}
-    assert kinds == dict.fromkeys(kinds, {})
+    assert kinds == {route: {} for route in kinds}
+
+
+# ---- kinds -------------------------------------------------------------------------------------
+
+
+def adapters(m: Parts, x: Tensor) -> Tensor:
+    for layer in (m.f, m.g):
+        y = layer(m.norm(x))
+        x = x + (y + m.b(y))
+    return x
+
+
+def stages(m: Parts, x: Tensor) -> Tensor:  # SwinIR
+    for _ in range(2):
+        start = x
+        x = x + m.f(m.norm(x))
+        x = x + m.g(m.norm(x))
+        x = start + m.a(x)
+    return x
+
+
+def whole_image(m: Parts, x: Tensor) -> Tensor:  # EDSR
+    y = m.a(x)
+    y = y + m.f(y)
+    y = y + m.g(y)
+    return x - m.q(y)
+
+
+def first_values(m: Parts, x: Tensor) -> Tensor:  # value residual
+    first = m.v(x)
+    for layer in (m.f, m.g, m.h):
+        x = x + attend(m, x) @ m.codes[:D]
+        x = x + layer(x)
+    return x + m.a(m.v(x) + first)
+
+
+def first_embedding_again(m: Parts, x: Tensor) -> Tensor:
+    first = m.norm(x)
+    y = first
+    for layer in (m.f, m.g):
+        y = m.scalar * y + m.scalar * first if layer is m.g else y
+        y = y + layer(m.norm_2(y))
+    return y
+
+
+def projected(m: Parts, x: Tensor) -> Tensor:
+    return (m.conv_2(m.conv(x).relu()) + m.point(x)).relu()
+
+
+def separable_shortcut(m: Parts, x: Tensor) -> Tensor:  # GhostNet
+    return m.conv_2(m.conv(x).relu()) + m.point(m.norm(m.conv(x)))
+
+
+def pooled(m: Parts, x: Tensor) -> Tensor:
+    return F.avg_pool1d(m.conv_2(m.conv(x).relu()), 2) + F.avg_pool1d(x, 2)
+
+
+def lora_of_a_convolution(m: Parts, x: Tensor) -> Tensor:
+    return m.conv(x).relu() + m.point(m.conv_2(x))
+
+
+KINDS: dict[str, tuple[Forward, dict[str, int]]] = {
+    "adapters are local": (adapters, {"block": 2, "local": 2}),
+    "a skip over a stage is long": (stages, {"block": 4, "long": 2}),
+    "a skip over the model is long": (whole_image, {"block": 2, "long": 1}),
+    "a skip between values is long": (first_values, {"block": 7, "long": 1}),
+    "a skip from the embedding is long": (first_embedding_again, {"block": 2, "long": 1}),
+    "a convolution on the skip": (projected, {"projection": 1}),
+    "two convolutions on the skip": (separable_shortcut, {"projection": 1}),
+    "a pooled skip": (pooled, {"projection": 1}),
+    "LoRA of a convolution": (lora_of_a_convolution, {}),
+}
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_kinds(case: str) -> None:
+    forward, expected = KINDS[case]
+    for route, gm in graphs(Parts(forward), inputs()).items():
+        assert kinds_of(gm) == expected, route
+
+
+# ---- facts -------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp, self.dropout = nn.LayerNorm(D), mlp(), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.mlp(self.norm(x))) + x  # the line of the facts
+
+
+def facts_line() -> int:
+    lines = Path(__file__).read_text().splitlines()
+    return next(i for i, line in enumerate(lines, 1) if line.endswith("# the line of the facts"))
+
+
+def test_facts() -> None:
+    model = nn.Sequential(Layer(), Layer())
+    spellings = {}
+    for route, gm in graphs(model, {"input": torch.randn(2, 4, D)}).items():
+        first, second = find_residuals(gm)
+        nodes = {node.name: node for node in gm.graph.nodes}
+        for order, add in enumerate((first, second)):
+            assert add.kind == "block"
+            assert add.order == order
+            assert add.module == str(order)
+            assert add.source == f"tests/passes/test_find_residuals.py:{facts_line()}"
+            assert add.branch == (f"{order}.mlp.0", f"{order}.mlp.2")
+            assert (add.shape, add.dtype) == ((2, 4, D), "f32")
+            assert nodes[add.node].args[add.operand] is nodes[add.skip]
+            assert (add.operand, add.stream) == (1, add.skip)
+        assert second.stream == first.node
+        spellings[route] = first.spelling
+    assert spellings == {
+        "export": "aten.add.Tensor",
+        "dynamo": "operator.add",
+        "aot": "aten.add.Tensor",
+    }
+
+
+def test_the_pass_leaves_the_graph_as_it_is() -> None:
+    gm = export(Parts(chain), inputs())
+    before = graph_text(gm)
+    record = run(gm, [FindResiduals()])
+    assert graph_text(record.gm) == before
+    (step,) = record.steps
+    assert (step.name, step.changes, len(step.facts)) == ("find-residuals", 0, 3)
+
+
+def test_a_skip_that_is_a_copy_tells_where_it_starts() -> None:
+    gm = export(Parts(lambda m, x: 0.5 * x.double() + m.f(x).double()), inputs())
+    (add,) = find_residuals(gm)
+    assert (add.stream, add.skip, add.operand, add.dtype) == ("x", "mul", 0, "f64")
+
+
+def test_a_node_of_a_nested_graph_has_its_path() -> None:
+    of_dynamo, _ = compiled(Parts(recomputed), inputs())
+    inner, outer = find_residuals(of_dynamo)
+    body, _, name = inner.node.partition(".")
+    assert name in {node.name for node in getattr(of_dynamo, body).graph.nodes}
+    assert outer.node in {node.name for node in of_dynamo.graph.nodes}
+    assert inner.source.startswith("tests/passes/test_find_residuals.py:")
+
+
+def test_every_term_but_the_skip_is_the_branch() -> None:
+    gm = export(Parts(lambda m, x: torch.stack([m.f(x), x, m.g(x)]).sum(0)), inputs())
+    (add,) = find_residuals(gm)
+    assert (add.operand, add.branch) == (1, ("f.0", "f.2", "g.0", "g.2"))
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [(chain, 3), (highway, 0), (experts, 0), (FIRES["LayerScale"][0], 1), (projected, 1)],
+)
+def test_a_graph_of_modules_without_shapes(forward: Forward, expected: int) -> None:
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, (nn.Sequential, nn.Linear, nn.LayerNorm, nn.Conv1d))
+
+    model = Parts(forward)
+    found = find_residuals(fx.GraphModule(model, Leaves().trace(model)))
+    assert len(found) == expected
+    assert all((add.shape, add.dtype) == ((), "") for add in found)
+
+
+def test_two_equal_tensors_stay_two_when_one_is_changed() -> None:
+    def f(m: Parts, x: Tensor) -> Tensor:
+        a, b = x * 2, x * 2
+        a.add_(m.q(x))
+        return (b + m.f(b)) * a
+
+    for gm in graphs(Parts(f), inputs()).values():
+        first, second = find_residuals(gm)
+        assert second.stream != first.node
+
+
+def test_many_layers_in_a_second() -> None:
+    model = NanoGPT(layers=48)
+    gm = export(model, tokens())
+    assert len(gm.graph.nodes) > 1000
+    start = time.perf_counter()
+    found = find_residuals(gm)
+    assert time.perf_counter() - start < 5  # 0.1 s on an idle core
+    assert Counter(add.kind for add in found) == {"block": 96}
