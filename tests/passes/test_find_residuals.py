@@ -112,6 +112,13 @@ def position_in_every_layer(m: Parts, x: Tensor) -> Tensor:  # DETR
     return x
 
 
+def position_dropped_out_in_every_layer(m: Parts, x: Tensor) -> Tensor:
+    for _ in range(3):
+        q = x + m.dropout(m.positions.expand(2, 4, D))
+        x = m.norm(x + attend(m, q, q, x))
+    return x
+
+
 def query_only_with_position(m: Parts, x: Tensor) -> Tensor:
     y = m.a(x)
     return y + attend(m, y + m.positions, m.codes.expand(2, 16, D))
@@ -136,6 +143,32 @@ def recomputed(m: Parts, x: Tensor) -> Tensor:
 
     x = checkpoint(block, x, use_reentrant=False)
     return x + m.g(x)
+
+
+class Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight.mT, (x.mT @ grad).sum(0)
+
+
+def own_gradient(m: Parts, x: Tensor) -> Tensor:
+    y: Tensor = Matmul.apply(m.norm(x), m.codes[:D])  # type: ignore[no-untyped-call]
+    return x + y
+
+
+@torch.compiler.nested_compile_region
+def region(m: Parts, x: Tensor) -> Tensor:
+    return x + m.f(x)
+
+
+def compiled_regions(m: Parts, x: Tensor) -> Tensor:
+    return region(m, region(m, x))
 
 
 def mixed_precision(m: Parts, x: Tensor) -> Tensor:
@@ -187,10 +220,12 @@ FIRES: dict[str, tuple[Forward, int]] = {
     "parallel f + (x + g)": (lambda m, x: m.f(x) + (x + m.g(x)), 1),
     "bias on the way": (lambda m, x: (x + m.gain) + m.f(x), 1),
     "position added to each layer's queries": (position_in_every_layer, 3),
+    "position dropped out anew in each layer": (position_dropped_out_in_every_layer, 3),
     "queries enter only with their position": (query_only_with_position, 1),
     "learned latents": (latents, 2),
     "reversible": (reversible, 2),
     "checkpoint": (recomputed, 2),
+    "x + x * gate": (lambda m, x: x + x * m.gate(x).sigmoid(), 1),
     "autocast": (mixed_precision, 1),
     "convolution": (lambda m, x: x + m.conv_2(m.conv(x).relu()), 1),
     "attention": (lambda m, x: x + attend(m, m.norm(x)), 1),
@@ -496,6 +531,18 @@ def test_a_node_of_a_nested_graph_has_its_path() -> None:
     assert name in {node.name for node in getattr(of_dynamo, body).graph.nodes}
     assert outer.node in {node.name for node in of_dynamo.graph.nodes}
     assert inner.source.startswith("tests/passes/test_find_residuals.py:")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_branch_with_its_own_gradient() -> None:
+    for route, gm in graphs(Parts(own_gradient), inputs()).items():
+        assert kinds_of(gm) == {"block": 1}, route
+
+
+def test_a_region_that_is_compiled_once_counts_where_it_is_called() -> None:
+    for gm in compiled(Parts(compiled_regions), inputs()):
+        first, second = find_residuals(gm)
+        assert first.node != second.node or first.stream != second.stream
 
 
 def test_every_term_but_the_skip_is_the_branch() -> None:
