@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from rfcompile.passes.dataflow import Value, is_contraction, is_pooling, words
 
@@ -21,7 +22,7 @@ class Summand:
 
     Args:
         factors: the values it is the product of; one: the term is that value, times a number.
-        operand: which argument of the operator it is; in ``stack([..]).sum``, which tensor.
+        operand: the argument of the operator that it comes in; of a stack, which tensor.
         is_negative: it is subtracted.
         is_contraction: the sum's operator itself contracts the factors, as ``addmm`` does.
     """
@@ -32,14 +33,12 @@ class Summand:
     is_contraction: bool = False
 
 
-_PRODUCTS = {  # summand + product of the next two arguments
-    **dict.fromkeys(("addcmul", "addcdiv", "addr"), False),
-    **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), True),
-}
+_ADD_PRODUCT = words("addcmul addcdiv addr")
+_ADD_CONTRACTION = words("addmm baddbmm addbmm addmv")
 
 
 def summands(value: Value) -> tuple[Summand, ...]:
-    """The terms that an operator adds; () for any other operator.
+    """The terms that an operator adds, two or more; () for any other operator.
 
     ::
 
@@ -50,75 +49,75 @@ def summands(value: Value) -> tuple[Summand, ...]:
         index_add(a, 0, i, b)                   -> a, b
         stack([a, b]).sum(0)                    -> a, b
     """
-    first = value.argument(0, "input", "self")
-    match value.operator:
-        case "add" | "sub" | "rsub":
-            return _binary(value, first, value.argument(1, "other"))
-        case "addcmul" | "addcdiv" | "addr" | "addmm" | "baddbmm" | "addbmm" | "addmv":
-            factors = tuple(f for f in _rest(value) if isinstance(f, Value))
-            product = Summand(factors, 1, is_contraction=_PRODUCTS[value.operator])
-            return (Summand((first,), 0), product) if isinstance(first, Value) else ()
-        case "lerp":
-            return _mixture(first, value.argument(1, "end"), value.argument(2, "weight"))
-        case "index_add" | "scatter_add":
-            added = value.argument(3, "source", "src")
-            return _terms(first, added) if isinstance(added, Value) else ()
-        case "sum" | "mean":
-            return _stacked(value, first)
+    operator = value.operator
+    first, second = value.argument(0, "input", "self"), value.argument(1, "other", "end")
+    if not isinstance(first, Value):
+        return ()
+    if operator in ("add", "sub", "rsub") and isinstance(second, Value):
+        return _binary(value, first, second)
+    if operator in _ADD_PRODUCT or operator in _ADD_CONTRACTION:
+        given = dict(enumerate(value.node.args)) | value.node.kwargs
+        nodes = [node for key, node in given.items() if key not in (0, "input", "self")]
+        factors = tuple(value.operands[n] for n in nodes if isinstance(n, fx.Node))
+        product = Summand(factors, 1, is_contraction=operator in _ADD_CONTRACTION)
+        return (Summand((first,), 0), product)
+    if operator == "lerp" and isinstance(second, Value):
+        weight = value.argument(2, "weight")
+        return () if _is_gate(weight, first) else (Summand((first,), 0), Summand((second,), 1))
+    if operator in ("index_add", "scatter_add"):
+        added = value.argument(3, "source", "src")
+        return (Summand((first,), 0), Summand((added,), 3)) if isinstance(added, Value) else ()
+    if operator in ("sum", "mean") and first.operator == "stack":
+        return _stacked(value, first)
     return ()
 
 
-def _binary(value: Value, a: Any, b: Any) -> tuple[Summand, ...]:
-    if not (isinstance(a, Value) and isinstance(b, Value)):
-        return ()
-    if value.operator == "rsub":
-        a, b = b, a
+def _binary(value: Value, a: Value, b: Value) -> tuple[Summand, ...]:
     alpha = value.argument(2, "alpha", default=1)
     is_difference = (value.operator != "add") != (isinstance(alpha, (int, float)) and alpha < 0)
     if is_difference:
-        return () if _is_inside_mixture(value, a, b) else _terms(a, b, is_negative=True)
-    for start, change in ((a, b), (b, a)):
-        weight, inner = _weighted(_unwrapped(change))
-        if inner.operator == "sub":
-            end, same = inner.argument(0), inner.argument(1, "other")
-            if same is start and isinstance(end, Value):
-                # Without a weight, start cancels: a straight-through estimator.
-                return () if weight is None else _mixture(start, end, weight)
-    return _terms(a, b)
+        start, end = (a, b) if value.operator == "rsub" else (b, a)
+        if _is_inside_mixture(value, start, end):
+            return ()
+        return (Summand((a,), 0, a is start), Summand((b,), 1, b is start))
+    for operand, start, change in ((0, a, b), (1, b, a)):
+        weight, target = _change(start, change)
+        if target is not None:
+            # Without a weight, start cancels: a straight-through estimator.
+            if weight is None or _is_gate(weight, start):
+                return ()
+            return (Summand((start,), operand), Summand((target,), 1 - operand))
+    return (Summand((a,), 0), Summand((b,), 1))
 
 
-def _terms(a: Any, b: Any, is_negative: bool = False) -> tuple[Summand, ...]:
-    if not (isinstance(a, Value) and isinstance(b, Value)):
-        return ()
-    return (Summand((a,), 0), Summand((b,), 1, is_negative))
+def _is_gate(weight: Any, tensor: Value) -> bool:
+    return isinstance(weight, Value) and not _is_gain(weight, tensor)
 
 
-def _mixture(start: Any, end: Any, weight: Any) -> tuple[Summand, ...]:
-    """``(1 - weight) start + weight end``; a weight computed from data gates, it does not add."""
-    if isinstance(weight, Value) and not _is_gain(weight, start):
-        return ()
-    return _terms(start, end)
+def _change(start: Value, change: Value) -> tuple[Any, Value | None]:
+    """``weight, end`` if a change is ``weight * (end - start)``; weight None is no weight."""
+    change = _unwrapped(change)
+    candidates: list[tuple[Any, Any]] = [(None, change)]
+    if change.operator == "mul":
+        x, y = change.argument(0), change.argument(1, "other")
+        candidates = [(x, y), (y, x)]
+    for weight, difference in candidates:
+        if isinstance(difference, Value) and _unwrapped(difference).operator == "sub":
+            end = _unwrapped(difference).argument(0)
+            if _unwrapped(difference).argument(1, "other") is start and isinstance(end, Value):
+                return weight, end
+    return None, None
 
 
-def _is_inside_mixture(difference: Value, end: Value, start: Value) -> bool:
+def _is_inside_mixture(difference: Value, start: Value, end: Value) -> bool:
     """Whether ``end - start`` is there only for ``start + weight * (end - start)``."""
     readers = list(difference.users)
     for reader in readers:
-        if reader.operator == "mul" or carried(reader) is difference:
+        if reader.operator == "mul" or reader.operator in _COPIES:
             readers += reader.users
         elif reader.operator != "add" or start not in reader.operands.values():
             return False
     return bool(readers)
-
-
-def _weighted(value: Value) -> tuple[Any, Value]:
-    """``weight, v`` of ``weight * v`` where v is a difference; None is no weight."""
-    if value.operator == "mul":
-        a, b = value.argument(0), value.argument(1, "other")
-        for weight, inner in ((a, b), (b, a)):
-            if isinstance(inner, Value) and _unwrapped(inner).operator == "sub":
-                return weight, _unwrapped(inner)
-    return None, value
 
 
 def _unwrapped(value: Value) -> Value:
@@ -127,22 +126,12 @@ def _unwrapped(value: Value) -> Value:
     return value
 
 
-def _stacked(value: Value, stack: Any) -> tuple[Summand, ...]:
-    if not isinstance(stack, Value) or stack.operator != "stack":
-        return ()
+def _stacked(value: Value, stack: Value) -> tuple[Summand, ...]:
     axis = stack.argument(1, "dim", default=0)
-    axes = value.argument(1, "dim", default=None)
-    if axes not in (axis, [axis], (axis,)):
+    if value.argument(1, "dim") not in (axis, [axis], (axis,)):
         return ()
     tensors = [stack.operands.get(node) for node in stack.argument(0, "tensors")]
     return tuple(Summand((t,), i) for i, t in enumerate(tensors) if t is not None)
-
-
-def _rest(value: Value) -> tuple[Any, Any]:
-    return (
-        value.argument(1, "tensor1", "mat1", "batch1", "mat", "vec1"),
-        value.argument(2, "tensor2", "mat2", "batch2", "vec", "vec2"),
-    )
 
 
 # ---- copies ------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ _CONTRACTING = words(
 )
 _POOLING = ("avg_pool", "max_pool", "lp_pool", "mkldnn_max_pool", "fractional_max_pool")
 _SIZES = words("size sym_size shape dim numel sym_numel stride device dtype")
+_POSITIONS = words("argmax argmin argsort multinomial nonzero searchsorted bucketize")
 _RANDOM = words("bernoulli uniform normal inductor_random philox_rand")
 _TORCH = words(
     "aten prims prim _c10d_functional c10d_functional c10d _dtensor inductor rfcompile profiler "
@@ -161,10 +162,11 @@ class Value:
 class Dataflow:
     """The values of a graph in the order in which they are computed.
 
-    Numbers, shapes and other non-tensors carry no data here. An operator that changes a tensor in
-    place gives that tensor's node a new value from then on. Graphs in graphs (checkpointed blocks,
-    autocast regions, ``cond``) are read as if they stood where they are called. What is computed
-    twice from the same values by the same operator is one value to those that read it.
+    Numbers, shapes, positions (``argmax``) and other non-tensors carry no data here. An operator
+    that changes a tensor in place gives that tensor's node a new value from then on. Graphs in
+    graphs (checkpointed blocks, autocast regions, ``cond``) are read as if they stood where they
+    are called. What is computed twice from the same values by the same operator is one value to
+    those that read it.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -213,7 +215,8 @@ class Dataflow:
 
     def _append(self, node: fx.Node, path: str, scope: Mapping[fx.Node, Value]) -> Value:
         name = operator_name(node)
-        reads = not (name.endswith("_like") or name.startswith("new_") or name in _SIZES)
+        is_shaped_like = name.endswith("_like") or name.startswith("new_") or name in _SIZES
+        reads = not (is_shaped_like or name in _POSITIONS)
         operands = {n: scope[n] for n in node.all_input_nodes if n in scope} if reads else {}
         value = Value(len(self.values), node, path, name, operands, is_contraction(node))
         self.values.append(value)

@@ -329,6 +329,13 @@ def straight_through(m: Parts, x: Tensor) -> Tensor:
     return z + (chosen - z).detach()
 
 
+def residual_quantizer(m: Parts, x: Tensor) -> Tensor:
+    z = m.a(x)
+    for _ in range(2):
+        z = z - m.codes[torch.cdist(z.flatten(0, 1), m.codes).argmin(-1)].view_as(z)
+    return z
+
+
 def position_added_to_every_layer(m: Parts, x: Tensor) -> Tensor:
     for layer in (m.f, m.g, m.h):
         x = layer(x + m.positions.expand(2, 4, D))
@@ -373,6 +380,7 @@ SILENT: dict[str, Forward] = {
     "concat": lambda m, x: torch.cat([x, m.f(x)], -1),
     "product": lambda m, x: x * m.f(x),
     "straight-through estimator": straight_through,
+    "residual vector quantizer": residual_quantizer,
     "change of a tensor": lambda m, x: m.f(x) - x,
     "two models": lambda m, x: m.f(x) + m.g(x),
     "halves": split_and_sum,
