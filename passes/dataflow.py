@@ -40,8 +40,8 @@ _TORCH = words(
 
 
 def operator_name(node: fx.Node) -> str:
-    """ "add" for ``+``, ``+=``, ``torch.add``, ``Tensor.add_`` and ``aten.add_.Tensor``; the class
-    for a module that the graph calls as a whole; "" for what is not called.
+    """One name for all spellings, so ``+``, ``+=``, ``torch.add``, ``Tensor.add_`` and
+    ``aten.add_.Tensor`` are "add". The class of a module that is called; "" for what is not called.
     """
     target = node.target
     if node.op == "call_module":
@@ -183,10 +183,8 @@ class Dataflow:
         returned: dict[fx.Node, tuple[Value | None, ...]] = {}
         for node in gm.graph.nodes:
             if node.op == "output":
-                return tuple(
-                    scope.get(leaf) if isinstance(leaf, fx.Node) else None
-                    for leaf in tree_leaves(node.args[0])
-                )
+                leaves = tree_leaves(node.args[0])
+                return tuple(scope.get(x) if isinstance(x, fx.Node) else None for x in leaves)
             if node in bound or not _may_be_tensor(node):
                 continue
             source = node.args[0] if node.args else None
@@ -201,7 +199,7 @@ class Dataflow:
                 self._read(body, f"{path}{body_path}.", _bind(body, operands, scope))
                 for body_path, body, operands in _bodies(node)
             ]
-            if len(results) == 1:
+            if len(results) == 1 and _returns_several(node):
                 returned[node] = results[0]
             if results:
                 value = self._joined(value, itertools.chain(*results))
@@ -223,7 +221,7 @@ class Dataflow:
         return value
 
     def _joined(self, call: Value, outputs: Iterable[Value | None]) -> Value:
-        """The call of a nested graph, which also comes from what that graph returns."""
+        """All that the call of a graph returns: it also comes from what the graph returns."""
         operands = {**call.operands, **{out.node: out for out in outputs if out is not None}}
         joined = Value(len(self.values), call.node, call.path, call.operator, operands, False)
         self.values.append(joined)
@@ -278,6 +276,11 @@ def _bodies(node: fx.Node) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
         size = len(body.graph.find_nodes(op="placeholder"))
         if size <= len(arguments):
             yield str(attribute.target), body, arguments[len(arguments) - size :]
+
+
+def _returns_several(node: fx.Node) -> bool:
+    ((_, body, _),) = _bodies(node)
+    return isinstance(body.graph.output_node().args[0], (tuple, list))
 
 
 def _bind(

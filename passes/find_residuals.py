@@ -52,10 +52,6 @@ class ResidualAdd:
     dtype: str
     branch: tuple[str, ...]
 
-    @property
-    def place(self) -> str:
-        return " ".join(part for part in (self.module, self.source) if part) or "(unknown place)"
-
 
 @dataclass(frozen=True)
 class FindResiduals:

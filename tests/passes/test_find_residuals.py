@@ -574,6 +574,28 @@ def test_a_graph_of_modules_without_shapes(forward: Forward, expected: int) -> N
     assert all((add.shape, add.dtype) == ((), "") for add in found)
 
 
+def test_a_graph_in_a_graph_may_return_one_tensor() -> None:
+    inner = fx.symbolic_trace(nn.Sequential(nn.Linear(D, D), nn.ReLU()))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.inner(x)
+            return x[1] + self.inner(x)[1]
+
+    model = Outer()
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return module is inner
+
+    gm = fx.GraphModule(model, Leaves().trace(model))
+    assert [add.node for add in find_residuals(gm)] == ["add", "add_1"]
+
+
 def test_two_equal_tensors_stay_two_when_one_is_changed() -> None:
     def f(m: Parts, x: Tensor) -> Tensor:
         a, b = x * 2, x * 2
