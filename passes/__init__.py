@@ -8,6 +8,7 @@ if __name__ != "rfcompile.passes":
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from rfcompile.passes.find_residuals import FindResiduals
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
@@ -33,3 +34,8 @@ def boundary_pipeline(
 ) -> tuple[GraphPass, ...]:
     """The passes on a graph without collectives: a fake wire at each boundary."""
     return (QuantizeBoundaries(policy, boundaries),)
+
+
+def residual_pipeline() -> tuple[GraphPass, ...]:
+    """The analysis of a forward graph: where it adds what it skipped."""
+    return (FindResiduals(),)

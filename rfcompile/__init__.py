@@ -10,8 +10,10 @@ from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
+from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
+from rfcompile.residuals import find_residuals
 
 __all__ = [
     "GraphDiff",
@@ -19,6 +21,7 @@ __all__ = [
     "QuantFormat",
     "RFCompileError",
     "Report",
+    "ResidualAdd",
     "Site",
     "all_gather",
     "all_reduce",
@@ -28,6 +31,7 @@ __all__ = [
     "diff",
     "errors",
     "explain",
+    "find_residuals",
     "quantize",
     "reduce_scatter",
     "reports",

@@ -214,9 +214,7 @@ def rewrite_graph(
     gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
 ) -> Record:
     """:func:`transform` for a graph, with the record of what was done."""
-    gm = _twin(gm)
-    if example_inputs is not None and not _has_shapes(gm):
-        _propagate_shapes(gm, example_inputs)
+    gm = with_shapes(gm, example_inputs)
     if _has_shapes(gm) and find_collectives(gm):
         return run(gm, wire_pipeline(policy, "forward"))
     if callable(boundaries) or (isinstance(boundaries, str) and boundaries != "auto"):
@@ -225,6 +223,14 @@ def rewrite_graph(
     if isinstance(boundaries, str):
         return run(gm, boundary_pipeline(policy))
     return run(gm, boundary_pipeline(policy, tuple(boundaries)))
+
+
+def with_shapes(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
+    """A copy of the graph, the same nodes with shapes, if it has them or there are inputs."""
+    gm = _twin(gm)
+    if example_inputs is not None and not _has_shapes(gm):
+        _propagate_shapes(gm, example_inputs)
+    return gm
 
 
 def _has_shapes(gm: fx.GraphModule) -> bool:

@@ -1,15 +1,15 @@
-"""The command line: ``rfcompile explain`` and ``rfcompile diff`` on MODULE:FACTORY.
+"""The command line: ``rfcompile explain``, ``diff`` and ``residuals`` on MODULE:FACTORY.
 
 Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 
-==== ================================================ =========================================
-code explain                                          diff
-==== ================================================ =========================================
-0    every eligible site is quantized                 the graph changed
-1    an eligible site stays exact, or there is none   the graph did not change
-2    the command line is wrong                        the command line is wrong
-3    an error, printed to stderr                      an error, printed to stderr
-==== ================================================ =========================================
+==== ============================================== ========================= ================
+code explain                                        diff                      residuals
+==== ============================================== ========================= ================
+0    every eligible site is quantized               the graph changed         some are found
+1    an eligible site stays exact, or there is none the graph did not change  there are none
+2    the command line is wrong                      (the same)                (the same)
+3    an error, printed to stderr                    (the same)                (the same)
+==== ============================================== ========================= ================
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from rfcompile.formats import as_format
 from rfcompile.policy import Policy
 from rfcompile.process_groups import simulated
 from rfcompile.report import Report
+from rfcompile.residuals import as_json, as_text, find_residuals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,13 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(command=_explain)
     diff = commands.add_parser("diff", help="the graph before and after")
     diff.set_defaults(command=_diff)
-    for command in (explain, diff):
+    residuals = commands.add_parser("residuals", help="where the model adds what it skipped")
+    residuals.set_defaults(command=_residuals)
+    for command in (explain, diff, residuals):
         command.add_argument(
             "target",
             metavar="MODULE:FACTORY",
             help="a function without arguments that returns a model, (model, args) or "
             "(model, args, kwargs); MODULE is importable or a path to a .py file",
         )
+        command.add_argument("--json", action="store_true", help="print JSON")
+    for command in (explain, diff):
         command.add_argument(
             "--bits",
             dest="format",
@@ -85,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--boundaries", default="auto", help='"auto", "branches", or module paths with commas'
         )
-        command.add_argument("--json", action="store_true", help="print JSON")
     diff.add_argument("--html", type=Path, metavar="FILE", help="also write a page to FILE")
     return parser
 
@@ -125,6 +129,14 @@ def _diff(args: argparse.Namespace) -> int:
         args.html.write_text(result.html(), encoding="utf-8")
         print(f"rfcompile: wrote {args.html}", file=sys.stderr)
     return 0 if result.changed else 1
+
+
+def _residuals(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):
+        model, inputs, kwargs = _load(args.target)
+        found = find_residuals(model, inputs, kwargs)
+    print(as_json(found) if args.json else as_text(found))
+    return 0 if found else 1
 
 
 def _ranks(args: argparse.Namespace) -> AbstractContextManager[None]:

@@ -192,6 +192,40 @@ def test_diff_as_json(run: Run) -> None:
     assert plain["added"] == {"rfcompile.fake_wire.default": 2}
 
 
+# ---- residuals ----------------------------------------------------------------------------------
+
+
+def test_residuals(run: Run) -> None:
+    result = run("residuals", "both")
+    lines = result.out.splitlines()
+    assert (result.code, result.err) == (0, "")
+    assert lines[0] == "2 residual adds: 2 block"
+    assert lines[2].split()[:3] == ["0", "block", "layers.0"]
+    assert "f32[16, 64]" in lines[2]
+    assert lines[2].endswith("up, down")
+    plain = json.loads(run("residuals", "loud", "--json").out)
+    assert [add["module"] for add in plain["residuals"]] == ["layers.0", "layers.1"]
+
+
+def test_residuals_where_there_are_none(run: Run) -> None:
+    result = run("residuals", "no_blocks")
+    assert (result.code, result.out) == (1, "0 residual adds\n")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("missing", "cannot be loaded: AttributeError"),
+        ("without_inputs", "Net has no example inputs"),
+        ("wrong_shape", "Net cannot be captured as one graph: "),
+    ],
+)
+def test_residuals_of_bad_targets(run: Run, target: str, message: str) -> None:
+    result = run("residuals", target)
+    assert (result.code, result.out) == (3, "")
+    assert message in result.err
+
+
 # ---- simulated ranks --------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     ("lowering", "surgery", "distributed", "analysis", "training"),
-    ("backend", "diff", "api", "explain"),
+    ("backend", "diff", "api", "explain", "residuals"),
     ("cli", ""),  # "" is rfcompile/__init__.py, which lists the public names
 )
 PRIVATE_TORCH = ("torch._inductor", "torch._functorch")
