@@ -52,6 +52,11 @@ class ResidualAdd:
     dtype: str
     branch: tuple[str, ...]
 
+    @property
+    def place(self) -> str:
+        """Its module and line, as far as they are known."""
+        return " ".join(part for part in (self.module, self.source) if part) or "(unknown place)"
+
 
 @dataclass(frozen=True)
 class FindResiduals:

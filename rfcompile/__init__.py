@@ -13,6 +13,7 @@ from rfcompile.journal import reports
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
+from rfcompile.residual_free import ResidualFree, ResidualReport, residual_report
 from rfcompile.residuals import find_residuals
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "RFCompileError",
     "Report",
     "ResidualAdd",
+    "ResidualFree",
+    "ResidualReport",
     "Site",
     "all_gather",
     "all_reduce",
@@ -35,6 +38,7 @@ __all__ = [
     "quantize",
     "reduce_scatter",
     "reports",
+    "residual_report",
     "transform",
 ]
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo import OptimizedModule
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor import DTensor
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from rfcompile import codec, ops
 from rfcompile.boundaries import Boundaries, find_boundaries
@@ -23,13 +18,20 @@ from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
 from rfcompile.fake_wire import FakeWire
 from rfcompile.formats import QuantFormat, as_format
+from rfcompile.models import (
+    check_module,
+    copy_of,
+    has_collectives,
+    has_shapes,
+    uncompiled,
+    with_shapes,
+)
 from rfcompile.passes import boundary_pipeline, wire_pipeline
 from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.pipeline import Record, run
 from rfcompile.policy import Policy
 from rfcompile.report import Report
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+from rfcompile.residual_free import ResidualFree, remove_graph_residuals, remove_residuals
 
 # ---- the codec -------------------------------------------------------------------------------
 
@@ -88,14 +90,17 @@ def transform(
     bits: int | None = None,
     *,
     example_inputs: Any = None,
-    residual: str = "keep",
+    residual: str | ResidualFree = "keep",
     boundaries: Boundaries = "auto",
     policy: Policy | None = None,
 ) -> nn.Module:
-    """A model like ``model`` whose traffic is quantized; ``model`` itself stays as it is.
+    """A model like ``model``, its traffic quantized, its residual connections rewritten; ``model``
+    itself stays as it is.
 
-    The new model shares every parameter and buffer with the old one, has the same state_dict names,
-    and trains, copies, compiles and exports like it.
+    The new model has the same state_dict names, and trains, copies, compiles and exports like the
+    old one. It shares every parameter and buffer with it, unless ``residual`` starts it anew.
+
+    With ``bits`` or a ``policy``:
 
     - A model with collectives (DTensor parameters) gets them quantized when it is called: it is
       compiled with backend "rfquant". (A copy of it is not: torch drops what ``Module.compile``
@@ -106,28 +111,47 @@ def transform(
     - An ``fx.GraphModule`` is rewritten as a graph, in the same two ways.
 
     Args:
-        bits: bits an element for all traffic; or give a ``policy``.
-        example_inputs: used for an ``fx.GraphModule`` without shapes in its metadata only: a tuple
-            of arguments or an (args, kwargs) pair.
-        residual: "keep". Other values come with the next release.
+        bits: bits an element for all traffic; or give a ``policy``. Neither: nothing is quantized.
+        example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
+            ``model.dummy_inputs``. Used to rewrite residual connections, and for an
+            ``fx.GraphModule`` without shapes in its metadata.
+        residual: "keep"; "free" drops every skip, "mix" puts a trainable orthogonal matrix in its
+            place, and both start the blocks' parameters anew, with a temperature in each
+            attention; "anneal" gives each skip a gain that starts at 1. Or a
+            :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
+            state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
+            :func:`~rfcompile.residual_report` says what was done.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
     Raises:
         PolicyError, FormatError: options. BoundaryError: nowhere to put the wire. CaptureError: the
-        model cannot be copied, or the graph has no shapes. NotImplementedError: ``residual`` other
-        than "keep". And when the new model is called, DtypeError: what leaves a boundary is neither
-        float32, bfloat16 nor float16.
+        model cannot be copied or captured, or the graph has no shapes. ResidualError: there is no
+        residual connection, or one cannot be rewritten. And when the new model is called,
+        DtypeError: what leaves a boundary is neither float32, bfloat16 nor float16.
     """
-    wanted = policy_of(bits, policy)
     check_module(model)
-    if residual != "keep":
-        raise NotImplementedError(
-            f"residual={residual!r}: rewriting a model without its residual connections comes with "
-            "rfcompile 0.2; use residual='keep'."
+    if residual == "keep":
+        return _with_wire(
+            copy_of(model, share=True), policy_of(bits, policy), boundaries, example_inputs
         )
-    if isinstance(model, fx.GraphModule):
-        return rewrite_graph(model, wanted, boundaries, example_inputs).gm
-    twin = _twin(model)
+    how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
+    twin = copy_of(model, share=how.mode == "anneal")
+    if isinstance(twin, fx.GraphModule):
+        twin = with_shapes(twin, example_inputs)
+        remove_graph_residuals(twin, how)
+    else:
+        inner = uncompiled(twin)
+        remove_residuals(inner, inputs_of(inner, example_inputs), how)
+    if bits is None and policy is None:
+        return twin
+    return _with_wire(twin, policy_of(bits, policy), boundaries, example_inputs)
+
+
+def _with_wire(
+    twin: nn.Module, wanted: Policy, boundaries: Boundaries, example_inputs: Any
+) -> nn.Module:
+    if isinstance(twin, fx.GraphModule):
+        return rewrite_graph(twin, wanted, boundaries, example_inputs).gm
     inner = uncompiled(twin)
     if has_collectives(inner):
         if boundaries != "auto":
@@ -175,47 +199,12 @@ def policy_of(bits: int | None, policy: Policy | None) -> Policy:
     return policy if policy is not None else Policy.of(bits=bits, min_bytes=0)
 
 
-def check_module(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        rule = "give a torch.nn.Module or fx.GraphModule; an ExportedProgram has one, .module()."
-        raise PolicyError("model", model, rule)
-
-
-def _twin(model: ModuleT) -> ModuleT:
-    """A copy of the modules that shares their tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    # torch does not copy what has a history, such as the weight that an old weight_norm computed.
-    held = [value for module in model.modules() for value in vars(module).values()]
-    tensors += [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
-    with warnings.catch_warnings():
-        # An exported module holds a structure of torch whose own copying warns.
-        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
-        try:
-            return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-        except Exception as error:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be copied: {error}. transform changes a copy of "
-                "the modules: set what cannot be copied after it, or give its class a __deepcopy__."
-            ) from error
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside what ``torch.compile`` returned."""
-    while isinstance(model, OptimizedModule):
-        model = model._orig_mod
-    return model
-
-
-def has_collectives(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def rewrite_graph(
     gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
 ) -> Record:
     """:func:`transform` for a graph, with the record of what was done."""
     gm = with_shapes(gm, example_inputs)
-    if _has_shapes(gm) and find_collectives(gm):
+    if has_shapes(gm) and find_collectives(gm):
         return run(gm, wire_pipeline(policy, "forward"))
     if callable(boundaries) or (isinstance(boundaries, str) and boundaries != "auto"):
         rule = "a graph has no modules to ask: use 'auto' or give the paths of the modules."
@@ -223,32 +212,6 @@ def rewrite_graph(
     if isinstance(boundaries, str):
         return run(gm, boundary_pipeline(policy))
     return run(gm, boundary_pipeline(policy, tuple(boundaries)))
-
-
-def with_shapes(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
-    """A copy of the graph, the same nodes with shapes, if it has them or there are inputs."""
-    gm = _twin(gm)
-    if example_inputs is not None and not _has_shapes(gm):
-        _propagate_shapes(gm, example_inputs)
-    return gm
-
-
-def _has_shapes(gm: fx.GraphModule) -> bool:
-    return any("val" in node.meta or "example_value" in node.meta for node in gm.graph.nodes)
-
-
-def _propagate_shapes(gm: fx.GraphModule, example_inputs: Any) -> None:
-    args, kwargs = inputs_of(gm, example_inputs)
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    # A placeholder's own argument is its default.
-    later = [kwargs.get(str(node.target), *node.args) for node in placeholders[len(args) :]]
-    try:
-        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args, *later)
-    except Exception as error:
-        raise CaptureError(
-            f"the graph does not run on example_inputs: {error}. Its inputs are "
-            f"{', '.join(str(node.target) for node in placeholders)}."
-        ) from error
 
 
 # ---- diff --------------------------------------------------------------------------------------

@@ -53,12 +53,28 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
-    args, kwargs = inputs_of(model, example_inputs)
+    graph: fx.GraphModule = exported(model, inputs_of(model, example_inputs)).graph_module
+    return graph
+
+
+def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """The model as ``torch.export`` sees it, without the cache that a transformers model returns.
+
+    Raises:
+        CaptureError: the model cannot be exported; the cause is chained.
+    """
+    args, kwargs = inputs
+    config: Any = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
     try:
-        graph: fx.GraphModule = torch.export.export(model, args, kwargs, strict=False).graph_module
+        if use_cache:
+            config.use_cache = False
+        return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {error}. Compile it with "
             'torch.compile(model, backend="rfquant") instead, which may split the graph.'
         ) from error
-    return graph
+    finally:
+        if use_cache:
+            config.use_cache = use_cache

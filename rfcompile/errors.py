@@ -28,6 +28,18 @@ class RFCompileWarning(UserWarning):
     """A setting had no effect, or a result needs a second look."""
 
 
+class SourceError(RFCompileError, RuntimeError):
+    """A function's source cannot be read, or is not the one that was rewritten."""
+
+
+class ResidualError(RFCompileError, ValueError):
+    """A model's residual adds cannot be rewritten as asked; ``left`` are those that remain."""
+
+    def __init__(self, message: str, left: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.left = tuple(left)
+
+
 class FormatError(RFCompileError, ValueError):
     """A field of a :class:`~rfcompile.QuantFormat` has a value outside its rule."""
 

@@ -14,18 +14,12 @@ from torch.distributed.tensor import DTensor
 
 from rfcompile import codec, journal
 from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.api import (
-    check_module,
-    has_collectives,
-    policy_of,
-    rewrite_graph,
-    transform,
-    uncompiled,
-)
+from rfcompile.api import policy_of, rewrite_graph, transform
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
 from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
 from rfcompile.graph import dtype_text
+from rfcompile.models import check_module, has_collectives, uncompiled
 from rfcompile.pipeline import Record
 from rfcompile.policy import Policy
 from rfcompile.report import GraphChange, Report, Site, merge_reports

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rfcompile.api import check_module, uncompiled, with_shapes
 from rfcompile.capture import capture, inputs_of
 from rfcompile.errors import CaptureError
+from rfcompile.models import check_module, uncompiled, with_shapes
 from rfcompile.passes import residual_pipeline
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.pipeline import run

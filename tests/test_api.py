@@ -32,6 +32,7 @@ from rfcompile.errors import (
     NonFiniteError,
     PayloadError,
     PolicyError,
+    ResidualError,
     RFCompileError,
     RFCompileWarning,
 )
@@ -857,9 +858,11 @@ def test_options_that_are_errors(
         assert getattr(caught.value, field[0]) == field[1]
 
 
-def test_residual_comes_later() -> None:
-    with pytest.raises(NotImplementedError, match=r"residual='free'.*rfcompile 0\.2"):
-        rf.transform(Net(), bits=4, residual="free")
+def test_a_model_without_residual_adds_cannot_lose_them() -> None:
+    with pytest.raises(ResidualError, match=r"Net has no residual add of kind block"):
+        rf.transform(Net(), bits=4, residual="free", example_inputs=(X,))
+    with pytest.raises(CaptureError, match="Net has no example inputs"):
+        rf.transform(Net(), residual="free")
 
 
 def test_only_modules_are_transformed() -> None:

@@ -81,6 +81,13 @@ CASES: dict[str, Case] = {
     "ProcessGroupError": (lambda: errors.ProcessGroupError("m"), RuntimeError, "m", {}),
     "BoundaryError": (lambda: errors.BoundaryError("m"), ValueError, "m", {}),
     "CaptureError": (lambda: errors.CaptureError("m"), RuntimeError, "m", {}),
+    "SourceError": (lambda: errors.SourceError("m"), RuntimeError, "m", {}),
+    "ResidualError": (
+        lambda: errors.ResidualError("m", ["an add"]),
+        ValueError,
+        "m",
+        {"left": ("an add",)},
+    ),
     "TargetError": (lambda: errors.TargetError("m"), ValueError, "m", {}),
 }
 

@@ -17,11 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint", "process_groups"),
-    ("codec", "ops", "capture", "boundaries"),
+    (
+        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
+        *("process_groups", "residual_site", "sources", "rewriting"),
+    ),
+    ("codec", "ops", "capture", "boundaries", "models"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
-    ("lowering", "surgery", "distributed", "analysis", "training"),
+    ("lowering", "attention", "surgery", "distributed", "analysis", "training", "residual_free"),
     ("backend", "diff", "api", "explain", "residuals"),
     ("cli", ""),  # "" is rfcompile/__init__.py, which lists the public names
 )

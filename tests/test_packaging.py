@@ -24,6 +24,8 @@ PUBLIC_NAMES = [
     "RFCompileError",
     "Report",
     "ResidualAdd",
+    "ResidualFree",
+    "ResidualReport",
     "Site",
     "all_gather",
     "all_reduce",
@@ -37,6 +39,7 @@ PUBLIC_NAMES = [
     "quantize",
     "reduce_scatter",
     "reports",
+    "residual_report",
     "transform",
 ]
 

@@ -1,0 +1,85 @@
+"""Models as transform takes them: copies, what torch.compile wrapped, and graphs with shapes."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, TypeVar
+
+from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from rfcompile.capture import inputs_of
+from rfcompile.errors import CaptureError, PolicyError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        rule = "give a torch.nn.Module or fx.GraphModule; an ExportedProgram has one, .module()."
+        raise PolicyError("model", model, rule)
+
+
+def copy_of(model: ModuleT, *, share: bool) -> ModuleT:
+    """A copy of the modules; it may share their parameters and buffers.
+
+    Raises:
+        CaptureError: the model cannot be copied.
+    """
+    tensors = [*model.parameters(), *model.buffers()] if share else []
+    # torch does not copy what has a history, such as the weight that an old weight_norm computed.
+    held = [value for module in model.modules() for value in vars(module).values()]
+    tensors += [value for value in held if isinstance(value, Tensor) and not value.is_leaf]
+    with warnings.catch_warnings():
+        # An exported module holds a structure of torch whose own copying warns.
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+        try:
+            return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+        except Exception as error:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be copied: {error}. transform changes a copy of "
+                "the modules: set what cannot be copied after it, or give its class a __deepcopy__."
+            ) from error
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile`` returned."""
+    while isinstance(model, OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def has_collectives(model: nn.Module) -> bool:
+    """It is parallel by DTensor parameters, so that its graphs will have collectives."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def with_shapes(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:
+    """A copy of the graph, the same nodes with shapes, if it has them or there are inputs."""
+    gm = copy_of(gm, share=True)
+    if example_inputs is not None and not has_shapes(gm):
+        _propagate_shapes(gm, example_inputs)
+    return gm
+
+
+def has_shapes(gm: fx.GraphModule) -> bool:
+    """Some node's metadata has a value."""
+    return any("val" in node.meta or "example_value" in node.meta for node in gm.graph.nodes)
+
+
+def _propagate_shapes(gm: fx.GraphModule, example_inputs: Any) -> None:
+    args, kwargs = inputs_of(gm, example_inputs)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    # A placeholder's own argument is its default.
+    later = [kwargs.get(str(node.target), *node.args) for node in placeholders[len(args) :]]
+    try:
+        FakeTensorProp(gm, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*args, *later)
+    except Exception as error:
+        raise CaptureError(
+            f"the graph does not run on example_inputs: {error}. Its inputs are "
+            f"{', '.join(str(node.target) for node in placeholders)}."
+        ) from error

@@ -1,0 +1,168 @@
+"""Rewrite a model without its residual connections: sites, initialization, temperature, report."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from torch import fx, nn
+from torch.distributed.tensor import DTensor
+
+from rfcompile.attention import anatomy
+from rfcompile.capture import Inputs
+from rfcompile.errors import PolicyError, ResidualError
+from rfcompile.passes.find_residuals import Kind, ResidualAdd
+from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
+from rfcompile.pipeline import run
+from rfcompile.report import table
+from rfcompile.residual_site import Mode, ResidualSite
+from rfcompile.surgery import open_sites
+from rfcompile.training.initialization import Initialization, Initialized, initialize
+from rfcompile.training.temperature import Temperature, TemperatureRule, temper
+
+Rewrite = Literal["free", "mix", "anneal"]
+_SITE_MODES: dict[Rewrite, Mode] = {"free": "free", "mix": "mix", "anneal": "gain"}
+
+
+@dataclass(frozen=True)
+class ResidualFree:
+    """How a model loses its residual connections.
+
+    Args:
+        mode: "free": the skips are dropped. "mix": a trainable orthogonal matrix mixes the branch
+            in place of the skip. "anneal": the skip has a gain, 1 at first, that
+            :class:`~rfcompile.training.annealing.SkipAnnealer` drives to 0: for trained models.
+        initialization: of the blocks' linears; None leaves them. Default: for "free" and "mix".
+        temperature: of the attentions; None leaves them. Default: for "free" and "mix".
+        kinds: which residual adds; see :class:`~rfcompile.passes.find_residuals.ResidualAdd`.
+    """
+
+    mode: Rewrite = "free"
+    initialization: Initialization | Literal["auto"] | None = "auto"
+    temperature: TemperatureRule | Literal["auto"] | None = "auto"
+    kinds: tuple[Kind, ...] = ("block",)
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Rewrite):
+            rule = "choose 'keep', 'free', 'mix' or 'anneal', or give a ResidualFree."
+            raise PolicyError("residual", self.mode, rule)
+        fresh = self.mode != "anneal"
+        if self.initialization == "auto":
+            object.__setattr__(self, "initialization", Initialization() if fresh else None)
+        if self.temperature == "auto":
+            object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
+
+
+@dataclass(frozen=True)
+class ResidualReport:
+    """What became of a model's residual adds, parameters and attentions; ``print`` it."""
+
+    mode: Rewrite
+    sites: tuple[OpenedSite, ...]
+    left: tuple[ResidualAdd, ...] = ()
+    initialized: tuple[Initialized, ...] = ()
+    temperatures: tuple[Temperature, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        found = len(self.sites) + len(self.left)
+        yield f"{len(self.sites)} of {found} residual adds rewritten: {self.mode}"
+        rows = [["site", "was", "at"]]
+        rows += [[s.path, s.add.spelling, s.add.source] for s in self.sites]
+        rows += [[f"(left, {a.kind})", a.spelling, a.place] for a in self.left]
+        yield from table(rows)
+        if self.initialized:
+            counts = Counter(item.rule for item in self.initialized)
+            listing = ", ".join(f"{count} {rule}" for rule, count in counts.items())
+            yield f"{len(self.initialized)} parameters initialized anew: {listing}"
+        if self.temperatures:
+            yield "temperature, and a token's weight on itself without and with it:"
+            yield from table(
+                [["parameter", "value", "without", "with"]]
+                + [
+                    [t.name, f"{t.value:.3f}", f"{t.mass_before:.3f}", f"{t.mass_after:.3f}"]
+                    for t in self.temperatures
+                ]
+            )
+        yield from self.notes
+
+
+REPORT = "_rfcompile_residual_report"
+
+
+def residual_report(model: nn.Module) -> ResidualReport:
+    """What :func:`~rfcompile.transform` did to the residual connections of ``model``.
+
+    Raises:
+        ResidualError: nothing; it was not transformed so.
+    """
+    report = getattr(model, REPORT, None)
+    if not isinstance(report, ResidualReport):
+        raise ResidualError(
+            f"{type(model).__name__} has no residual report: pass what "
+            "rfcompile.transform(model, residual='free') returned."
+        )
+    return report
+
+
+def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
+    """Rewrite ``model`` in place.
+
+    Raises:
+        ResidualError: there is nothing to rewrite, or something that cannot be: the model is as it
+        was. SourceError, CaptureError.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ResidualError(
+                f"{name} is a DTensor: rewrite the model first, then parallelize or shard it."
+            )
+    opened, left = open_sites(model, inputs, how.kinds)
+    initialized: tuple[Initialized, ...] = ()
+    temperatures: tuple[Temperature, ...] = ()
+    if isinstance(how.initialization, Initialization):
+        branches = {path for site in opened for path in site.add.branch}
+        parts = anatomy(model, inputs)
+        initialized = initialize(model, parts, branches, how.initialization)
+    for site in opened:
+        _become(model, site, _SITE_MODES[how.mode])
+    if isinstance(how.temperature, TemperatureRule):
+        temperatures = temper(model, inputs, how.temperature)
+    return _reported(model, ResidualReport(how.mode, opened, left, initialized, temperatures))
+
+
+def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:
+    """Rewrite a graph in place; its parameters stay as they are.
+
+    Raises:
+        ResidualError: as :func:`remove_residuals`.
+    """
+    facts = run(gm, [OpenResiduals(how.kinds)]).facts
+    opened = tuple(fact for fact in facts if isinstance(fact, OpenedSite))
+    left = tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
+    if not opened:
+        raise ResidualError(f"the graph has no residual add of kind {', '.join(how.kinds)}.", left)
+    for site in opened:
+        _become(gm, site, _SITE_MODES[how.mode])
+    note = "a graph: parameters and temperatures stay as they are; transform the module for those"
+    return _reported(gm, ResidualReport(how.mode, opened, left, notes=(note,)))
+
+
+def _reported(model: nn.Module, report: ResidualReport) -> ResidualReport:
+    setattr(model, REPORT, report)
+    return report
+
+
+def _become(model: nn.Module, site: OpenedSite, mode: Mode) -> None:
+    module = model.get_submodule(site.path)
+    assert isinstance(module, ResidualSite)
+    width = site.add.shape[-1] if site.add.shape else None
+    owner = model.get_submodule(site.path.rpartition(".")[0])
+    like = next(itertools.chain(owner.parameters(), model.parameters()), None)
+    module.become(mode, width=width if isinstance(width, int) else None, like=like)

@@ -1,0 +1,75 @@
+"""The submodule that stands where a residual add was; open this file to see what a skip became."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from rfcompile.errors import PolicyError
+
+Mode = Literal["keep", "gain", "free", "mix"]
+
+
+class ResidualSite(nn.Module):
+    """A residual add ``a + alpha * b`` as a module, so that its skip can be scaled or dropped.
+
+    With the skip ``s`` (operand 0 or 1) and the branch ``f`` (the other one):
+
+    - "keep": ``s + f``, the add that the model had, bit for bit.
+    - "gain": ``gain * s + f`` with a parameter ``gain`` of shape (1,), 1 at first, where it is the
+      same add bit for bit.
+    - "free": ``f``.
+    - "mix": ``f W^T`` with a parameter ``weight`` [width, width]: dense mixing in the skip's place.
+
+    Source: the modes are those of arXiv:2605.25880 (residual-free, dense mixing) as far as its
+    abstract tells them; "gain" is the skip gain of arXiv:2311.01906, appendix.
+    """
+
+    gain: nn.Parameter
+    weight: nn.Parameter
+
+    def __init__(self, operand: int = 0) -> None:
+        super().__init__()
+        self.operand = operand
+        self.mode: Mode = "keep"
+
+    def become(
+        self, mode: Mode, *, width: int | None = None, like: Tensor | None = None
+    ) -> ResidualSite:
+        """Change the mode; "gain" and "mix" make their parameter, on the device of ``like``.
+
+        Raises:
+            PolicyError: no such mode, or "mix" without a width.
+        """
+        if mode not in get_args(Mode):
+            raise PolicyError("mode", mode, f"choose one of {', '.join(get_args(Mode))}.")
+        for name in ("gain", "weight"):
+            if name in self._parameters:
+                delattr(self, name)
+        device, dtype = (like.device, like.dtype) if like is not None else (None, None)
+        if mode == "gain":
+            self.gain = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
+        if mode == "mix":
+            if width is None:
+                raise PolicyError("width", width, "mixing needs the width of the stream.")
+            weight = torch.empty(width, width, device=device, dtype=dtype)
+            self.weight = nn.Parameter(nn.init.orthogonal_(weight))
+        self.mode = mode
+        return self
+
+    def forward(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+        if self.mode == "gain":
+            if self.operand == 0:
+                a = self.gain.to(a.dtype) * a
+            else:
+                b = self.gain.to(b.dtype) * b
+        elif self.mode != "keep":
+            branch = (b if alpha == 1 else alpha * b) if self.operand == 0 else a
+            return branch if self.mode == "free" else nn.functional.linear(branch, self.weight)
+        # Candidates that turn out to be no residual adds pass here too: numbers, lists.
+        return a + b if alpha == 1 else torch.add(a, b, alpha=alpha)
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}, skip={self.operand}"

@@ -1,0 +1,1 @@
+"""Training without residual connections: initialization, temperature, annealing, optimizers."""

@@ -1,0 +1,242 @@
+"""Attention temperature by depth: how much a token attends to itself, layer by layer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from rfcompile.attention import Attention, Core, anatomy, cores_of
+from rfcompile.capture import Inputs, exported
+from rfcompile.errors import ResidualError
+from rfcompile.graph import module_of
+
+NAME = "temperature"
+"""Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
+
+
+@dataclass(frozen=True)
+class TemperatureRule:
+    """Attention of layer ``l`` of ``L`` becomes ``softmax(Q K^T / (tau_l sqrt(head)))``.
+
+    ``tau_l`` is such that on the example inputs the mean weight of a token on itself is
+    ``self_mass^(1/L)``: through all layers a share of ``self_mass`` stays at its token, so deeper
+    models attend more sharply. A ``learnable`` one is a parameter, else it is a buffer.
+
+    Source: arXiv:2605.25880 names a depth-aware temperature without its formula. The schedule has
+    the form of E-SPA's (arXiv:2302.10322); solving the temperature for it is ours.
+    """
+
+    self_mass: float = 0.25
+    learnable: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.self_mass < 1:
+            raise ResidualError(
+                f"self_mass={self.self_mass!r} is not supported: it is a share between 0 and 1."
+            )
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """One attention's temperature ``name``, and a token's weight on itself without and with it."""
+
+    name: str
+    attention: str
+    value: float
+    mass_before: float
+    mass_after: float
+
+
+class ScaleQueries:
+    """Forward hook: divide the queries in a module's output by its temperature."""
+
+    def __init__(self, features: Sequence[int] | None) -> None:
+        self.features = None if features is None else sorted(features)
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        temperature: Tensor = getattr(module, NAME)
+        scale = temperature.reciprocal().to(output.dtype)
+        if self.features is None:
+            return output * scale
+        index = torch.tensor(self.features, device=output.device)
+        factors = output.new_ones(output.shape[-1])
+        return output * factors.index_put((index,), scale.expand(len(self.features)))
+
+
+def temper(
+    model: nn.Module, inputs: Inputs, rule: TemperatureRule = TemperatureRule()
+) -> tuple[Temperature, ...]:
+    """Give every self-attention of ``model`` its temperature, in place.
+
+    It scales what the query linear gives (or the normalization after it), so every implementation
+    of attention has it. Cross-attentions keep theirs.
+
+    Raises:
+        ResidualError: an attention's queries come from no module whose output can be scaled.
+        CaptureError.
+    """
+    run = _Calibration(exported(model, inputs).module(), rule)
+    with torch.no_grad():
+        run.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+        attentions = anatomy(model, inputs).attentions
+        places = [
+            (found, *_place(run, core, attention))
+            for core, attention in zip(run.cores.values(), attentions, strict=True)
+            if (found := run.found.get(core)) is not None
+        ]
+    result = []
+    for found, path, features in places:
+        owner = model.get_submodule(path)
+        device = next(iter(owner.parameters())).device
+        value = torch.full((1,), found.value, device=device)
+        if rule.learnable:
+            owner.register_parameter(NAME, nn.Parameter(value))
+        else:
+            owner.register_buffer(NAME, value)
+        owner.register_forward_hook(ScaleQueries(features))
+        result.append(replace(found, name=f"{path}.{NAME}"))
+    return tuple(result)
+
+
+# ---- how hot -----------------------------------------------------------------------------------
+
+
+class _Calibration(fx.Interpreter):
+    """Runs a graph, and on the way gives each self-attention the temperature that it needs."""
+
+    def __init__(self, module: fx.GraphModule, rule: TemperatureRule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.graph = module.graph
+        self.cores = {core.weights: core for core in cores_of(module.graph)}
+        self.layers = {core for core in self.cores.values() if _is_square(core)}
+        self.target = rule.self_mass ** (1 / max(1, len(self.layers)))
+        self.found: dict[Core, Temperature] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        core = self.cores.get(n)
+        if core in self.layers:
+            node, _ = core.query
+            value = self._solve(core)
+            attention = module_of(core.result)
+            self.found[core] = Temperature(
+                "", attention, value, self._mass(core, 1.0), self._mass(core, value)
+            )
+            self.env.update(self.again(node, self.env[node] / value, n))
+        return super().run_node(n)
+
+    def again(self, start: fx.Node, value: Tensor, end: fx.Node) -> dict[fx.Node, Any]:
+        """The values before ``end`` that change if ``start`` has another value."""
+        before, changed = dict(self.env), {start: value}
+        self.env[start] = value
+        for node in itertools.takewhile(lambda n: n is not end, self.graph.nodes):
+            if node is not start and any(i in changed for i in node.all_input_nodes):
+                changed[node] = self.env[node] = super().run_node(node)
+        self.env = before
+        return changed
+
+    def _solve(self, core: Core) -> float:
+        low, high = -math.log(LIMIT), math.log(LIMIT)
+        for _ in range(30):
+            middle = (low + high) / 2
+            if self._mass(core, math.exp(middle)) > self.target:
+                low = middle
+            else:
+                high = middle
+        return math.exp((low + high) / 2)
+
+    def _mass(self, core: Core, temperature: float) -> float:
+        """Mean weight of a token on itself."""
+        node, _ = core.query
+        values = {**self.env, **self.again(node, self.env[node] / temperature, core.weights)}
+        weights = torch.softmax(_scores(core, values).float(), -1)
+        return float(weights.diagonal(dim1=-2, dim2=-1).mean())
+
+
+LIMIT = 16.0
+"""Temperatures are between 1 / LIMIT and LIMIT."""
+
+
+def _is_square(core: Core) -> bool:
+    (q, (_, q_tokens, _)), (k, (_, k_tokens, _)) = core.query, core.key
+    tokens: bool = q.meta["val"].shape[q_tokens] == k.meta["val"].shape[k_tokens]
+    return tokens
+
+
+def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
+    """What an attention takes the softmax of."""
+
+    def load(argument: Any) -> Any:
+        return values[argument] if isinstance(argument, fx.Node) else argument
+
+    if core.weights is not core.result:
+        scores: Tensor = load(core.weights.args[0])
+        return scores
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = dict(zip(names, core.weights.args, strict=False)) | core.weights.kwargs
+    a = {name: load(value) for name, value in given.items()}
+    q, k = a["query"], a["key"]
+    scale = a.get("scale") or 1 / math.sqrt(q.shape[-1])
+    scores = q @ k.repeat_interleave(q.shape[-3] // k.shape[-3], -3).transpose(-1, -2) * scale
+    mask = a.get("attn_mask")
+    if a.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+
+
+# ---- where -----------------------------------------------------------------------------------
+
+
+def _place(
+    run: _Calibration, core: Core, attention: Attention
+) -> tuple[str, tuple[int, ...] | None]:
+    """The module whose output is to be scaled, and its features; None: all of them.
+
+    That is the query linear, unless a normalization after it would undo the scale.
+    """
+    node, _ = core.query
+    if attention.query is None:
+        raise ResidualError(
+            f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
+            "makes its queries. Pass temperature=None, or scale its queries in the model."
+        )
+    features = tuple(sorted(itertools.chain(*attention.query.features)))
+    linear = attention.query.linear.module
+    last: dict[str, fx.Node] = {}
+    for n in _before(node):
+        path = module_of(n)
+        if path not in last and path not in ("", attention.module):
+            last[path] = n
+    for path, n in sorted(last.items(), key=lambda item: item[0] != linear):
+        output = run.env[n]
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            continue
+        factors = torch.full_like(output[..., :1], 0.5).expand_as(output)
+        chosen = None
+        if path == linear and len(features) < output.shape[-1]:
+            chosen = features
+            factors = torch.ones_like(output).index_fill(-1, torch.tensor(features), 0.5)
+        scaled = run.again(n, output * factors, core.weights).get(node)
+        if scaled is not None and torch.allclose(scaled, run.env[node] * 0.5, rtol=1e-3):
+            return path, chosen
+    raise ResidualError(
+        f"the attention of {attention.module} cannot be tempered: scaling the output of "
+        f"{linear or 'its query linear'} does not scale its queries. Pass temperature=None, or "
+        "scale its queries in the model."
+    )
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and what it is computed from, nearest first, some steps back."""
+    reached = [node]
+    for n in itertools.islice(reached, 256):  # grows while it runs
+        yield n
+        reached += [i for i in n.all_input_nodes if i not in reached]
