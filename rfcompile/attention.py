@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.capture import Inputs, exported
+from rfcompile.capture import Inputs, copied, exported, in_mode
 from rfcompile.graph import module_of
 
 aten = torch.ops.aten
@@ -72,10 +72,10 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
     Raises:
         CaptureError: it cannot be captured.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), in_mode(model, training=False):
         module = exported(model, inputs).module()
         run = _CutRun(module)
-        run.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
     return Anatomy(tuple(run.linears.values()), tuple(attentions))
 

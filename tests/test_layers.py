@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
-        *("process_groups", "residual_site", "sources", "rewriting"),
+        *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
     ("codec", "ops", "capture", "boundaries", "models"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),

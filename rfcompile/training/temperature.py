@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.attention import Attention, Core, anatomy, cores_of
-from rfcompile.capture import Inputs, exported
+from rfcompile.capture import Inputs, copied, exported, in_mode
 from rfcompile.errors import ResidualError
 from rfcompile.graph import module_of
 
@@ -82,9 +82,9 @@ def temper(
         ResidualError: an attention's queries come from no module whose output can be scaled.
         CaptureError.
     """
-    run = _Calibration(exported(model, inputs).module(), rule)
-    with torch.no_grad():
-        run.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+    with torch.no_grad(), in_mode(model, training=False):
+        run = _Calibration(exported(model, inputs).module(), rule)
+        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = anatomy(model, inputs).attentions
         places = [
             (found, *_place(run, core, attention))
