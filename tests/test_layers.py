@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
-    ("codec", "ops", "capture", "boundaries", "models"),
+    ("codec", "ops", "capture", "boundaries", "models", "linears"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     ("lowering", "attention", "surgery", "distributed", "analysis", "training", "residual_free"),

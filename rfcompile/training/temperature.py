@@ -89,7 +89,7 @@ def temper(
         places = [
             (found, *_place(run, core, attention))
             for core, attention in zip(run.cores.values(), attentions, strict=True)
-            if (found := run.found.get(core)) is not None
+            if attention.is_self and (found := run.found.get(core)) is not None
         ]
     result = []
     for found, path, features in places:
@@ -118,6 +118,7 @@ class _Calibration(fx.Interpreter):
         self.layers = {core for core in self.cores.values() if _is_square(core)}
         self.target = rule.self_mass ** (1 / max(1, len(self.layers)))
         self.found: dict[Core, Temperature] = {}
+        self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
@@ -135,11 +136,21 @@ class _Calibration(fx.Interpreter):
         """The values before ``end`` that change if ``start`` has another value."""
         before, changed = dict(self.env), {start: value}
         self.env[start] = value
-        for node in itertools.takewhile(lambda n: n is not end, self.graph.nodes):
-            if node is not start and any(i in changed for i in node.all_input_nodes):
-                changed[node] = self.env[node] = super().run_node(node)
+        for node in self._between(start, end):
+            changed[node] = self.env[node] = super().run_node(node)
         self.env = before
         return changed
+
+    def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes before ``end`` that are made of ``start``."""
+        if (start, end) not in self.ways:
+            found = {start}
+            way = self.ways[start, end] = []
+            for node in itertools.takewhile(lambda n: n is not end, self.graph.nodes):
+                if not found.isdisjoint(node.all_input_nodes):
+                    found.add(node)
+                    way.append(node)
+        return self.ways[start, end]
 
     def _solve(self, core: Core) -> float:
         low, high = -math.log(LIMIT), math.log(LIMIT)
