@@ -135,7 +135,7 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
         initialized = initialize(model, parts, branches, how.initialization)
         kept = list(_not_initialized(model, branches, initialized))
         if kept:
-            notes.append(f"not initialized anew, because no linears: {', '.join(kept)}")
+            notes.append(f"not initialized anew, as they are no linears to us: {', '.join(kept)}")
     for site in opened:
         _become(model, site, _SITE_MODES[how.mode])
     if isinstance(how.temperature, TemperatureRule):
