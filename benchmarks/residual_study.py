@@ -272,7 +272,7 @@ def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name} seed {seed} step {step}/{options.steps} loss {mean:.3f} {seconds:.0f} s")
     exact = validation_loss(model, corpus, options.batches)
     return {
-        "arm": name, "seed": seed, **{k: v for k, v in asdict(config).items()},
+        "arm": name, "seed": seed, **asdict(config),
         "steps": options.steps, "batch": options.batch, "self_mass": options.self_mass,
         "lr": options.lr, "matrix_lr": options.matrix_lr, "weight_decay": options.weight_decay,
         "seconds": time.perf_counter() - begin, "validation_loss": exact,
@@ -297,10 +297,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         peak = max(v["elements"] for sites in last for k, v in sites.items() if k.count(".") == 1)
         mean = sum(losses) / len(losses)
         spread = (max(losses) - min(losses)) / 2
-        cells = (sum(r["increases"]["stream"][s] for r in mine) / len(mine) for s in shown)
-        lines.append(
-            f"{arm:26} {mean:8.3f} ±{spread:.3f} {peak:13.2f} " + "".join(f"{c:18.3f}" for c in cells)
-        )
+        means = [sum(r["increases"]["stream"][s] for r in mine) / len(mine) for s in shown]
+        cells = "".join(f"{increase:18.3f}" for increase in means)
+        lines.append(f"{arm:26} {mean:8.3f} ±{spread:.3f} {peak:13.2f} {cells}")
     return "\n".join(lines)
 
 

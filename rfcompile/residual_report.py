@@ -41,8 +41,8 @@ class ResidualReport:
         rows += [[f"(left, {a.kind})", a.spelling, a.place] for a in self.left]
         yield from table(rows)
         if self.initialized:
-            counts = Counter(item.rule for item in self.initialized)
-            listing = ", ".join(f"{count} {rule.replace(', ', '+')}" for rule, count in counts.items())
+            counts = Counter(item.rule.replace(", ", "+") for item in self.initialized)
+            listing = ", ".join(f"{count} {rule}" for rule, count in counts.items())
             yield f"{len(self.initialized)} parameters initialized anew: {listing}"
         if self.temperatures:
             yield "temperature, and a token's weight on itself without and with it:"
