@@ -303,6 +303,41 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Kurtosis of the streams against the step, and the loss increase against bits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
+        mine, color = [row for row in rows if row["arm"] == arm], f"C{number}"
+        for row in mine:
+            steps = [int(step) for step in row["kurtosis"]]
+            peaks = [
+                max(v["elements"] for name, v in sites.items() if name.count(".") == 1)
+                for sites in row["kurtosis"].values()
+            ]
+            label = arm if row is mine[0] else None
+            left.plot(steps, peaks, color=color, label=label)
+        for size, grid, style in (("tensor", "tread", "--"), ("g128", "rise", "-")):
+            bits = (8, 4, 3, 2)
+            names = [f"{b}b {size} {grid}" for b in bits]
+            means = [sum(r["increases"]["stream"][n] for r in mine) / len(mine) for n in names]
+            label = f"{arm}, {size} {grid}"
+            right.plot(bits, means, style, marker="o", color=color, label=label)
+    left.set(title="Largest excess kurtosis of a stream", xlabel="step", yscale="symlog")
+    right.set(title="Validation loss gained by quantizing the streams", xlabel="bits")
+    right.set(ylabel="nats a byte")
+    right.set_yscale("symlog", linthresh=0.01)
+    right.invert_xaxis()
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
@@ -336,6 +371,8 @@ def main() -> None:
             with options.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     print(table(rows))
+    plot(rows, options.out.with_suffix(".png"))
+    print(f"written: {options.out} and its .png")
 
 
 if __name__ == "__main__":

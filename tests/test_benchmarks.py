@@ -40,3 +40,17 @@ def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:
     assert len(rows) == 2 * 4
     for row in rows:
         assert row.keys() >= MACHINE | {"median_ms", "iqr_ms", "share", "copy_GBps", "compile_s"}
+
+
+def test_residual_study(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "study.jsonl"
+    sizes = "steps 2 layers 1 width 32 heads 2 context 16 batch 2 batches 1 seeds 1 threads 1"
+    pairs = zip(*[iter(sizes.split())] * 2, strict=True)
+    command = ["benchmarks/residual_study.py", "--no-compile", "--arms", "residual+adamw"]
+    command += ["free+muon", *(part for name, value in pairs for part in (f"--{name}", value))]
+    for _ in range(2):  # the second time nothing is left to do
+        rows = rows_of(root, out, *command)
+        assert [row["arm"] for row in rows] == ["residual+adamw", "free+muon"]
+    for row in rows:
+        assert row.keys() >= MACHINE | {"validation_loss", "kurtosis", "increases", "traffic"}
+    assert out.with_suffix(".png").stat().st_size > 10_000
