@@ -206,13 +206,13 @@ class QuantFormat:
         """
         head, *rest = spec.split(":")
         rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
-        if not (head.endswith("b") and head[:-1].isdigit()):
+        if not (head.endswith("b") and head[:-1].isdecimal()):
             raise FormatError("format", spec, rule)
         values: dict[str, object] = {"bits": int(head[:-1])}
         for part in rest:
             if part in _WORDS:
                 values.update(_WORDS[part])
-            elif part[:1] in _NUMBERS and part[1:].isdigit():
+            elif part[:1] in _NUMBERS and part[1:].isdecimal():
                 values[_NUMBERS[part[0]]] = int(part[1:])
             else:
                 raise FormatError("format", spec, f"{part!r} is not understood; {rule}")
