@@ -24,9 +24,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-import rfcompile.lowering  # noqa: F401  # registers the lowerings
 from rfcompile.errors import PolicyError, RFCompileError
 from rfcompile.journal import Entry, new_entry
+from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy
@@ -105,6 +105,7 @@ def rfquant(
         if mode is not None:
             rule = f"torch.compile takes it or options: options={{'mode': {mode!r}, 'bits': 4}}."
             raise PolicyError("mode", mode, rule)
+        tag_caches()
         settings = Settings.of(options)
         entry = new_entry(settings.policy.describe())
         with functorch_config.patch(enable_autograd_cache=False):

@@ -101,12 +101,16 @@ def _explain_graph(record: Record, policy: Policy) -> Report:
 def _explain_compiled(
     model: nn.Module, args: Any, kwargs: dict[str, Any], policy: Policy
 ) -> Report:
-    earlier = len(journal.reports())
-    torch._dynamo.reset()  # a graph that is compiled already would not be reported again
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Code of its own: a graph that is compiled already would not be reported again.
+    call.__code__ = call.__code__.replace()
     options: dict[str, Any] = {"policy": policy}
-    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
-    _backward(model, compiled(*args, **kwargs))
-    return merge_reports(journal.reports()[earlier:])
+    compiled = torch.compile(call, backend="rfquant", options=options, dynamic=False)
+    with journal.aside() as reports:
+        _backward(model, compiled(*args, **kwargs))
+    return merge_reports(reports)
 
 
 def _backward(model: nn.Module, outputs: Any) -> None:

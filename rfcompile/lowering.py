@@ -108,6 +108,16 @@ for _op, _wire in collectives.DECOMPOSITIONS.items():
     register_decomposition(_op)(_wire)
 fast_random_decomps.cache_clear()
 
-# Inductor's caches do not know what our lowerings generate: another version of this package would
-# find this version's kernels. The tag is part of every key.
-torch.compiler.config.cache_key_tag += f"rfcompile-{source_digest()}"
+
+def tag_caches() -> None:
+    """Make the sources of this package part of the key of Inductor's caches.
+
+    They do not know what our lowerings generate: another version would find this one's kernels.
+    Called for each compile, since the user may have set the tag since.
+    """
+    tag = f"rfcompile-{source_digest()}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
+
+
+tag_caches()
