@@ -156,7 +156,7 @@ def _prepare(x: Tensor, fmt: Formatish, group: Any, name: str) -> tuple[str, Any
     return spec, process_group, process_group.size(), process_group.group_name
 
 
-def _check_op(op: str) -> None:
+def _check_op(op: object) -> None:
     if op not in REDUCTIONS:
         raise PolicyError("op", op, f"a quantized reduction is one of {', '.join(REDUCTIONS)}.")
 

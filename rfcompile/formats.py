@@ -55,8 +55,9 @@ class QuantFormat:
         rounding: "nearest" (ties to even on mid-tread, up on mid-rise), or "stochastic" (unbiased;
             never clips).
         nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
-            :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the end of the grid
-            that the finite values of its group span; NaN still propagates.
+            :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the largest finite
+            magnitude of its group, with its sign; a group that holds NaN, or of whose finite
+            values none differs from zero, still decodes to NaN.
         seed: seed of the rotation's signs and of the stochastic rounding.
 
     Raises:
