@@ -187,9 +187,15 @@ def train_llama(rank: Rank, bits: int, sequence_parallel: bool, inductor: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
 @pytest.mark.parametrize(
-    ("world", "bits", "inductor"), [(2, 4, True), (2, 8, False), (4, 4, False)]
+    ("world", "bits", "inductor", "sequence_parallel"),
+    [
+        (2, 4, True, False),
+        (2, 8, False, False),
+        (2, 8, False, True),
+        (4, 4, False, False),
+        (4, 4, False, True),
+    ],
 )
 def test_llama(
     ranks: RunRanks, world: int, bits: int, inductor: bool, sequence_parallel: bool
