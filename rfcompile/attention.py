@@ -16,24 +16,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.capture import Inputs, exported
+from rfcompile.capture import Inputs, copied, exported, in_mode
 from rfcompile.graph import module_of
+from rfcompile.linears import Linear, linears_in
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A multiplication by a parameter: ``y = x W^T + b``, or ``x W + b`` where ``is_transposed``.
-
-    ``weight`` and ``bias`` are names of parameters; ``module`` is the path of the module that
-    multiplies. A stack of linears (mixture of experts) has a weight of three dimensions.
-    """
-
-    weight: str
-    bias: str | None
-    module: str
-    is_transposed: bool
 
 
 @dataclass(frozen=True)
@@ -48,10 +35,12 @@ class Heads:
 class Attention:
     """One attention: where it is, and the heads of its linears, None where no linear feeds it.
 
-    ``output`` has the features of the output linear's input, by query head.
+    ``output`` has the features of the output linear's input, by query head. ``is_self``: queries
+    and keys are made of the same tokens.
     """
 
     module: str
+    is_self: bool
     query: Heads | None
     key: Heads | None
     value: Heads | None
@@ -72,64 +61,12 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
     Raises:
         CaptureError: it cannot be captured.
     """
-    with torch.enable_grad():
+    with torch.enable_grad(), in_mode(model, training=False):
         module = exported(model, inputs).module()
         run = _CutRun(module)
-        run.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
     return Anatomy(tuple(run.linears.values()), tuple(attentions))
-
-
-# ---- linears -----------------------------------------------------------------------------------
-
-_INPUT_AND_WEIGHT = {
-    aten.linear.default: (0, 1),
-    aten.addmm.default: (1, 2),
-    aten.mm.default: (0, 1),
-    aten.bmm.default: (0, 1),
-    aten.matmul.default: (0, 1),
-    aten._grouped_mm.default: (0, 1),
-}
-
-
-_TRANSPOSE = {
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.numpy_T.default,
-    aten.mT.default,
-}
-_COPY = {aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default, aten.contiguous.default}
-
-
-def _parameter(node: object, names: set[str]) -> tuple[str, int] | None:
-    """The parameter that a node is a view or cast of, and how often it was transposed."""
-    turns = 0
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return (str(node.target), turns) if node.target in names else None
-        if node.target in _TRANSPOSE:
-            turns += 1
-        elif node.target not in _COPY:
-            return None
-        node = node.args[0]
-    return None
-
-
-def _linear(node: fx.Node, names: set[str]) -> Linear | None:
-    if node.target not in _INPUT_AND_WEIGHT:
-        return None
-    weight = _parameter(node.args[_INPUT_AND_WEIGHT[node.target][1]], names)
-    if weight is None:
-        return None
-    name, turns = weight
-    bias = None
-    if node.target is aten.linear.default and len(node.args) > 2:
-        bias = _parameter(node.args[2], names)
-    elif node.target is aten.addmm.default:
-        bias = _parameter(node.args[0], names)
-    is_transposed = (turns % 2 == 0) != (node.target is aten.linear.default)
-    return Linear(name, bias[0] if bias else None, module_of(node), is_transposed)
 
 
 # ---- attentions --------------------------------------------------------------------------------
@@ -152,6 +89,19 @@ class Core:
 _STANDARD = (-3, -2, -1)
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _PRODUCT = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
+_ELSEWHERE = {
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.convolution.default,
+    aten.conv2d.default,
+    aten.layer_norm.default,
+    aten.rms_norm.default,
+    aten.scaled_dot_product_attention.default,
+    aten.topk.default,
+    aten._grouped_mm.default,
+}
+"""What no attention has between its scores and its values."""
 
 
 def cores_of(graph: fx.Graph) -> Iterator[Core]:
@@ -181,7 +131,8 @@ def _nearest_product(
     for node in itertools.islice(reached, REACH):  # grows while it runs
         if node is not start and node.target in _PRODUCT:
             return node
-        reached += [n for n in neighbours(node) if n not in reached]
+        if node is start or node.target not in _SOFTMAX | _ELSEWHERE:
+            reached += [n for n in neighbours(node) if n not in reached]
     return None
 
 
@@ -198,10 +149,15 @@ class _CutRun(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         names = {name for name, _ in module.named_parameters()}
-        self.linears = {n: found for n in module.graph.nodes if (found := _linear(n, names))}
+        self.linears, self.inputs = linears_in(module.graph, names)
         self.cuts = {*self.linears, *(core.result for core in cores_of(module.graph))}
         self.leaves: dict[fx.Node, Tensor] = {}
         self.placeholders = module.graph.find_nodes(op="placeholder")
+        self.order = {node: number for number, node in enumerate(module.graph.nodes)}
+        self.fed = set(self.placeholders)  # and all that is made of them
+        for node in module.graph.nodes:
+            if not self.fed.isdisjoint(node.all_input_nodes):
+                self.fed.add(node)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -211,15 +167,28 @@ class _CutRun(fx.Interpreter):
         return value
 
     def ask(self, core: Core) -> Attention:
+        sides = (core.query, core.key, core.value)
+        nodes, (query, key, value) = zip(*(self._feeding(*side) for side in sides), strict=True)
+        is_self = self._is_same(nodes[0], nodes[1])
         module = module_of(core.result)
-        query, key, value = (self._feeding(*side) for side in (core.query, core.key, core.value))
-        return Attention(module, query, key, value, self._reading(core))
+        return Attention(module, is_self, query, key, value, self._reading(core))
 
-    def _feeding(self, node: fx.Node, axes: tuple[int, int, int]) -> Heads | None:
-        """The linear whose output is a head's operand."""
+    def _is_same(self, query: fx.Node, key: fx.Node) -> bool:
+        """There is a tensor that the key is made of, and of the inputs' tensors only it the query.
+
+        Both are what the linears read. A decoder's queries also come from its own tokens.
+        """
+        meeting = _above(query) & _above(key) & self.fed
+        if not meeting:
+            return False
+        last = max(meeting, key=self.order.__getitem__)
+        return not _above(query, without=last) & set(self.placeholders)
+
+    def _feeding(self, node: fx.Node, axes: tuple[int, int, int]) -> tuple[fx.Node, Heads | None]:
+        """The linear whose output is a head's operand, and what it reads."""
         operand: Tensor = self.env[node]
         if not operand.requires_grad:
-            return None
+            return node, None
         codes = _codes(operand.shape[axes[2]], operand)
         features: list[tuple[int, ...]] = []
         feeding: fx.Node | None = None
@@ -227,46 +196,77 @@ class _CutRun(fx.Interpreter):
         for head in _of_the_first_sample(operand, axes[0], self):
             first = head.select(axes[1] if axes[1] < 0 else axes[1] - 1, 0)  # the first token
             if not candidates:
-                return None
+                return node, None
             grads = _grads((first * codes).sum(), [self.leaves[n] for n in candidates])
             fed = {n: _row(g) for n, g in zip(candidates, grads, strict=True) if g is not None}
             if not fed:
-                return None
+                return node, None
             feeding = feeding or max(fed, key=lambda n: int(fed[n].count_nonzero()))
             if feeding not in fed:
-                return None
+                return node, None
             features.append(_in_order(fed[feeding], codes))
         assert feeding is not None
-        return Heads(self.linears[feeding], tuple(dict.fromkeys(features)))
+        heads = Heads(self.linears[feeding], tuple(dict.fromkeys(features)))
+        return self.inputs[feeding], heads
 
     def _reading(self, core: Core) -> Heads | None:
         """The linear whose input is the attention's result."""
         result = self.leaves[core.result]
         for node, linear in self.linears.items():
-            x = node.args[_INPUT_AND_WEIGHT[node.target][0]]
-            operand = self.env[x]
+            operand = self.env[self.inputs[node]]
             if not (isinstance(operand, Tensor) and operand.requires_grad):
                 continue
             flat = operand.reshape(-1, operand.shape[-1])[0]
-            codes = _codes(len(flat), flat)
-            (grad,) = _grads((flat * codes).sum(), [result])
-            if grad is None or not grad.count_nonzero():
+            numbers = torch.arange(len(flat), device=flat.device)
+            # In two digits, which every dtype holds exactly.
+            codes = [(digit + 1).to(flat.dtype) for digit in (numbers // BASE, numbers % BASE)]
+            high, low = (_grads((flat * code).sum(), [result])[0] for code in codes)
+            if high is None or low is None or not high.count_nonzero():
                 continue
-            heads = grad.sum(-2).reshape(-1, grad.shape[-1])  # one token of it has a gradient
-            heads = heads[heads.any(-1)]
-            if not torch.equal(heads, heads.round()):  # a gate in between: heads lie side by side
-                heads = codes[: heads.numel()].view_as(heads)
-            return Heads(linear, tuple(tuple(row) for row in (heads.long() - 1).tolist()))
+            features = _places(high) * BASE + _places(low)
+            unchanged = features.numel() <= len(flat) and torch.equal(
+                features.flatten().sort().values, features.flatten().unique()
+            )
+            if not unchanged or not _is_whole(high, low):  # a gate in between: side by side
+                features = numbers[: features.numel()].view_as(features)
+            return Heads(linear, tuple(tuple(row) for row in features.tolist()))
         return None
 
 
 def _of_the_first_sample(operand: Tensor, head_axis: int, run: _CutRun) -> Iterable[Tensor]:
     """The heads of the first sample: ``[batch, heads, ..]``, or ``[batch * heads, ..]``."""
-    if operand.dim() == 4:
-        return operand[0].unbind(0)
+    if operand.dim() >= 4:
+        while operand.dim() > 3:
+            operand = operand[0]
+        return operand.unbind(0)
     inputs = (run.env[node] for node in run.placeholders)
     batch = next(x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim())
     return operand[: max(1, operand.shape[0] // batch)].unbind(0)
+
+
+BASE = 128
+
+
+def _places(grad: Tensor) -> Tensor:
+    """Digits by head and feature: one token of an attention's result has a gradient."""
+    heads = grad.sum(-2).reshape(-1, grad.shape[-1])
+    return heads[heads.any(-1)].round().long() - 1
+
+
+def _is_whole(*grads: Tensor) -> bool:
+    return all(torch.equal(grad, grad.round()) for grad in grads)
+
+
+def _above(node: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:
+    """The node and all that it is computed from, some other ways than through ``without``."""
+    found: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        n = pending.pop()
+        if n is not without and n not in found:
+            found.add(n)
+            pending += n.all_input_nodes
+    return found
 
 
 def _codes(n: int, like: Tensor) -> Tensor:
@@ -287,6 +287,7 @@ def _in_order(grad: Tensor, codes: Tensor) -> tuple[int, ...]:
     """The features that a head reads, in its order if each is read once and unchanged."""
     features = grad.nonzero().flatten()
     read = grad[features]
-    if len(read) == len(codes) and torch.equal(read.sort().values, codes):
+    is_exact = len(codes.unique()) == len(codes)
+    if is_exact and len(read) == len(codes) and torch.equal(read.sort().values, codes):
         features = features[read.argsort()]
     return tuple(features.tolist())

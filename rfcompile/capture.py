@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from rfcompile.errors import CaptureError
 
@@ -78,3 +80,36 @@ def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     finally:
         if use_cache:
             config.use_cache = use_cache
+
+
+# ---- running a model to learn about it ---------------------------------------------------------
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """Inputs that a model may change in place."""
+    copies: Inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.detach().clone(), inputs)
+    return copies
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every module in one mode, and torch's own layers as they are written."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        with layers_spelled_out():
+            yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def layers_spelled_out() -> Iterator[None]:
+    """In eval mode, torch's own transformer layers would be one operator, their adds within."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from rfcompile.capture import capture, inputs_of
+from rfcompile.capture import capture, inputs_of, layers_spelled_out
 from rfcompile.errors import CaptureError
 from rfcompile.models import check_module, uncompiled, with_shapes
 from rfcompile.passes import residual_pipeline
@@ -58,7 +57,7 @@ def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
                 "with some. Pass args=(x,) or kwargs={'x': x}."
             )
         args, kwargs = inputs_of(model, None)
-    with _layers_spelled_out():
+    with layers_spelled_out():
         try:
             return capture(model, (args, kwargs))
         except CaptureError as exported:
@@ -91,17 +90,6 @@ def _graph_of_dynamo(
     except Exception:
         return graphs[0] if graphs else None
     return None
-
-
-@contextmanager
-def _layers_spelled_out() -> Iterator[None]:
-    """In eval mode, torch's own transformer layers would be one operator, their adds within."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 # ---- for people and programs -------------------------------------------------------------------

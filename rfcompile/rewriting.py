@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import CellType, CodeType, FunctionType
@@ -21,10 +22,13 @@ from torch import nn
 
 from rfcompile.errors import SourceError
 from rfcompile.sources import (
+    Method,
+    Position,
     called_function,
     content_of,
     definition_of,
     digest_of,
+    methods_of,
     position_of,
     terms_of,
     wrapped_functions,
@@ -35,28 +39,38 @@ from rfcompile.sources import (
 
 @dataclass(frozen=True)
 class Edit:
-    """An expression, by its position in the file, and the attribute that is called instead.
+    """An expression, by its position in the function, and the attribute that is called instead.
 
-    ``helper``: the expression calls a function; the attribute is that function with these edits,
-    as a method.
+    ``helper``: the expression calls a function, whose source has this ``digest``; the attribute is
+    that function with these edits, as a method.
     """
 
-    position: tuple[int, int, int, int]
+    position: Position
     attribute: str
     helper: tuple[Edit, ...] = ()
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class MethodEdits:
-    """The edits of one function that a class has as (part of) the attribute ``name``."""
+    """The edits of one function that a class or a base of it has as (part of) an attribute."""
 
+    owner: str
     name: str
-    first_line: int
     digest: str
     edits: tuple[Edit, ...]
 
 
 Recipe = tuple[MethodEdits, ...]
+
+
+def method_edits(method: Method, edits: tuple[Edit, ...]) -> MethodEdits:
+    return MethodEdits(_name_of(method.owner), method.name, digest_of(method.function), edits)
+
+
+def _name_of(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
 
 # ---- functions ---------------------------------------------------------------------------------
 
@@ -106,7 +120,7 @@ class _Editor(ast.NodeTransformer):
         self.edits = {edit.position: edit for edit in edits}
 
     def visit(self, node: ast.AST) -> ast.AST:
-        edit = self.edits.get(position_of(node)) if hasattr(node, "col_offset") else None
+        edit = self.edits.get(self._position(node)) if hasattr(node, "col_offset") else None
         terms = None
         if edit is not None and isinstance(node, ast.Call) and edit.helper:
             terms = node.args
@@ -124,6 +138,9 @@ class _Editor(ast.NodeTransformer):
         if isinstance(node, ast.AugAssign):
             return ast.copy_location(ast.Assign([node.target], call), node)
         return call
+
+    def _position(self, node: ast.AST) -> Position:
+        return position_of(node, self.function)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST:
         """``x.add_(y)`` as a statement keeps its effect: ``x = self.site(x, y)``."""
@@ -158,10 +175,10 @@ def edited(
     helpers: dict[str, FunctionType] = {}
     for call in [n for n in ast.walk(node) if isinstance(n, ast.Call)]:
         for edit in edits:
-            if edit.helper and edit.position == position_of(call):
+            if edit.helper and edit.position == position_of(call, function):
                 helper = called_function(call, function)
-                if helper is None:
-                    raise SourceError(f"{ast.unparse(call.func)} is no plain function any more.")
+                if helper is None or digest_of(helper) != edit.digest:
+                    raise _changed(ast.unparse(call.func))
                 new = edited(helper, edit.helper, as_method=True)
                 helpers[edit.attribute] = new.pop(helper.__name__)
                 helpers.update(new)
@@ -172,7 +189,9 @@ def edited(
     body: list[ast.stmt] = [node]
     if len(parts) > 1 and parts[-2] != "<locals>":
         body = [ast.ClassDef(parts[-2], [], [], body, [])]
-    if "__class__" in code.co_freevars and not isinstance(body[0], ast.ClassDef):
+        if parts[-2] not in code.co_freevars:  # its own name stays what it is outside
+            body.insert(0, ast.Global([parts[-2]]))
+    if "__class__" in code.co_freevars and not isinstance(body[-1], ast.ClassDef):
         free.append(ast.arg("__class__"))
     factory = ast.FunctionDef("factory", ast.arguments([], free, None, [], [], None, []), body, [])
     tree = ast.fix_missing_locations(ast.Module([factory], []))
@@ -200,21 +219,36 @@ def _find_code(code: CodeType, name: str, node: ast.FunctionDef) -> CodeType:
 
 # ---- classes -----------------------------------------------------------------------------------
 
+RECIPE = "_rfcompile_recipe"
 
-def method_edits(name: str, function: FunctionType, edits: tuple[Edit, ...]) -> MethodEdits:
-    return MethodEdits(name, function.__code__.co_firstlineno, digest_of(function), edits)
+
+def origin_of(cls: type) -> tuple[type, Recipe]:
+    """The class before it was rewritten, and how it was."""
+    origin: tuple[type, Recipe] = vars(cls).get(RECIPE, (cls, ()))
+    return origin
 
 
 @cache
 def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
-    """The subclass of ``cls`` whose methods call submodules as the recipe says."""
-    members: dict[str, Any] = {}
-    for method in recipe:
-        outer = members.get(method.name, getattr(cls, method.name))
-        inner = _function_at(outer, method, cls)
-        new = edited(inner, method.edits)
-        members[method.name] = _with_inner(outer, inner, {inner: new.pop(inner.__name__)})
-        members.update(new)
+    """The subclass of ``cls`` whose methods call submodules as the recipe says.
+
+    New functions of a base come from a class that stands before that base in the method resolution
+    order, so ``super()`` finds them.
+    """
+    members: dict[type, dict[str, Any]] = {cls: {}}
+    for edits in recipe:
+        method = _find(cls, edits)
+        own = members.setdefault(method.owner, {})
+        outer = own.get(method.name, vars(method.owner)[method.name])
+        inner = method.function
+        new = edited(inner, edits.edits, as_method=method.is_static)
+        if method.is_static:
+            outer = outer if isinstance(outer, FunctionType) else outer.__func__
+        own[method.name] = _with_inner(outer, inner, {inner: new.pop(inner.__name__)})
+        own.update(new)
+    metaclass: Any = type(cls)
+    owners = [owner for owner in cls.__mro__ if owner in members and owner is not cls]
+    bases = [metaclass(o.__name__, (o,), {**_names(o), **members[o]}) for o in owners]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = super(made, self).__reduce_ex__(protocol)
@@ -222,27 +256,29 @@ def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
         assert args[0] is made, "a class with its own __reduce__ is not rewritten"
         return (_instance, (make, cls, recipe, *args[1:]), *rest)
 
-    members |= {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "__reduce_ex__": __reduce_ex__,
-        "_rfcompile_recipe": recipe,
-    }
-    metaclass: Any = type(cls)
-    made: type[nn.Module] = metaclass(cls.__name__, (cls,), members)
+    own = members[cls] | {"__reduce_ex__": __reduce_ex__, RECIPE: (cls, recipe)}
+    made: type[nn.Module] = metaclass(cls.__name__, (cls, *bases), {**_names(cls), **own})
     return made
 
 
-def _function_at(outer: object, method: MethodEdits, cls: type) -> FunctionType:
-    for function in wrapped_functions(outer):
-        same_line = function.__code__.co_firstlineno == method.first_line
-        if same_line and digest_of(function) == method.digest:
-            return function
-    raise SourceError(
-        f"{cls.__qualname__}.{method.name} is not the function that was rewritten: its source has "
-        "changed since. Load the model with the old source, or transform it again and load the "
-        "state_dict."
+def _names(cls: type) -> dict[str, Any]:
+    return {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+
+
+def _find(cls: type, edits: MethodEdits) -> Method:
+    for owner in cls.__mro__:
+        if _name_of(owner) == edits.owner:
+            for method in methods_of(owner, edits.name):
+                with suppress(SourceError):  # a decorator's function may have no source
+                    if digest_of(method.function) == edits.digest:
+                        return method
+    raise _changed(f"{edits.owner}.{edits.name}")
+
+
+def _changed(what: str) -> SourceError:
+    return SourceError(
+        f"{what} is not the function that was rewritten: its source has changed since. Load the "
+        "model with the old source, or transform it again and load the state_dict."
     )
 
 

@@ -6,8 +6,10 @@ import ast
 import hashlib
 import linecache
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from types import CellType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
 
 import torch
 
@@ -42,11 +44,17 @@ def _first_line(node: ast.FunctionDef) -> int:
 
 
 def digest_of(function: FunctionType) -> str:
-    return hashlib.sha256(ast.unparse(definition_of(function)).encode()).hexdigest()[:16]
+    """Of the text of the ``def``, wherever in its file it stands."""
+    node, code = definition_of(function), function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    text = "".join(lines[_first_line(node) - 1 : node.end_lineno])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def wrapped_functions(value: object) -> list[FunctionType]:
     """A function and those that its decorators hold in closures, outermost first."""
+    if isinstance(value, staticmethod):
+        value = value.__func__
     found = [value] if isinstance(value, FunctionType) else []
     for function in found:  # grows while it runs
         held = map(content_of, function.__closure__ or ())
@@ -61,15 +69,69 @@ def content_of(cell: CellType) -> object:
         return None
 
 
-def functions_at(cls: type, file: str, line: int) -> tuple[str, FunctionType] | None:
-    """The class's function whose ``def`` holds a line, and the attribute it is found by."""
-    for name in dir(cls):
-        for function in wrapped_functions(getattr(cls, name, None)):
-            if function.__code__.co_filename == file:
-                node = definition_of(function)
-                if node.lineno <= line <= (node.end_lineno or node.lineno):
-                    return name, function
-    return None
+@dataclass(frozen=True)
+class Method:
+    """A function that ``owner`` has as (part of) its attribute ``name``."""
+
+    owner: type
+    name: str
+    function: FunctionType
+
+    @property
+    def is_static(self) -> bool:
+        return isinstance(vars(self.owner)[self.name], staticmethod)
+
+    @property
+    def self_name(self) -> str | None:
+        code = self.function.__code__
+        return None if self.is_static or not code.co_argcount else code.co_varnames[0]
+
+
+def methods_of(owner: type, name: str) -> list[Method]:
+    """The functions behind an attribute that the class itself defines."""
+    return [Method(owner, name, f) for f in wrapped_functions(vars(owner).get(name))]
+
+
+def methods_at(cls: type, file: str, line: int) -> list[Method]:
+    """The functions of a class or its bases that hold a line: several if it has several names."""
+    return [
+        method
+        for owner in cls.__mro__
+        for name in vars(owner)
+        for method in methods_of(owner, name)
+        if method.function.__code__.co_filename == file and line in _lines(method.function.__code__)
+    ]
+
+
+def _lines(code: CodeType) -> range:
+    """From a function's first line to its last, those of functions in it included."""
+    last = max(line or 0 for _, _, line in code.co_lines())
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return range(code.co_firstlineno, max([last + 1, *(_lines(c).stop for c in inner)]))
+
+
+def with_local_functions(tree: ast.AST, definition: ast.FunctionDef) -> ast.Module:
+    """A part of a function and the functions in that function that it names."""
+    parts: list[Any] = [tree]
+    local = [n for n in ast.walk(definition) if isinstance(n, ast.FunctionDef)]
+    for part in parts:  # grows while it runs
+        names = {n.id for n in ast.walk(part) if isinstance(n, ast.Name)}
+        parts += [f for f in local if f.name in names and f not in parts and f is not definition]
+    return ast.Module(parts, [])
+
+
+def called_methods(tree: ast.AST, method: Method, cls: type) -> Iterator[Method]:
+    """The methods that code of ``method`` names as ``self.x`` or ``super().x``."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name == method.self_name:
+                order = cls.__mro__
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=attribute):
+                order = cls.__mro__[cls.__mro__.index(method.owner) + 1 :]
+            case _:
+                continue
+        owner = next((c for c in order if attribute in vars(c)), None)
+        yield from methods_of(owner, attribute) if owner else ()
 
 
 def called_function(call: ast.Call, function: FunctionType) -> FunctionType | None:
@@ -80,13 +142,7 @@ def called_function(call: ast.Call, function: FunctionType) -> FunctionType | No
         target = target.value
     if not isinstance(target, ast.Name):
         return None
-    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if target.id in cells:
-        value = content_of(cells[target.id])
-    elif target.id not in function.__code__.co_varnames:
-        value = function.__globals__.get(target.id)
-    else:
-        return None
+    value = _value_of(target.id, function)
     for name in reversed(path):
         if not isinstance(value, ModuleType):
             return None
@@ -94,35 +150,60 @@ def called_function(call: ast.Call, function: FunctionType) -> FunctionType | No
     return value if isinstance(value, FunctionType) else None
 
 
+def _value_of(name: str, function: FunctionType) -> object:
+    """What a global or closure variable of a function is now."""
+    code = function.__code__
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    if name in cells:
+        return content_of(cells[name])
+    return None if name in code.co_varnames + code.co_cellvars else function.__globals__.get(name)
+
+
 # ---- expressions that add ----------------------------------------------------------------------
 
 
 def adds_in(tree: ast.AST, function: FunctionType) -> Iterator[ast.AST]:
     """Every ``a + b``, ``a - b``, ``a += b``, ``torch.add(a, b)``, ``a.add(b)``, ``a.add_(b)``."""
+    unused = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if terms_of(node, function) is not None:
+        is_add = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add")
+        if terms_of(node, function) is not None and not (is_add and node in unused):  # set.add(x)
             yield node
 
 
-def position_of(node: ast.AST) -> tuple[int, int, int, int]:
-    return (node.lineno, node.col_offset, node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+Position = tuple[int, int, int, int]
+
+
+def position_of(node: ast.AST, function: FunctionType) -> Position:
+    """Lines, counted from the function's first, and columns."""
+    first = function.__code__.co_firstlineno
+    line, column, end_line, end_column = (
+        getattr(node, name) for name in ("lineno", "col_offset", "end_lineno", "end_col_offset")
+    )
+    return line - first, column, end_line - first, end_column
 
 
 def terms_of(node: ast.AST, function: FunctionType) -> list[ast.expr] | None:
     """The operands of an add as the site takes them, with ``alpha`` third if there is one."""
     match node:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return [left, right]
+            terms = [left, right]
         case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            return [left, ast.UnaryOp(ast.USub(), right)]
+            terms = [left, ast.UnaryOp(ast.USub(), right)]
         case ast.AugAssign(target=ast.Name(id=name), op=ast.Add(), value=value):
-            return [ast.Name(name, ast.Load()), value]
+            terms = [ast.Name(name, ast.Load()), value]
         case ast.AugAssign(target=ast.Name(id=name), op=ast.Sub(), value=value):
-            return [ast.Name(name, ast.Load()), ast.UnaryOp(ast.USub(), value)]
+            terms = [ast.Name(name, ast.Load()), ast.UnaryOp(ast.USub(), value)]
         case ast.Call(func=ast.Attribute(value=owner, attr="add" | "add_"), args=args):
-            is_torch = isinstance(owner, ast.Name) and function.__globals__.get(owner.id) is torch
-            terms = [*args] if is_torch else [owner, *args]
+            holder = _value_of(owner.id, function) if isinstance(owner, ast.Name) else None
+            terms = [*args] if holder is torch else [owner, *args]
             alpha = [k.value for k in node.keywords if k.arg == "alpha"]
-            if len(terms) == 2 and len(alpha) == len(node.keywords):
-                return terms + alpha
-    return None
+            if (isinstance(holder, ModuleType) and holder is not torch) or len(terms) != 2:
+                return None
+            if len(alpha) != len(node.keywords):
+                return None
+            terms += alpha
+        case _:
+            return None
+    literals = (ast.List, ast.Tuple, ast.ListComp, ast.JoinedStr)
+    return None if any(isinstance(term, (*literals, ast.Starred)) for term in terms) else terms

@@ -19,9 +19,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
-        *("process_groups", "residual_site", "sources", "rewriting"),
+        *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
-    ("codec", "ops", "capture", "boundaries", "models"),
+    ("codec", "ops", "capture", "boundaries", "models", "linears"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     (

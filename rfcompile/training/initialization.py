@@ -10,8 +10,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from rfcompile.attention import Anatomy, Attention, Heads, Linear
+from rfcompile.attention import Anatomy, Attention, Heads
 from rfcompile.errors import ResidualError
+from rfcompile.linears import Linear
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Initialization:
       value decomposition are just that.
     - Every other linear of a block ("mlp"): orthogonal, times ``max(sqrt(out / in), 1)``, and
       ``down`` times more where it is narrower than its input.
-    - Biases: zero.
+    - Biases: zero. What scales a linear's output by itself (LayerScale, ReZero): one, because it
+      would hold back all that is left of a block.
 
     Source: arXiv:2510.00345 (Cutting the Skip), as its authors' code has it, alpha 1.8 and beta 1
     as for DINO ViT-S; the scale of the MLP from arXiv:2110.01765 (DKS). Grouped queries, ``down``
@@ -42,7 +44,7 @@ class Initialization:
 
 @dataclass(frozen=True)
 class Initialized:
-    """A parameter and what it got: "query", "key", "value", "output", "mlp" or "zero"."""
+    """A parameter and what it got: "query", "key", "value", "output", "mlp", "zero" or "one"."""
 
     parameter: str
     rule: str
@@ -66,7 +68,7 @@ def initialize(
     Raises:
         ResidualError: a parameter of them is frozen or sharded.
     """
-    linears = {linear.weight: linear for linear in parts.linears if linear.module in modules}
+    linears = _in_branches(parts, modules)
     _check_trainable(model, linears.values())
     generator = torch.Generator().manual_seed(rule.seed)
     roles: dict[str, dict[str, None]] = {weight: {} for weight in linears}
@@ -75,6 +77,8 @@ def initialize(
             _start_mlp(matrix, rule, generator)
         if linear.bias:
             model.get_parameter(linear.bias).data.zero_()
+        if linear.scale:
+            model.get_parameter(linear.scale).data.fill_(1)
     covered = dict.fromkeys(linears, 0)
     for attention in parts.attentions:
         for role, heads in _start_attention(model, attention, linears, rule, generator):
@@ -85,20 +89,37 @@ def initialize(
             roles[weight]["mlp"] = None
     weights = [Initialized(weight, ", ".join(names)) for weight, names in roles.items()]
     biases = dict.fromkeys(linear.bias for linear in linears.values() if linear.bias)
-    return (*weights, *(Initialized(bias, "zero") for bias in biases))
+    scales = dict.fromkeys(linear.scale for linear in linears.values() if linear.scale)
+    return (
+        *weights,
+        *(Initialized(bias, "zero") for bias in biases),
+        *(Initialized(scale, "one") for scale in scales),
+    )
+
+
+def _in_branches(parts: Anatomy, modules: Collection[str]) -> dict[str, Linear]:
+    """The linears in these modules, and those that give an attention there keys and values."""
+    linears = {linear.weight: linear for linear in parts.linears if linear.module in modules}
+    for attention in parts.attentions:
+        read = [side for side in (attention.query, attention.output) if side is not None]
+        if any(side.linear.weight in linears for side in read):
+            given = [side for side in (attention.key, attention.value) if side is not None]
+            linears |= {side.linear.weight: side.linear for side in given}
+    return linears
 
 
 def _check_trainable(model: nn.Module, linears: Iterable[Linear]) -> None:
-    for linear in linears:
-        parameter = model.get_parameter(linear.weight)
+    names = [n for one in linears for n in (one.weight, one.bias, one.scale) if n]
+    for name in names:
+        parameter = model.get_parameter(name)
         if not parameter.requires_grad:
             raise ResidualError(
-                f"{linear.weight} is frozen, and a model without residual connections must be "
+                f"{name} is frozen, and a model without residual connections must be "
                 "trained anew: set requires_grad, or use residual='anneal' on a trained model."
             )
         if type(parameter) is not nn.Parameter:
             raise ResidualError(
-                f"{linear.weight} is a {type(parameter).__name__}: initialize the model first, "
+                f"{name} is a {type(parameter).__name__}: initialize the model first, "
                 "then distribute it."
             )
 
@@ -151,7 +172,8 @@ def _start_attention(
         attention.value,
         attention.output,
     )
-    if ours(query) and ours(key):
+    # Heads of another size have parts from elsewhere, such as a rotary key that all heads share.
+    if ours(query) and ours(key) and {*_sizes(query)} == {*_sizes(key)}:
         _start_scores(_rows(model, query), _rows(model, key), query, key, rule, generator)
         yield from (("query", query), ("key", key))
     if ours(value):

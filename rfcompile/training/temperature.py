@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.attention import Attention, Core, anatomy, cores_of
-from rfcompile.capture import Inputs, exported
+from rfcompile.capture import Inputs, copied, exported, in_mode
 from rfcompile.errors import ResidualError
 from rfcompile.graph import module_of
 
@@ -82,14 +82,14 @@ def temper(
         ResidualError: an attention's queries come from no module whose output can be scaled.
         CaptureError.
     """
-    run = _Calibration(exported(model, inputs).module(), rule)
-    with torch.no_grad():
-        run.run(*pytree.tree_leaves(inputs), enable_io_processing=False)
+    with torch.no_grad(), in_mode(model, training=False):
+        run = _Calibration(exported(model, inputs).module(), rule)
+        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = anatomy(model, inputs).attentions
         places = [
             (found, *_place(run, core, attention))
             for core, attention in zip(run.cores.values(), attentions, strict=True)
-            if (found := run.found.get(core)) is not None
+            if attention.is_self and (found := run.found.get(core)) is not None
         ]
     result = []
     for found, path, features in places:
@@ -118,6 +118,7 @@ class _Calibration(fx.Interpreter):
         self.layers = {core for core in self.cores.values() if _is_square(core)}
         self.target = rule.self_mass ** (1 / max(1, len(self.layers)))
         self.found: dict[Core, Temperature] = {}
+        self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
@@ -135,11 +136,21 @@ class _Calibration(fx.Interpreter):
         """The values before ``end`` that change if ``start`` has another value."""
         before, changed = dict(self.env), {start: value}
         self.env[start] = value
-        for node in itertools.takewhile(lambda n: n is not end, self.graph.nodes):
-            if node is not start and any(i in changed for i in node.all_input_nodes):
-                changed[node] = self.env[node] = super().run_node(node)
+        for node in self._between(start, end):
+            changed[node] = self.env[node] = super().run_node(node)
         self.env = before
         return changed
+
+    def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes before ``end`` that are made of ``start``."""
+        if (start, end) not in self.ways:
+            found = {start}
+            way = self.ways[start, end] = []
+            for node in itertools.takewhile(lambda n: n is not end, self.graph.nodes):
+                if not found.isdisjoint(node.all_input_nodes):
+                    found.add(node)
+                    way.append(node)
+        return self.ways[start, end]
 
     def _solve(self, core: Core) -> float:
         low, high = -math.log(LIMIT), math.log(LIMIT)
