@@ -286,12 +286,22 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in (*names, "self_mass", "lr", "matrix_lr", "weight_decay"))
 
 
+def by_label(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each arm; those of another temperature than the default by themselves."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        is_tempered = ARMS[row["arm"]].temperature and not ARMS[row["arm"]].residual
+        is_default = row["self_mass"] == TemperatureRule().self_mass
+        suffix = "" if is_default or not is_tempered else f", mass {row['self_mass']:g}"
+        found.setdefault(row["arm"] + suffix, []).append(row)
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """A line an arm: mean and spread over seeds."""
     shown = ("4b tensor tread", "4b g128 rise", "3b g128 rise", "2b g128 rise")
     lines = [f"{'arm':26} {'loss':>14} {'kurtosis max':>13} " + "".join(f"{s:>18}" for s in shown)]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        mine = [row for row in rows if row["arm"] == arm]
+    for arm, mine in by_label(rows).items():
         losses = [row["validation_loss"] for row in mine]
         last = [list(row["kurtosis"].values())[-1] for row in mine]
         peak = max(v["elements"] for sites in last for k, v in sites.items() if k.count(".") == 1)
@@ -311,8 +321,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for number, arm in enumerate(dict.fromkeys(row["arm"] for row in rows)):
-        mine, color = [row for row in rows if row["arm"] == arm], f"C{number}"
+    for number, (arm, mine) in enumerate(by_label(rows).items()):
+        color = f"C{number}"
         for row in mine:
             steps = [int(step) for step in row["kurtosis"]]
             peaks = [
@@ -349,7 +359,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, value in (("lr", 2e-3), ("matrix-lr", 5e-3), ("weight-decay", 0.01)):
         parser.add_argument(f"--{name}", type=float, default=value)
-    parser.add_argument("--self-mass", type=float, default=0.25)
+    parser.add_argument("--self-mass", type=float, default=TemperatureRule().self_mass)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--out", type=Path, default=RESULTS / "residual_study.jsonl")
     options = parser.parse_args()
