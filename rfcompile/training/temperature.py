@@ -26,7 +26,7 @@ class TemperatureRule:
     """Attention of layer ``l`` of ``L`` becomes ``softmax(Q K^T / (tau_l sqrt(head)))``.
 
     ``tau_l`` is such that on the example inputs the mean weight of a token on itself is
-    ``max(1/2, self_mass^(1/L))``: through all layers a share of ``self_mass`` stays at its token, so
+    ``max(1/2, self_mass^(1/L))``: through all layers a share ``self_mass`` stays at its token, so
     deeper models attend more sharply. A ``learnable`` one is a parameter, else it is a buffer.
 
     Source: arXiv:2605.25880 names a depth-aware temperature without its formula. The schedule has
