@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.capture import Inputs, copied, exported, in_mode
+from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
 from rfcompile.graph import module_of
 from rfcompile.linears import Linear, linears_in
 
@@ -62,7 +62,7 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
         CaptureError: it cannot be captured.
     """
     with torch.enable_grad(), in_mode(model, training=False):
-        module = exported(model, inputs).module()
+        module = without_einsum(exported(model, inputs)).module()
         run = _CutRun(module)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
@@ -178,7 +178,8 @@ class _CutRun(fx.Interpreter):
 
         Both are what the linears read. A decoder's queries also come from its own tokens.
         """
-        meeting = _above(query) & _above(key) & self.fed
+        common = _above(query) & _above(key) & self.fed
+        meeting = {node for node in common if _is_float(self.env[node])}
         if not meeting:
             return False
         last = max(meeting, key=self.order.__getitem__)
@@ -255,6 +256,10 @@ def _places(grad: Tensor) -> Tensor:
 
 def _is_whole(*grads: Tensor) -> bool:
     return all(torch.equal(grad, grad.round()) for grad in grads)
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _above(node: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,22 @@ def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     finally:
         if use_cache:
             config.use_cache = use_cache
+
+
+def without_einsum(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program, its einsums written as the batched products that they are."""
+    einsum = torch.ops.aten.einsum.default
+    if not program.graph.find_nodes(op="call_function", target=einsum):
+        return program
+    key = torch._C.DispatchKey.CompositeImplicitAutograd  # einsum's own kernel, in C++
+
+    def products(*args: Any, **kwargs: Any) -> Any:
+        return einsum._op_dk(key, *args, **kwargs)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own
+        decomposed: torch.export.ExportedProgram = program.run_decompositions({einsum: products})
+        return decomposed
 
 
 # ---- running a model to learn about it ---------------------------------------------------------

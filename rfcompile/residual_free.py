@@ -77,7 +77,17 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
         _become(model, site, _SITE_MODES[how.mode])
     if isinstance(how.temperature, TemperatureRule):
         temperatures = temper(model, inputs, how.temperature)
-    return _reported(model, ResidualReport(how.mode, opened, left, initialized, temperatures))
+    return _reported(
+        model,
+        ResidualReport(
+            how.mode, opened, left, initialized, temperatures, tuple(_notes(how, temperatures))
+        ),
+    )
+
+
+def _notes(how: ResidualFree, temperatures: tuple[Temperature, ...]) -> Iterator[str]:
+    if how.temperature is not None and not temperatures:
+        yield "no temperature: there is no self-attention with a softmax"
 
 
 def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:

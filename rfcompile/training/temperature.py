@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.attention import Attention, Core, anatomy, cores_of
-from rfcompile.capture import Inputs, copied, exported, in_mode
+from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
 from rfcompile.errors import ResidualError
 from rfcompile.graph import module_of
 
@@ -85,26 +85,35 @@ def temper(
         CaptureError.
     """
     with torch.no_grad(), in_mode(model, training=False):
-        run = _Calibration(exported(model, inputs).module(), rule)
-        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = anatomy(model, inputs).attentions
+        module = without_einsum(exported(model, inputs)).module()
+        run = _Calibration(module, rule, attentions)
+        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         places = [
-            (found, *_place(run, core, attention))
-            for core, attention in zip(run.cores.values(), attentions, strict=True)
-            if attention.is_self and (found := run.found.get(core)) is not None
+            (found, *_place(run, core, run.layers[core])) for core, found in run.found.items()
         ]
-    result = []
-    for found, path, features in places:
-        owner = model.get_submodule(path)
-        device = next(iter(owner.parameters())).device
-        value = torch.full((1,), found.value, device=device)
-        if rule.learnable:
-            owner.register_parameter(NAME, nn.Parameter(value))
-        else:
-            owner.register_buffer(NAME, value)
+    return tuple(_install(model, rule, *place) for place in places)
+
+
+def _install(
+    model: nn.Module,
+    rule: TemperatureRule,
+    found: Temperature,
+    path: str,
+    features: tuple[int, ...] | None,
+) -> Temperature:
+    owner = model.get_submodule(path)
+    if any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values()):
+        value = getattr(owner, NAME).detach() * found.value  # it was tempered before
+        delattr(owner, NAME)
+    else:
+        value = torch.full((1,), found.value, device=next(iter(owner.parameters())).device)
         owner.register_forward_hook(ScaleQueries(features))
-        result.append(replace(found, name=f"{path}.{NAME}"))
-    return tuple(result)
+    if rule.learnable:
+        owner.register_parameter(NAME, nn.Parameter(value))
+    else:
+        owner.register_buffer(NAME, value)
+    return replace(found, name=f"{path}.{NAME}", value=float(value))
 
 
 # ---- how hot -----------------------------------------------------------------------------------
@@ -113,34 +122,39 @@ def temper(
 class _Calibration(fx.Interpreter):
     """Runs a graph, and on the way gives each self-attention the temperature that it needs."""
 
-    def __init__(self, module: fx.GraphModule, rule: TemperatureRule) -> None:
+    def __init__(
+        self, module: fx.GraphModule, rule: TemperatureRule, attentions: Sequence[Attention]
+    ) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.graph = module.graph
         self.cores = {core.weights: core for core in cores_of(module.graph)}
-        self.layers = {core for core in self.cores.values() if _is_square(core)}
+        pairs = zip(self.cores.values(), attentions, strict=True)
+        self.layers = {c: found for c, found in pairs if found.is_self and _is_square(c)}
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
         self.found: dict[Core, Temperature] = {}
         self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
-        if core in self.layers:
+        if core is not None and core in self.layers:
             node, _ = core.query
             value = self._solve(core)
             attention = module_of(core.result)
             self.found[core] = Temperature(
                 "", attention, value, self._mass(core, 1.0), self._mass(core, value)
             )
-            self.env.update(self.again(node, self.env[node] / value, n))
+            self.env |= self.again(node, self.env[node] / value, n)
         return super().run_node(n)
 
     def again(self, start: fx.Node, value: Tensor, end: fx.Node) -> dict[fx.Node, Any]:
         """The values before ``end`` that change if ``start`` has another value."""
-        before, changed = dict(self.env), {start: value}
-        self.env[start] = value
-        for node in self._between(start, end):
-            changed[node] = self.env[node] = super().run_node(node)
-        self.env = before
+        env, changed = self.env, {start: value}
+        self.env = {**env, start: value}
+        try:
+            for node in self._between(start, end):
+                changed[node] = self.env[node] = super().run_node(node)
+        finally:
+            self.env = env
         return changed
 
     def _between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
@@ -237,8 +251,11 @@ def _place(
         if path == linear and len(features) < output.shape[-1]:
             chosen = features
             factors = torch.ones_like(output).index_fill(-1, torch.tensor(features), 0.5)
+        whole = run.again(n, output, core.weights).get(node)
         scaled = run.again(n, output * factors, core.weights).get(node)
-        if scaled is not None and torch.allclose(scaled, run.env[node] * 0.5, rtol=1e-3):
+        if whole is None or scaled is None:
+            continue
+        if torch.allclose(scaled, whole * 0.5, rtol=1e-3):
             return path, chosen
     raise ResidualError(
         f"the attention of {attention.module} cannot be tempered: scaling the output of "

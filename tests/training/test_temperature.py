@@ -1,0 +1,254 @@
+"""Attention temperature: the mass that it solves for, where it acts, what it leaves."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfcompile.attention import anatomy
+from rfcompile.errors import ResidualError
+from rfcompile.training.initialization import Initialization, initialize
+from rfcompile.training.temperature import LIMIT, NAME, Temperature, TemperatureRule, temper
+from tests.test_attention import MODELS, Own, recorded
+from tests.zoo import TRANSFORMERS, ZOO, NanoGPT, tokens
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+BISECTION = 1e-6
+"""30 halvings of log(256) leave 1e-8 of a temperature; the mean is a float32 sum: 1e-6 in all."""
+
+
+def scores(model: nn.Module, inputs: dict[str, Tensor], scale: float | None, causal: bool) -> Any:
+    """The weights of every attention, from its recorded queries and keys."""
+    for q, k, _ in recorded(model, inputs):
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = q @ keys.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+        if causal:
+            future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+            logits = logits.masked_fill(future, -torch.inf)
+        yield logits.softmax(-1)
+
+
+def mass(weights: Tensor) -> float:
+    return float(weights.detach().diagonal(dim1=-2, dim2=-1).mean())
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    if name in TRANSFORMERS or "-" in name:
+        pytest.importorskip("transformers")
+    model = (MODELS[name][0] if name in MODELS else ZOO[name].build)().eval()
+    inputs = ZOO.get(name, ZOO["llama"]).inputs()
+    return attentive(model, inputs), inputs
+
+
+def attentive(model: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
+    """With queries and keys that let tokens attend to themselves: every mass is in reach."""
+    parts = anatomy(model, ((), inputs))
+    modules = {linear.module for linear in parts.linears if "head" not in linear.module}
+    initialize(model, parts, modules, Initialization(alpha=0.5))
+    return model
+
+
+# ---- the mass ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nanogpt", "llama-eager", "qwen3"])
+def test_every_attention_gets_its_mass(name: str) -> None:
+    model, inputs = build(name)
+    before = [mass(weights) for weights in scores(model, inputs, None, True)]
+    got = temper(model, ((), inputs), TemperatureRule(0.36))
+    after = [mass(weights) for weights in scores(model, inputs, None, True)]
+    assert len(got) == len(after) == 2
+    assert got[0].mass_before == pytest.approx(before[0], abs=BISECTION)
+    for item, measured in zip(got, after, strict=True):
+        assert item.mass_after == pytest.approx(0.6, abs=BISECTION)  # 0.36 ** (1 / 2)
+        assert measured == pytest.approx(item.mass_after, abs=BISECTION)
+
+
+def test_deeper_models_attend_more_to_themselves() -> None:
+    for layers in (1, 3):
+        model = attentive(NanoGPT(layers), tokens())
+        got = temper(model, ((), tokens()), TemperatureRule(0.4))
+        masses = [0.4 ** (1 / layers)] * layers
+        assert [t.mass_after for t in got] == pytest.approx(masses, abs=BISECTION)
+
+
+def test_a_mass_out_of_reach_is_reported_as_it_is() -> None:
+    """Equal keys: every token attends to all of them alike, whatever the temperature."""
+    model = NanoGPT(1).eval()
+    attention = model.get_submodule("blocks.0.attention")
+    qkv = attention.get_submodule("qkv")
+    qkv.get_parameter("weight").data[32:64] = 0
+    (got,) = temper(model, ((), tokens()), TemperatureRule(0.9))
+    uniform = sum(1 / n for n in range(1, 13)) / 12
+    assert got.mass_before == pytest.approx(uniform, abs=BISECTION)
+    assert got.mass_after == pytest.approx(uniform, abs=BISECTION)
+    assert 1 / LIMIT <= got.value <= LIMIT
+
+
+def test_non_causal_attention_with_a_mask() -> None:
+    model, inputs = build("bert")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[:, 9:] = 0
+    got = temper(model, ((), inputs | {"attention_mask": mask}), TemperatureRule(0.09))
+    assert len(got) == 2
+    # Queries of padding cannot attend to themselves: at most 9 of 12 tokens can.
+    assert all(item.mass_after == pytest.approx(0.3, abs=BISECTION) for item in got)
+
+
+# ---- where it acts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neox", "falcon", "bert"])
+def test_queries_are_divided_and_nothing_else(name: str) -> None:
+    model, inputs = build(name)
+    before = recorded(model, inputs)[0]
+    first = temper(model, ((), inputs))[0]
+    after = recorded(model, inputs)[0]
+    torch.testing.assert_close(after[0], before[0] / first.value)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[2], before[2])
+
+
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_fused_and_written_out_attention_agree(name: str) -> None:
+    """One checkpoint, two implementations: the temperature is in the queries of both."""
+    transformers = pytest.importorskip("transformers")
+    model, inputs = build(name)
+    temper(model, ((), inputs))
+    config: Any = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    other = type(model)(config).eval()
+    assert isinstance(other, transformers.PreTrainedModel)
+    temper(other, ((), inputs))
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits)
+
+
+def test_behind_a_norm_of_the_queries() -> None:
+    model, inputs = build("qwen3")
+    got = temper(model, ((), inputs))
+    names = [f"model.layers.{layer}.self_attn.q_norm.{NAME}" for layer in (0, 1)]
+    assert [item.name for item in got] == names
+    assert {n for n, _ in model.named_parameters() if NAME in n} == set(names)
+
+
+def test_cross_attention_keeps_its_temperature() -> None:
+    """Also where both sequences have one length."""
+    pytest.importorskip("transformers")
+    model = ZOO["t5"].build().eval()
+    ids = tokens()["input_ids"]
+    got = temper(model, ((), {"input_ids": ids, "decoder_input_ids": ids}))
+    sides = ["encoder.block.{}.layer.0.SelfAttention", "decoder.block.{}.layer.0.SelfAttention"]
+    assert [item.attention for item in got] == [side.format(i) for side in sides for i in (0, 1)]
+
+
+@pytest.mark.parametrize("spelling", ["fused", "einsum", "bmm"])
+def test_spellings_of_attention(spelling: str) -> None:
+    model, x = Own(spelling=spelling), torch.randn(2, 5, 32)
+    model.k.weight.data = model.q.weight.data
+    (got,) = temper(model, ((x,), {}), TemperatureRule(0.5))
+    assert got.name == f"q.{NAME}"
+    assert got.mass_after == pytest.approx(0.5, abs=BISECTION)
+    q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (model.q, model.k, model.v))
+    weights = (q @ k.mT * (8**-0.5 if spelling == "fused" else 1)).softmax(-1)
+    assert mass(weights) == pytest.approx(0.5, abs=BISECTION)
+    torch.testing.assert_close(model(x), model.out((weights @ v).transpose(1, 2).flatten(2)))
+
+
+# ---- learnable or fixed ------------------------------------------------------------------------
+
+
+def test_a_learnable_one_learns() -> None:
+    model, inputs = build("nanogpt")
+    got = temper(model, ((), inputs))
+    model(**inputs).square().sum().backward()
+    for item in got:
+        parameter = model.get_parameter(item.name)
+        assert parameter.shape == (1,)
+        assert float(parameter.detach()) == pytest.approx(item.value)
+        assert parameter.grad is not None
+        assert parameter.grad.abs() > 0
+
+
+def test_a_fixed_one_is_a_buffer() -> None:
+    model, inputs = build("nanogpt")
+    got = temper(model, ((), inputs), TemperatureRule(learnable=False))
+    assert [name for name, _ in model.named_buffers() if NAME in name] == [t.name for t in got]
+    assert not [name for name, _ in model.named_parameters() if NAME in name]
+    assert {item.name for item in got} <= set(model.state_dict())
+
+
+def test_the_state_and_the_copy_have_it() -> None:
+    model, inputs = build("gpt2")
+    got = temper(model, ((), inputs))
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    twin.get_parameter(got[0].name).data.mul_(2)
+    assert not torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = NanoGPT().to(dtype).eval()
+    temper(model, ((), tokens()))
+    assert model(**tokens()).dtype is dtype
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def test_queries_that_no_linear_makes() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Identity()
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.scaled_dot_product_attention(x, x, x))
+
+    model = Plain()
+    text = r"^the attention of the model cannot be tempered: no linear makes its queries\. Pass"
+    with pytest.raises(ResidualError, match=text):
+        temper(model, ((torch.randn(2, 2, 5, 8),), {}))
+    assert not list(model.buffers())
+
+
+def test_torchs_own_attention_has_no_query_module() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    state = list(model.state_dict())
+    with pytest.raises(ResidualError, match=r"^the attention of self_attn cannot be tempered: sca"):
+        temper(model, ((torch.randn(2, 5, 16),), {}))
+    assert list(model.state_dict()) == state
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
+def test_a_share_is_between_zero_and_one(share: float) -> None:
+    with pytest.raises(ResidualError, match=rf"^self_mass={share} is not supported: it is a share"):
+        TemperatureRule(share)
+
+
+def test_no_attention_no_temperature() -> None:
+    assert temper(nn.Linear(4, 4), ((torch.randn(2, 4),), {})) == ()
+
+
+def test_tempered_once() -> None:
+    model, inputs = build("nanogpt")
+    first = temper(model, ((), inputs), TemperatureRule(0.3))
+    second = temper(model, ((), inputs), TemperatureRule(0.2))
+    assert [item.name for item in second] == [item.name for item in first]
+    assert isinstance(second[0], Temperature)
+    value = float(model.get_parameter(second[0].name).detach())
+    assert second[0].value == pytest.approx(value)
+    assert second[0].mass_before == pytest.approx(first[0].mass_after, abs=BISECTION)
+    weights = scores(model, inputs, None, True)
+    assert [mass(w) for w in weights] == pytest.approx([0.2**0.5] * 2, abs=BISECTION)
