@@ -337,7 +337,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             means = [sum(r["increases"]["stream"][n] for r in mine) / len(mine) for n in names]
             label = f"{arm}, {size} {grid}"
             right.plot(bits, means, style, marker="o", color=color, label=label)
-    left.set(title="Largest excess kurtosis of a stream", xlabel="step", yscale="symlog")
+    left.set(title="Largest excess kurtosis of a stream", xlabel="step")
+    left.set_yscale("symlog", linthresh=1)
     right.set(title="Validation loss gained by quantizing the streams", xlabel="bits")
     right.set(ylabel="nats a byte")
     right.set_yscale("symlog", linthresh=0.01)
