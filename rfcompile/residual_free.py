@@ -113,9 +113,24 @@ def _reported(model: nn.Module, report: ResidualReport) -> ResidualReport:
     return report
 
 
+def _has_channels_first(model: nn.Module, add: ResidualAdd) -> bool:
+    """A convolution of the branch has these channels."""
+    weights = [
+        module.weight
+        for path in add.branch
+        if isinstance(module := model.get_submodule(path), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    ]
+    return any(len(w.shape) == len(add.shape) and add.shape[1] in w.shape[:2] for w in weights)
+
+
 def _become(model: nn.Module, site: OpenedSite, mode: Mode) -> None:
     module = model.get_submodule(site.path)
     assert isinstance(module, ResidualSite)
+    if mode == "mix" and _has_channels_first(model, site.add):
+        raise ResidualError(
+            f"{site.path} adds tensors of shape {site.add.shape}, their channels in axis 1, and "
+            "residual='mix' mixes the last axis: use 'free' or 'anneal' here."
+        )
     width = site.add.shape[-1] if site.add.shape else None
     owner = model.get_submodule(site.path.rpartition(".")[0])
     like = next(itertools.chain(owner.parameters(), model.parameters()), None)
