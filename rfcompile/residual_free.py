@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -67,28 +67,40 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
             raise ResidualError(
                 f"{name} is a DTensor: rewrite the model first, then parallelize or shard it."
             )
+        if parameter.is_meta:
+            raise ResidualError(f"{name} is on the meta device: give the model values first.")
     opened, left = open_sites(model, inputs, how.kinds)
     initialized: tuple[Initialized, ...] = ()
     temperatures: tuple[Temperature, ...] = ()
+    notes = []
     if isinstance(how.initialization, Initialization):
         branches = {path for site in opened for path in site.add.branch}
         parts = anatomy(model, inputs)
         initialized = initialize(model, parts, branches, how.initialization)
+        kept = list(_not_initialized(model, branches, initialized))
+        if kept:
+            notes.append(f"not initialized anew, because no linears: {', '.join(kept)}")
     for site in opened:
         _become(model, site, _SITE_MODES[how.mode])
     if isinstance(how.temperature, TemperatureRule):
         temperatures = temper(model, inputs, how.temperature)
+        if not temperatures:
+            notes.append("no temperature: there is no self-attention with a softmax")
     return _reported(
         model,
-        ResidualReport(
-            how.mode, opened, left, initialized, temperatures, tuple(_notes(how, temperatures))
-        ),
+        ResidualReport(how.mode, opened, left, initialized, temperatures, tuple(notes)),
     )
 
 
-def _notes(how: ResidualFree, temperatures: tuple[Temperature, ...]) -> Iterator[str]:
-    if how.temperature is not None and not temperatures:
-        yield "no temperature: there is no self-attention with a softmax"
+def _not_initialized(
+    model: nn.Module, modules: Collection[str], done: tuple[Initialized, ...]
+) -> Iterator[str]:
+    """The modules of the branches that multiply by something that is no linear."""
+    names = {item.parameter for item in done}
+    for path in sorted(modules):
+        own = dict(model.get_submodule(path).named_parameters(recurse=False))
+        if any(p.dim() > 1 and f"{path}.{n}".lstrip(".") not in names for n, p in own.items()):
+            yield path or "(itself)"
 
 
 def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:

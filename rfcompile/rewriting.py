@@ -248,7 +248,7 @@ def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
         own.update(new)
     metaclass: Any = type(cls)
     owners = [owner for owner in cls.__mro__ if owner in members and owner is not cls]
-    bases = [metaclass(o.__name__, (o,), {**_names(o), **members[o]}) for o in owners]
+    bases = [metaclass(o.__name__, (_quiet(), o), {**_names(o), **members[o]}) for o in owners]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = super(made, self).__reduce_ex__(protocol)
@@ -257,8 +257,21 @@ def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
         return (_instance, (make, cls, recipe, *args[1:]), *rest)
 
     own = members[cls] | {"__reduce_ex__": __reduce_ex__, RECIPE: (cls, recipe)}
-    made: type[nn.Module] = metaclass(cls.__name__, (cls, *bases), {**_names(cls), **own})
+    made: type[nn.Module] = metaclass(cls.__name__, (_quiet(), cls, *bases), {**_names(cls), **own})
     return made
+
+
+def _quiet() -> type:
+    """A base for a rewritten class, which is no new one: no ``__init_subclass__`` is asked.
+
+    Each has its own, or they would pull the bases of several into another order.
+    """
+
+    class Quiet:
+        def __init_subclass__(cls, **_: Any) -> None:
+            pass
+
+    return Quiet
 
 
 def _names(cls: type) -> dict[str, Any]:

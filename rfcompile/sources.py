@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import linecache
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -163,11 +165,11 @@ def _value_of(name: str, function: FunctionType) -> object:
 
 
 def adds_in(tree: ast.AST, function: FunctionType) -> Iterator[ast.AST]:
-    """Every ``a + b``, ``a - b``, ``a += b``, ``torch.add(a, b)``, ``a.add(b)``, ``a.add_(b)``."""
+    """Every ``a + b``, ``a += b``, ``torch.add(a, b)``, ``a.add(b)``, ``a.add_(b)``; also sub."""
     unused = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        is_add = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add")
-        if terms_of(node, function) is not None and not (is_add and node in unused):  # set.add(x)
+        is_call = isinstance(node, ast.Call) and not ast.unparse(node.func).endswith("_")
+        if terms_of(node, function) is not None and not (is_call and node in unused):  # set.add(x)
             yield node
 
 
@@ -186,24 +188,36 @@ def position_of(node: ast.AST, function: FunctionType) -> Position:
 def terms_of(node: ast.AST, function: FunctionType) -> list[ast.expr] | None:
     """The operands of an add as the site takes them, with ``alpha`` third if there is one."""
     match node:
-        case ast.BinOp(left=left, op=ast.Add(), right=right):
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as operation, right=right):
             terms = [left, right]
-        case ast.BinOp(left=left, op=ast.Sub(), right=right):
-            terms = [left, ast.UnaryOp(ast.USub(), right)]
-        case ast.AugAssign(target=ast.Name(id=name), op=ast.Add(), value=value):
-            terms = [ast.Name(name, ast.Load()), value]
-        case ast.AugAssign(target=ast.Name(id=name), op=ast.Sub(), value=value):
-            terms = [ast.Name(name, ast.Load()), ast.UnaryOp(ast.USub(), value)]
-        case ast.Call(func=ast.Attribute(value=owner, attr="add" | "add_"), args=args):
-            holder = _value_of(owner.id, function) if isinstance(owner, ast.Name) else None
-            terms = [*args] if holder is torch else [owner, *args]
-            alpha = [k.value for k in node.keywords if k.arg == "alpha"]
-            if (isinstance(holder, ModuleType) and holder is not torch) or len(terms) != 2:
-                return None
-            if len(alpha) != len(node.keywords):
-                return None
-            terms += alpha
+        case ast.AugAssign(target=target, op=ast.Add() | ast.Sub() as operation, value=value):
+            loaded = copy.deepcopy(target)
+            loaded.ctx = ast.Load()
+            terms = [loaded, value]
+        case ast.Call(func=ast.Attribute(attr="add" | "add_" | "sub" | "sub_" as name)):
+            operation = ast.Add() if name.startswith("add") else ast.Sub()
+            terms = _operands(node, function)
         case _:
             return None
-    literals = (ast.List, ast.Tuple, ast.ListComp, ast.JoinedStr)
-    return None if any(isinstance(term, (*literals, ast.Starred)) for term in terms) else terms
+    literals = (ast.List, ast.Tuple, ast.ListComp, ast.JoinedStr, ast.Starred)
+    if len(terms) < 2 or any(isinstance(term, literals) for term in terms):
+        return None
+    if isinstance(operation, ast.Sub):
+        terms[1] = ast.UnaryOp(ast.USub(), terms[1])
+    return terms
+
+
+def _operands(call: ast.Call, function: FunctionType) -> list[ast.expr]:
+    """Of ``a.add(b, alpha=c)``, ``torch.add(a, other=b)``, ``operator.add(a, b)``; else none."""
+    assert isinstance(call.func, ast.Attribute)
+    owner = call.func.value
+    holder = _value_of(owner.id, function) if isinstance(owner, ast.Name) else None
+    is_function = holder is torch or holder is operator
+    if isinstance(holder, ModuleType) and not is_function:
+        return []
+    terms = [*call.args] if is_function else [owner, *call.args]
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    for name in ("input", "other"):
+        terms += [named.pop(name)] if name in named and len(terms) < 2 else []
+    terms += [named.pop("alpha")] if "alpha" in named and len(terms) == 2 else []
+    return [] if named or len(terms) > 2 + ("alpha" in {k.arg for k in call.keywords}) else terms

@@ -408,6 +408,23 @@ def test_parallel_parameters() -> None:
         dist.destroy_process_group()
 
 
+def test_parameters_without_values() -> None:
+    with torch.device("meta"):
+        model = NanoGPT()
+    with pytest.raises(ResidualError, match=r"^tokens\.weight is on the meta device: give the m"):
+        rf.transform(model, residual="free", example_inputs=((), tokens()))
+
+
+def test_convolutions_are_reported() -> None:
+    model, inputs = build("resnet")
+    new = rf.transform(model, residual="free", example_inputs=((), inputs))
+    notes = residual_report(new).notes
+    assert notes[0].startswith(
+        "not initialized anew, because no linears: blocks.0.body.0, blocks.0."
+    )
+    assert notes[1:] == ("no temperature: there is no self-attention with a softmax",)
+
+
 def test_torchs_own_encoder() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
     with pytest.raises(ResidualError, match=r"cannot be tempered: .* Pass temperature=None"):

@@ -9,6 +9,7 @@ import copy
 import functools
 import io
 import linecache
+import operator
 import pickle
 import sys
 import traceback
@@ -126,6 +127,53 @@ class TensorAdd(Base):
 
 
 @block
+class Keywords(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(input=x, other=self.f(x), alpha=2)
+
+    def free(self, x: Tensor) -> Tensor:
+        return 2 * self.f(x)
+
+
+@block
+class OperatorAdd(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return operator.add(x, self.f(x))
+
+
+@block
+class Sub(Base):
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.sub(self.f(x))
+        return torch.sub(x, self.g(x), alpha=0.5)
+
+    def free(self, x: Tensor) -> Tensor:
+        return -0.5 * self.g(-self.f(x))
+
+
+@block
+class IntoAnItem(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        held = [x, x * 2]
+        held[0 + 1] += self.f(held[1])
+        return held[1]
+
+    def free(self, x: Tensor) -> Tensor:
+        return self.f(x * 2)
+
+
+@block
+class StrictAboutSubclasses(Base):
+    def __init_subclass__(cls, *, registered: bool) -> None:
+        assert registered
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@block
 class AddInPlaceExpression(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.f(x).add_(x)
@@ -202,6 +250,31 @@ class Super(SkipFirst):
 
     def free(self, x: Tensor) -> Tensor:
         return self.f(x * 2)
+
+
+@block
+class SuperTwice(Super):
+    """Three levels, an add in the last and in the first."""
+
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.g(x)
+        return super().forward(x)
+
+    def free(self, x: Tensor) -> Tensor:
+        return self.f(self.g(x) * 2)
+
+
+@block
+class SuperOfTwoBases(SuperTwice):
+    """The adds are in two bases, each reached by super()."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x)
+
+    def free(self, x: Tensor) -> Tensor:
+        return self.f(self.g(-x) * 2)
 
 
 @block
