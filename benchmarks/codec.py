@@ -31,7 +31,7 @@ ROWS = 4
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tiny", action="store_true", help="a small tensor and two formats")
+    parser.add_argument("--tiny", action="store_true", help="a small tensor and one format")
     parser.add_argument("--formats", nargs="+", default=FORMATS, metavar="FORMAT")
     parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--out", type=Path, default=RESULTS / "codec.jsonl")
@@ -40,7 +40,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
 
     numel, runs = (2**14, 3) if args.tiny else (2**24, 25)
-    formats = ("4b", "3b") if args.tiny else args.formats
+    formats = ("4b",) if args.tiny else args.formats
     rows = []
     print(f"{'format':10}{'threads':>8}{'operator':>16}{'ms':>9}{'iqr':>7}{'GB/s':>7}{'ratio':>7}")
     for threads in (1,) if args.tiny else args.threads:

@@ -26,7 +26,7 @@ def wire_pipeline(
 ) -> tuple[GraphPass, ...]:
     """The passes on a forward or backward graph, in order: merge, then quantize what is left."""
     quantize = QuantizeCollectives(policy, direction, parameters, decompositions or {})
-    return (MergeCollectives(direction), quantize) if merge else (quantize,)
+    return (MergeCollectives(direction, policy), quantize) if merge else (quantize,)
 
 
 def boundary_pipeline(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,25 @@ KNOWN: dict[Any, str] = {
 }
 WAIT = c10d.wait_tensor.default
 _NOT_SENDING = {"wait_tensor", "_wrap_tensor_autograd"}
+
+aten = torch.ops.aten
+_KEEPS_A_WEIGHT = frozenset(
+    {
+        torch.ops.prims.convert_element_type.default,
+        aten._to_copy.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.clone.default,
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.slice.Tensor,
+        aten.constant_pad_nd.default,
+        aten.detach.default,
+        aten.alias.default,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +69,39 @@ class Collective:
 
 
 def find_collectives(gm: fx.GraphModule) -> tuple[Collective, ...]:
-    """All functional collectives in order of appearance, also those no rewrite knows."""
-    return tuple(_describe(node) for node in gm.graph.nodes if _is_collective(node))
+    """All functional collectives in order of appearance, also those no rewrite knows.
+
+    Graphs inside the graph (``torch.cond``, ``nested_compile_region``) are searched where they are
+    first referred to.
+    """
+    return tuple(_find(gm, set()))
+
+
+def _find(gm: fx.GraphModule, seen: set[fx.GraphModule]) -> Iterator[Collective]:
+    for node in gm.graph.nodes:
+        if _is_collective(node):
+            yield _describe(node)
+        elif node.op == "get_attr":
+            inner = operator.attrgetter(str(node.target))(gm)
+            if isinstance(inner, fx.GraphModule) and inner not in seen:
+                seen.add(inner)
+                yield from _find(inner, seen)
+
+
+def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = frozenset()) -> str:
+    """What a policy calls it: "activations", "gradients" or, of a parameter, "weights"."""
+    if c.kind == "all_gather" and _is_parameter(c.node.args[0], parameters):
+        return "weights"
+    # Activation checkpointing runs forward collectives again in the backward graph: they must
+    # give the values of the first time.
+    is_recomputed = c.node.meta.get("partitioner_tag") == "is_forward"
+    return "gradients" if direction == "backward" and not is_recomputed else "activations"
+
+
+def _is_parameter(value: object, parameters: frozenset[str]) -> bool:
+    while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.name in parameters
 
 
 def _is_collective(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,8 +11,9 @@ from torch import fx
 
 from rfcompile.cost import sent_bytes
 from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.find_collectives import Collective, find_collectives
+from rfcompile.passes.find_collectives import Collective, find_collectives, traffic_kind
 from rfcompile.pipeline import PassResult
+from rfcompile.policy import Policy
 from rfcompile.report import Site
 
 aten = torch.ops.aten
@@ -47,6 +49,10 @@ class MergeCollectives:
     itself and then add them up. Works in sums of any length and through equal chains of views;
     all_reduce and reduce_scatter, "sum" or "avg", same group, dtype and shape.
 
+    With a policy only sites that it sends in one and the same format are merged: what it leaves
+    exact among others stays as it is. (If it leaves everything exact, everything is merged, so that
+    a run with it is the baseline of a quantized one.)
+
     The order of the additions changes: the tier is "rounding", the bound that of a float sum.
 
     Rewrites:
@@ -55,15 +61,25 @@ class MergeCollectives:
     """
 
     direction: str = "forward"
+    policy: Policy | None = None
     name: str = "merge-collectives"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         sites: list[Site] = []
-        while (pair := _find_pair(gm)) is not None:
+        while (pair := _find_pair(gm, self._format)) is not None:
             sites.append(self._merged_site(pair[0].collective))
             _merge(gm, *pair)
         return PassResult(gm, len(sites), tuple(sites))
+
+    def _format(self, c: Collective) -> object:
+        """What must be equal to merge; None: not at all."""
+        if self.policy is None or self.policy.is_exact:
+            return "any"
+        size = c.input.numel() * c.input.element_size()
+        known = size if isinstance(size, int) else 2**62
+        kind = traffic_kind(c, self.direction)
+        return self.policy.format_for(kind, module_of(c.node), known)[0]
 
     def _merged_site(self, c: Collective) -> Site:
         size = c.input.numel() * c.input.element_size()
@@ -86,16 +102,23 @@ class MergeCollectives:
         )
 
 
-def _find_pair(gm: fx.GraphModule) -> tuple[_Term, _Term] | None:
+def _find_pair(
+    gm: fx.GraphModule, format_of: Callable[[Collective], object]
+) -> tuple[_Term, _Term] | None:
     """Two terms of one sum that can share a reduction, in graph order."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    by_wait = {c.wait: c for c in find_collectives(gm) if c.wait is not None and _is_linear(c)}
+    linear = [c for c in find_collectives(gm) if c.wait is not None and _is_linear(c)]
+    by_wait = {c.wait: c for c in linear if c.wait is not None}
+    formats = {c.node: format_of(c) for c in linear}
     for root in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
         terms = _terms(root, by_wait)
         terms.sort(key=lambda term: order[term.value])
         for i, first in enumerate(terms):
             for second in terms[i + 1 :]:
-                if _signature(first) == _signature(second):
+                if _signature(first) != _signature(second):
+                    continue
+                fmt = formats[first.collective.node]
+                if fmt is not None and fmt == formats[second.collective.node]:
                     return first, second
     return None
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rfcompile import ops, wire
 from rfcompile.codec import DTYPES
@@ -17,29 +17,17 @@ from rfcompile.collectives import REDUCTIONS
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.find_collectives import KNOWN, Collective, find_collectives
+from rfcompile.passes.find_collectives import (
+    KNOWN,
+    WAIT,
+    Collective,
+    find_collectives,
+    traffic_kind,
+)
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
+from rfcompile.process_groups import resolve
 from rfcompile.report import Site
-
-aten = torch.ops.aten
-_KEEPS_A_WEIGHT = frozenset(
-    {
-        torch.ops.prims.convert_element_type.default,
-        aten._to_copy.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.clone.default,
-        aten.t.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.slice.Tensor,
-        aten.constant_pad_nd.default,
-        aten.detach.default,
-        aten.alias.default,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -75,17 +63,17 @@ class QuantizeCollectives:
         sites = []
         changes = 0
         for collective in find_collectives(gm):
-            kind = self._kind(collective)
+            kind = traffic_kind(collective, self.direction, self.parameters)
             module = module_of(collective.node)
-            size = collective.input.numel() * collective.input.element_size()
-            known_size = size if isinstance(size, int) else None
             fmt: QuantFormat | None = None
-            reason = _why_not(collective)
+            reason = _nothing_to_do(collective)
             eligible = not reason
-            if not reason:
-                fmt, reason = self.policy.format_for(kind, module, known_size or 2**62)
+            if eligible:
+                fmt, reason = self.policy.format_for(kind, module, _size_to_compare(collective))
                 eligible = fmt is not None or "min_bytes" in reason
-            before = _sent(collective, known_size)
+                if fmt is not None and (out_of_reach := _out_of_reach(collective)):
+                    fmt, reason = None, out_of_reach
+            before = _sent(collective)
             site = Site(
                 collective=collective.kind,
                 direction=self.direction,
@@ -104,60 +92,77 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(gm, collective, fmt, site.place, self.decompositions)
+                _replace(collective, fmt, site.place, self.decompositions)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
-    def _kind(self, collective: Collective) -> str:
-        if collective.kind == "all_gather" and self._is_parameter(collective.node.args[0]):
-            return "weights"
-        # Activation checkpointing runs forward collectives again in the backward graph: they must
-        # give the values of the first time.
-        is_recomputed = collective.node.meta.get("partitioner_tag") == "is_forward"
-        is_gradient = self.direction == "backward" and not is_recomputed
-        return "gradients" if is_gradient else "activations"
 
-    def _is_parameter(self, value: object) -> bool:
-        while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
-            value = value.args[0]
-        return isinstance(value, fx.Node) and value.name in self.parameters
-
-
-def _why_not(c: Collective) -> str:
-    """Why a collective cannot be quantized, "" if it can."""
+def _nothing_to_do(c: Collective) -> str:
+    """Why quantizing a collective makes no sense, "" if it does."""
     sent = c.node.args[0]
     if isinstance(sent, fx.Node) and sent.target in _CODED:
         return "its input is quantized already"
     if c.input.dtype not in DTYPES:
         return f"{dtype_text(c.input.dtype)} data is not quantized"
-    if c.node.target not in KNOWN:
-        return f"{c.kind} is not rewritten in this version"
     if c.op and c.op not in REDUCTIONS:
         return f"the reduction {c.op!r} of rounded values is not the rounded reduction"
-    if c.world == 0:
-        return f"process group {c.group!r} is not known in this process"
     if c.world == 1:
         return "one rank: nothing is sent"
-    if c.wait is None:
-        return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
-    if c.kind == "all_to_all" and _has_symbols(c.node.args[1:3]):
-        return "its split sizes are not known while compiling"
-    if isinstance(c.input.numel(), int) and c.input.numel() == 0:
+    # Not of an all_to_all: a rank that has nothing to send may still receive.
+    if c.kind != "all_to_all" and isinstance(c.input.numel(), int) and c.input.numel() == 0:
         return "empty tensor"
     return ""
 
 
-def _has_symbols(splits: Any) -> bool:
-    return not all(isinstance(size, int) for sizes in splits for size in sizes)
+def _out_of_reach(c: Collective) -> str:
+    """Why a collective cannot be quantized although it should be, "" if it can."""
+    if c.node.target not in KNOWN:
+        return f"{c.kind} is not rewritten in this version"
+    if c.world == 0:
+        return f"process group {c.group!r} is not known in this process"
+    if "val" not in c.node.meta:
+        return "its graph has no shapes"
+    if c.wait is None:
+        return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
+    if c.kind == "all_to_all" and any(map(free_unbacked_symbols, _splits(c))):
+        return "its split sizes depend on data that only the run has"
+    return ""
+
+
+def _splits(c: Collective) -> list[Any]:
+    """The sizes of an all_to_all, output splits first, as numbers or symbolic numbers."""
+    sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
+    return [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
+
+
+def _size_to_compare(c: Collective) -> int:
+    """Bytes, for min_bytes; large if not known. All ranks must come to the same decision, and in
+    an all_to_all each has a size of its own."""
+    size = c.input.numel() * c.input.element_size()
+    return size if isinstance(size, int) and c.kind != "all_to_all" else 2**62
 
 
 _CODED: frozenset[object] = frozenset({ops.quantize, ops.requantize, ops.require_finite})
 
 
-def _sent(c: Collective, size: int | None) -> int | None:
-    if c.node.target not in KNOWN or size is None:
-        return size
+def _sent(c: Collective) -> int | None:
+    size = c.input.numel() * c.input.element_size()
+    if c.node.target not in KNOWN or not isinstance(size, int):
+        return size if isinstance(size, int) else None
+    if c.kind == "all_to_all":
+        rows = _rows_to_others(c)
+        row_bytes = c.input.shape[1:].numel() * c.input.element_size()
+        return None if rows is None else sum(rows) * row_bytes
     return sent_bytes(c.kind, size, c.world) if c.world else None
+
+
+def _rows_to_others(c: Collective) -> list[int] | None:
+    """Rows of dim 0 that an all_to_all sends to each other rank, None where they are symbolic."""
+    sizes = _splits(c)[c.world :]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    me = resolve(c.group).rank()
+    return [size for rank, size in enumerate(sizes) if rank != me]
 
 
 def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
@@ -173,6 +178,11 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
         sent += sent_bytes("all_gather", payload // c.world, c.world)
     elif c.kind == "all_gather" or c.kind == "broadcast":
         sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
+    elif c.kind == "all_to_all":
+        rows, inner = _rows_to_others(c), c.input.shape[1:].numel()
+        if rows is None:
+            return None
+        sent = sum(fmt.row_bytes(number * inner) for number in rows)
     else:
         sent = sent_bytes("all_to_all", fmt.payload_bytes(n, c.world), c.world)
     flag = sent_bytes("all_gather", 1, c.world) if fmt.nonfinite == "raise" else 0
@@ -213,43 +223,50 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
             group=c.group,
             site=site,
         )
-    return partial(
-        wire.all_to_all_wire,
-        fmt=fmt.spec,
-        output_splits=args[1],
-        input_splits=args[2],
-        group=c.group,
-        site=site,
-    )
+    outputs, inputs = len(args[1]), len(args[2])
+    fixed = [None if isinstance(size, fx.Node) else size for size in (*args[1], *args[2])]
+
+    def exchange(x: Tensor, *symbolic: Any) -> Tensor:
+        given = iter(symbolic)
+        sizes = [next(given) if size is None else size for size in fixed]
+        assert len(sizes) == outputs + inputs
+        return wire.all_to_all_wire(x, fmt.spec, sizes[:outputs], sizes[outputs:], c.group, site)
+
+    return exchange
 
 
 def _replace(
-    gm: fx.GraphModule,
-    c: Collective,
-    fmt: QuantFormat,
-    place: str,
-    decompositions: Mapping[Any, Callable[..., Any]],
+    c: Collective, fmt: QuantFormat, place: str, decompositions: Mapping[Any, Callable[..., Any]]
 ) -> None:
-    graph = gm.graph
+    graph = c.node.graph
+    inputs = [c.node.args[0]]
+    if c.kind == "all_to_all":
+        sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
+        inputs += [size for size in sizes if isinstance(size, fx.Node)]
+    values = [c.input, *(node.meta["val"] for node in inputs[1:])]  # type: ignore[union-attr]
     fake_mode = c.input.fake_mode  # type: ignore[attr-defined]
     with fake_mode:
         body = make_fx(
             _replacement(c, fmt, place),
             decomposition_table=decompositions,
             tracing_mode="symbolic" if fake_mode.shape_env is not None else "fake",
-        )(c.input)
+        )(*values)
     assert c.wait is not None
+    given = iter(inputs)
     copies: dict[fx.Node, Any] = {}
-    with graph.inserting_before(c.wait):
-        for node in body.graph.nodes:
-            if node.op == "placeholder":
-                copies[node] = c.node.args[0]
-            elif node.op == "output":
-                c.wait.replace_all_uses_with(copies[node.args[0]])
-            else:
-                copy = graph.node_copy(node, copies.__getitem__)
-                origin = {k: v for k, v in c.node.meta.items() if k not in node.meta or k != "val"}
-                copy.meta = {**origin, "val": node.meta.get("val")}
-                copies[node] = copy
+    # Coding and sending start where the collective did, and the rest comes where it was waited
+    # for: what was computed meanwhile still is.
+    place_of_next = c.node
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            copies[node] = next(given)
+        elif node.op == "output":
+            c.wait.replace_all_uses_with(copies[node.args[0]])
+        else:
+            if node.target is WAIT:
+                place_of_next = c.wait
+            with graph.inserting_before(place_of_next):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta = {**c.node.meta, "val": node.meta.get("val")}
     graph.erase_node(c.wait)
     graph.erase_node(c.node)

@@ -13,7 +13,8 @@ from rfcompile.journal import reports
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
-from rfcompile.residual_free import ResidualFree, ResidualReport, residual_report
+from rfcompile.residual_free import ResidualFree
+from rfcompile.residual_report import ResidualReport, residual_report
 from rfcompile.residuals import find_residuals
 
 __all__ = [

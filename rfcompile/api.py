@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from rfcompile import codec, ops
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import capture, inputs_of
+from rfcompile.collectives import before_compiling
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
@@ -23,6 +24,7 @@ from rfcompile.models import (
     copy_of,
     has_collectives,
     has_shapes,
+    is_in_process_group,
     uncompiled,
     with_shapes,
 )
@@ -47,6 +49,8 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
     Raises:
         DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``.
     """
+    if torch.compiler.is_compiling():
+        before_compiling()
     ops.check_codec_input(x)
     format = _required(fmt)
     payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
@@ -67,6 +71,8 @@ def dequantize(
         PayloadError: the payload's length or dtype does not fit the format and shape.
         DtypeError, FormatError.
     """
+    if torch.compiler.is_compiling():
+        before_compiling()
     format = _required(fmt)
     numel = math.prod(shape)
     codec.check_payload(payload, format, numel, 1)
@@ -102,7 +108,8 @@ def transform(
 
     With ``bits`` or a ``policy``:
 
-    - A model with collectives (DTensor parameters) gets them quantized when it is called: it is
+    - A model with collectives gets them quantized when it is called: one with DTensor parameters,
+      and, unless ``boundaries`` are given, any in a process group of several ranks. It is
       compiled with backend "rfquant". (A copy of it is not: torch drops what ``Module.compile``
       sets. Transform the copy.)
     - Any other gets a fake wire at its boundaries: what leaves a boundary is quantized and
@@ -153,7 +160,7 @@ def _with_wire(
     if isinstance(twin, fx.GraphModule):
         return rewrite_graph(twin, wanted, boundaries, example_inputs).gm
     inner = uncompiled(twin)
-    if has_collectives(inner):
+    if has_collectives(inner) or (is_in_process_group() and boundaries == "auto"):
         if boundaries != "auto":
             warnings.warn(
                 f"boundaries={boundaries!r} has no effect on a model with collectives: these are "
@@ -165,6 +172,12 @@ def _with_wire(
             return cast(nn.Module, torch.compile(inner, **_compiler(wanted)))
         _compile_in_place(twin, wanted)
         return twin
+    return with_fake_wire(twin, wanted, boundaries)
+
+
+def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
+    """The module, with a fake wire at its boundaries in place of those that it may have."""
+    inner = uncompiled(twin)
     for module in twin.modules():
         for key, hook in list(module._forward_hooks.items()):
             if isinstance(hook, FakeWire):

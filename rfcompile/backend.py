@@ -24,9 +24,9 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-import rfcompile.lowering  # noqa: F401  # registers the lowerings
 from rfcompile.errors import PolicyError, RFCompileError
 from rfcompile.journal import Entry, new_entry
+from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy
@@ -53,14 +53,13 @@ class Settings:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Settings:
+    def of(cls, options: Mapping[str, Any] | None) -> Settings:
         left = dict(options or {})
         residual = left.pop("residual", "keep")
         if residual != "keep":
-            raise NotImplementedError(
-                f"residual={residual!r}: rewriting a model without its residual connections comes "
-                "with rfcompile 0.2; use residual='keep'."
-            )
+            rule = "a backend has no modules to change: rfcompile.transform(model, residual=...)."
+            raise PolicyError("residual", residual, rule)
+        mode = left.pop("mode", None)
         inductor = dict(list_mode_options(mode)) if mode else {}
         given = left.pop("inductor", {})
         if not isinstance(given, Mapping):
@@ -71,6 +70,9 @@ class Settings:
                 raise PolicyError(name, value, "use True or False.")
         policy = left.pop("policy", None)
         if policy is None:
+            if not left:
+                rule = "give bits, formats by kind of traffic, or a policy; bits=None is all exact."
+                raise PolicyError("options", dict(options or {}), rule)
             policy = Policy.of(**left)
         elif left or not isinstance(policy, Policy):
             rule = "use an rfcompile.Policy, and no other option that a policy takes."
@@ -90,9 +92,9 @@ def rfquant(
     Args:
         gm, example_inputs: from Dynamo.
         options: everything :class:`~rfcompile.Policy` takes (``bits`` and the other fields of
-            QuantFormat as a shorthand) or a ``policy``; ``strict``, ``merge``, ``residual`` and
-            ``inductor``.
-        mode: a mode of Inductor ("max-autotune", ...).
+            QuantFormat as a shorthand) or a ``policy``; ``strict``, ``merge``, ``inductor``, and
+            ``mode``, one of Inductor's ("max-autotune", ...).
+        mode: refused, since torch takes a mode or options, and there must be options.
 
     Raises (when the compiled function is first called):
         PolicyError, FormatError: an option is not understood.
@@ -100,7 +102,11 @@ def rfquant(
         RankMismatchError: the ranks of a process group have different options or package versions.
     """
     try:
-        settings = Settings.of(options, mode)
+        if mode is not None:
+            rule = f"torch.compile takes it or options: options={{'mode': {mode!r}, 'bits': 4}}."
+            raise PolicyError("mode", mode, rule)
+        tag_caches()
+        settings = Settings.of(options)
         entry = new_entry(settings.policy.describe())
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(

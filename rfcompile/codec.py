@@ -163,7 +163,8 @@ def _bytes_of(values: list[Tensor], width: int, offset: int) -> list[Tensor]:
 def _clamp_to_finite(x_CGE: Tensor) -> Tensor:
     magnitude = x_CGE.abs()
     peak = torch.where(magnitude == float("inf"), 0.0, magnitude).amax(-1, keepdim=True)
-    return torch.maximum(torch.minimum(x_CGE, peak), -peak)
+    # A group of zeros and Inf has no end of the grid: it stays as it is and decodes to NaN.
+    return torch.where(peak == 0, x_CGE, torch.maximum(torch.minimum(x_CGE, peak), -peak))
 
 
 # ---- dequantize ----------------------------------------------------------------------------

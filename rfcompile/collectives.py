@@ -140,7 +140,9 @@ Formatish = QuantFormat | str | int
 @constant_while_compiling
 def _spec_of(fmt: Formatish) -> str:
     format = as_format(fmt)
-    assert format is not None
+    if format is None:
+        rule = "give a format; torch.distributed has the exact collective."
+        raise PolicyError("fmt", fmt, rule)
     return format.spec
 
 
@@ -154,7 +156,7 @@ def _prepare(x: Tensor, fmt: Formatish, group: Any, name: str) -> tuple[str, Any
     return spec, process_group, process_group.size(), process_group.group_name
 
 
-def _check_op(op: str) -> None:
+def _check_op(op: object) -> None:
     if op not in REDUCTIONS:
         raise PolicyError("op", op, f"a quantized reduction is one of {', '.join(REDUCTIONS)}.")
 
@@ -267,6 +269,8 @@ def broadcast(x: Tensor, fmt: Formatish, src: int = 0, group: Any = None) -> Ten
     Arguments and exceptions as :func:`all_reduce`; the error is one rounding, ``e * a``.
     """
     spec, _, world, name = _prepare(x, fmt, group, "broadcast")
+    if not 0 <= src < world:
+        raise PolicyError("src", src, f"a rank of the group: 0 to {world - 1}.")
     if world == 1 or x.numel() == 0:
         return x.clone()
     return _broadcast(x, spec, src, world, name)

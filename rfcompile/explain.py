@@ -8,18 +8,23 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 from rfcompile import codec, journal
 from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.api import policy_of, rewrite_graph, transform
+from rfcompile.api import policy_of, rewrite_graph, with_fake_wire
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
 from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
 from rfcompile.graph import dtype_text
-from rfcompile.models import check_module, has_collectives, uncompiled
+from rfcompile.models import (
+    check_module,
+    copy_of,
+    has_collectives,
+    is_in_process_group,
+    uncompiled,
+)
 from rfcompile.pipeline import Record
 from rfcompile.policy import Policy
 from rfcompile.report import GraphChange, Report, Site, merge_reports
@@ -58,11 +63,11 @@ def explain(
         args, kwargs = inputs_of(model, None)
     kwargs = dict(kwargs or {})
     with _state_kept(model):
-        if has_collectives(model) or (dist.is_available() and dist.is_initialized()):
+        if has_collectives(model) or is_in_process_group():
             report = _explain_compiled(model, args, kwargs, wanted)
             if report.sites:
                 return report
-        twin = transform(model, policy=wanted, boundaries=boundaries)
+        twin = with_fake_wire(copy_of(model, share=True), wanted, boundaries)
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
             with watch() as crossings:
                 outputs = twin(*args, **kwargs)
@@ -96,12 +101,16 @@ def _explain_graph(record: Record, policy: Policy) -> Report:
 def _explain_compiled(
     model: nn.Module, args: Any, kwargs: dict[str, Any], policy: Policy
 ) -> Report:
-    earlier = len(journal.reports())
-    torch._dynamo.reset()  # a graph that is compiled already would not be reported again
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    # Code of its own: a graph that is compiled already would not be reported again.
+    call.__code__ = call.__code__.replace()
     options: dict[str, Any] = {"policy": policy}
-    compiled = torch.compile(model, backend="rfquant", options=options, dynamic=False)
-    _backward(model, compiled(*args, **kwargs))
-    return merge_reports(journal.reports()[earlier:])
+    compiled = torch.compile(call, backend="rfquant", options=options, dynamic=False)
+    with journal.aside() as reports:
+        _backward(model, compiled(*args, **kwargs))
+    return merge_reports(reports)
 
 
 def _backward(model: nn.Module, outputs: Any) -> None:

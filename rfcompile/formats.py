@@ -55,8 +55,9 @@ class QuantFormat:
         rounding: "nearest" (ties to even on mid-tread, up on mid-rise), or "stochastic" (unbiased;
             never clips).
         nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
-            :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the end of the grid
-            that the finite values of its group span; NaN still propagates.
+            :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the largest finite
+            magnitude of its group, with its sign; a group that holds NaN, or of whose finite
+            values none differs from zero, still decodes to NaN.
         seed: seed of the rotation's signs and of the stochastic rounding.
 
     Raises:
@@ -206,13 +207,13 @@ class QuantFormat:
         """
         head, *rest = spec.split(":")
         rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
-        if not (head.endswith("b") and head[:-1].isdigit()):
+        if not (head.endswith("b") and head[:-1].isdecimal()):
             raise FormatError("format", spec, rule)
         values: dict[str, object] = {"bits": int(head[:-1])}
         for part in rest:
             if part in _WORDS:
                 values.update(_WORDS[part])
-            elif part[:1] in _NUMBERS and part[1:].isdigit():
+            elif part[:1] in _NUMBERS and part[1:].isdecimal():
                 values[_NUMBERS[part[0]]] = int(part[1:])
             else:
                 raise FormatError("format", spec, f"{part!r} is not understood; {rule}")

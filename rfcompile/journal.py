@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rfcompile.pipeline import Record
 from rfcompile.report import GraphChange, Report, Site
@@ -26,27 +27,40 @@ class Entry:
         return Report(tuple(self.sites), self.policy, graphs=tuple(self.graphs))
 
 
+KEPT = 256
+"""How many entries are kept, the newest: they hold the texts of their graphs."""
+
 _ENTRIES: list[Entry] = []
 
 
 def new_entry(policy: str) -> Entry:
     entry = Entry(policy)
     _ENTRIES.append(entry)
+    del _ENTRIES[:-KEPT]
     return entry
+
+
+@contextmanager
+def aside() -> Iterator[list[Report]]:
+    """Reports of what compiles in the ``with`` block; :func:`reports` never has them."""
+    earlier = _ENTRIES[:]
+    found: list[Report] = []
+    try:
+        yield found
+    finally:
+        found += [entry.report() for entry in _ENTRIES if entry not in earlier]
+        _ENTRIES[:] = earlier
 
 
 def reports(*, clear: bool = False) -> list[Report]:
     """A report for each graph that backend "rfquant" compiled in this process, oldest first.
+
+    The newest :data:`KEPT` are kept.
 
     ``clear=True`` forgets them afterwards. A function that Dynamo split or compiled again for
     another shape has several; :func:`~rfcompile.report.merge_reports` joins them.
     """
     result = [entry.report() for entry in _ENTRIES]
     if clear:
-        forget(_ENTRIES[:])
+        _ENTRIES.clear()
     return result
-
-
-def forget(entries: Iterable[Entry]) -> None:
-    for entry in entries:
-        _ENTRIES.remove(entry)

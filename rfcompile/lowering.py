@@ -1,12 +1,13 @@
 """How Inductor compiles the codec operators: one visible node each, fused with its neighbours.
 
-Importing this module registers the lowerings; ``backend.py`` does so before anything compiles. (An
-operator that Inductor met before would stay an opaque call in that process.) An operator is lowered
+Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
+anything compiles. An operator is lowered
 by tracing its formula of ``codec.py`` and lowering the trace in place, so generated kernels and
 eager kernels come from the same lines.
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
-``_inductor.lowering.{register_lowering, process_subgraph_nodes}``, ``_inductor.ir.{ConcatKernel,
+``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
+_maybe_layout_constraints}``, ``_inductor.ir.{ConcatKernel,
 FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
 ``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
 ``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
@@ -25,7 +26,13 @@ from torch._inductor.decomposition import (
     register_decomposition,
     select_decomp_table,
 )
-from torch._inductor.lowering import process_subgraph_nodes, register_lowering
+from torch._inductor.lowering import (
+    _maybe_layout_constraints,
+    fallbacks,
+    lowerings,
+    process_subgraph_nodes,
+    register_lowering,
+)
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -89,6 +96,10 @@ def _lower_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
     return lower
 
 
+for _op in (ops.pack, *ops.FORMULAS):  # forget that Inductor may have met them as opaque calls
+    fallbacks.discard(_op)
+    _maybe_layout_constraints.pop(_op, None)
+    lowerings.pop(_op, None)
 register_lowering(ops.pack, type_promotion_kind=None)(_lower_pack)
 for _op, _formula in ops.FORMULAS.items():
     register_lowering(_op, type_promotion_kind=None)(_lower_formula(_formula))
@@ -97,6 +108,16 @@ for _op, _wire in collectives.DECOMPOSITIONS.items():
     register_decomposition(_op)(_wire)
 fast_random_decomps.cache_clear()
 
-# Inductor's caches do not know what our lowerings generate: another version of this package would
-# find this version's kernels. The tag is part of every key.
-torch.compiler.config.cache_key_tag += f"rfcompile-{source_digest()}"
+
+def tag_caches() -> None:
+    """Make the sources of this package part of the key of Inductor's caches.
+
+    They do not know what our lowerings generate: another version would find this one's kernels.
+    Called for each compile, since the user may have set the tag since.
+    """
+    tag = f"rfcompile-{source_digest()}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
+
+
+tag_caches()

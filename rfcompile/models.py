@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -56,6 +57,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def has_collectives(model: nn.Module) -> bool:
     """It is parallel by DTensor parameters, so that its graphs will have collectives."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def is_in_process_group() -> bool:
+    """There are other ranks, so that a graph may have collectives that nobody sees in the model."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def with_shapes(gm: fx.GraphModule, example_inputs: Any) -> fx.GraphModule:

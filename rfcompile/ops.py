@@ -37,6 +37,8 @@ def _define(
 
 
 def check_codec_input(x: Tensor, what: str = "the input of quantize") -> None:
+    if not isinstance(x, Tensor):
+        raise DtypeError(what, type(x).__name__, [str(dtype) for dtype in codec.DTYPES])
     if x.dtype not in codec.DTYPES:
         raise DtypeError(what, x.dtype, [str(dtype) for dtype in codec.DTYPES])
 

@@ -89,7 +89,9 @@ def run(gm: fx.GraphModule, passes: Iterable[GraphPass]) -> Record:
         if step.changes:
             _trace(step.name, text)
         steps.append(step)
-    gm.recompile()
+    for module in gm.modules():  # graphs inside the graph too
+        if isinstance(module, fx.GraphModule):
+            module.recompile()
     return Record(gm, tuple(steps))
 
 

@@ -66,7 +66,8 @@ class Policy:
             raise PolicyError(
                 unknown[0],
                 options[unknown[0]],
-                f"the options are {', '.join(sorted(names | set(FORMAT_FIELDS)))}.",
+                f"the options are {', '.join(sorted(names | set(FORMAT_FIELDS)))}; the backend "
+                "also takes policy, strict, merge, mode, and inductor={option: value}.",
             )
         shared = {name: options.pop(name) for name in FORMAT_FIELDS if name in options}
         bits = shared.pop("bits", None)
@@ -75,6 +76,11 @@ class Policy:
         if bits is not None:
             options = dict.fromkeys(KINDS, as_format(bits, **shared)) | options
         return cls(**options)
+
+    @property
+    def is_exact(self) -> bool:
+        """It quantizes nothing at all."""
+        return not any((*(getattr(self, kind) for kind in KINDS), *self.sites.values()))
 
     def override_for(self, module: str) -> str | None:
         """The first pattern of ``sites`` that the module path matches."""

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch._dispatch.python import no_python_dispatcher
+from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rfcompile.errors import ProcessGroupError, RankMismatchError
@@ -40,9 +41,16 @@ def resolve(group: Any) -> Any:
         )
     if group is None:
         return dist.group.WORLD
+    if isinstance(group, DeviceMesh) and group.ndim == 1:
+        group = group.get_group()
     if isinstance(group, dist.ProcessGroup):
         return group
-    name = name_of(group)
+    if not isinstance(group, str):
+        raise ProcessGroupError(
+            f"{group!r} is no process group of this process: pass a ProcessGroup that this rank is "
+            "in, its name, a DeviceMesh of one dimension, or None for the default group."
+        )
+    name = group
     try:
         return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except RuntimeError as error:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import fx, nn
@@ -17,7 +16,7 @@ from rfcompile.errors import PolicyError, ResidualError
 from rfcompile.passes.find_residuals import Kind, ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
 from rfcompile.pipeline import run
-from rfcompile.report import table
+from rfcompile.residual_report import REPORT, ResidualReport
 from rfcompile.residual_site import Mode, ResidualSite
 from rfcompile.surgery import open_sites
 from rfcompile.training.initialization import Initialization, Initialized, initialize
@@ -54,61 +53,6 @@ class ResidualFree:
             object.__setattr__(self, "initialization", Initialization() if fresh else None)
         if self.temperature == "auto":
             object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
-
-
-@dataclass(frozen=True)
-class ResidualReport:
-    """What became of a model's residual adds, parameters and attentions; ``print`` it."""
-
-    mode: Rewrite
-    sites: tuple[OpenedSite, ...]
-    left: tuple[ResidualAdd, ...] = ()
-    initialized: tuple[Initialized, ...] = ()
-    temperatures: tuple[Temperature, ...] = ()
-    notes: tuple[str, ...] = field(default=())
-
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        found = len(self.sites) + len(self.left)
-        yield f"{len(self.sites)} of {found} residual adds rewritten: {self.mode}"
-        rows = [["site", "was", "at"]]
-        rows += [[s.path, s.add.spelling, s.add.source] for s in self.sites]
-        rows += [[f"(left, {a.kind})", a.spelling, a.place] for a in self.left]
-        yield from table(rows)
-        if self.initialized:
-            counts = Counter(item.rule for item in self.initialized)
-            listing = ", ".join(f"{count} {rule}" for rule, count in counts.items())
-            yield f"{len(self.initialized)} parameters initialized anew: {listing}"
-        if self.temperatures:
-            yield "temperature, and a token's weight on itself without and with it:"
-            yield from table(
-                [["parameter", "value", "without", "with"]]
-                + [
-                    [t.name, f"{t.value:.3f}", f"{t.mass_before:.3f}", f"{t.mass_after:.3f}"]
-                    for t in self.temperatures
-                ]
-            )
-        yield from self.notes
-
-
-REPORT = "_rfcompile_residual_report"
-
-
-def residual_report(model: nn.Module) -> ResidualReport:
-    """What :func:`~rfcompile.transform` did to the residual connections of ``model``.
-
-    Raises:
-        ResidualError: nothing; it was not transformed so.
-    """
-    report = getattr(model, REPORT, None)
-    if not isinstance(report, ResidualReport):
-        raise ResidualError(
-            f"{type(model).__name__} has no residual report: pass what "
-            "rfcompile.transform(model, residual='free') returned."
-        )
-    return report
 
 
 def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:

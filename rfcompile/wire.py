@@ -142,9 +142,13 @@ def broadcast_wire(
 
 
 def default_segments(x: Tensor, fmt: QuantFormat) -> int:
-    """How many pipelined segments an all-reduce of ``x`` uses unless told: 1, 2, 4 or 8."""
+    """How many pipelined segments an all-reduce of ``x`` uses unless told: 1, 2, 4 or 8.
+
+    Only where that cannot change a value, so that dynamic sizes, which have one, give the same.
+    """
     size = x.numel()
-    if not isinstance(size, int):
+    by_place = fmt.group_size is None or fmt.rounding == "stochastic"
+    if by_place or not isinstance(size, int):
         return 1
     segments = 1
     while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:

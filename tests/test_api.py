@@ -859,8 +859,8 @@ def test_options_that_are_errors(
 
 
 def test_a_model_without_residual_adds_cannot_lose_them() -> None:
-    with pytest.raises(ResidualError, match=r"Net has no residual add of kind block"):
-        rf.transform(Net(), bits=4, residual="free", example_inputs=(X,))
+    with pytest.raises(ResidualError, match=r"Linear has no residual add of kind block"):
+        rf.transform(nn.Linear(32, 32), bits=4, residual="free", example_inputs=(X,))
     with pytest.raises(CaptureError, match="Net has no example inputs"):
         rf.transform(Net(), residual="free")
 

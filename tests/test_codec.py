@@ -243,9 +243,11 @@ def test_saturate_puts_inf_at_the_end_of_the_finite_range() -> None:
         assert outside.isfinite().all()
 
 
-def test_saturate_without_a_finite_value_gives_zeros() -> None:
-    x = torch.full((1, 128), math.inf)
-    assert (round_trip(x, QuantFormat(4, nonfinite="saturate")) == 0).all()
+def test_saturate_never_makes_zeros_of_inf() -> None:
+    for others in (math.inf, 0.0):  # no finite value, or none that says where the grid ends
+        x = torch.full((1, 128), others)
+        x[0, 5] = -math.inf
+        assert round_trip(x, QuantFormat(4, nonfinite="saturate")).isnan().all()
 
 
 # ---- dtypes, sizes, strides, magnitudes ----------------------------------------------------------

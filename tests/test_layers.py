@@ -24,7 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("codec", "ops", "capture", "boundaries", "models", "linears"),
     ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
-    ("lowering", "attention", "surgery", "distributed", "analysis", "training", "residual_free"),
+    (
+        *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
+        *("residual_free", "residual_report"),
+    ),
     ("backend", "diff", "api", "explain", "residuals"),
     ("cli", ""),  # "" is rfcompile/__init__.py, which lists the public names
 )

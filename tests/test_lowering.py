@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +139,23 @@ def test_the_operator_is_one_node_at_the_end_of_the_post_grad_passes() -> None:
     with config.patch(post_grad_custom_post_pass=look):
         compiled(lambda t: ops.quantize(t * 2, "4b"), torch.randn(2, 256))
     assert look.seen.count(ops.quantize) == 1
+
+
+def test_an_operator_that_inductor_met_before_is_lowered_all_the_same(tmp_path: Path) -> None:
+    # Inductor compiles an operator that it does not know to an opaque call, and remembers that.
+    code = """
+import torch, rfcompile
+x = torch.randn(1, 1000)
+code = lambda x: torch.ops.rfcompile.quantize(x, "4b:g128:rise", 0)
+torch.compile(code)(x)
+import rfcompile.lowering
+from torch._inductor.utils import run_and_get_code
+y, (source,) = run_and_get_code(torch.compile(lambda x: code(x + 1)), x)
+print("torch.ops.rfcompile" in source, torch.equal(y, code(x + 1)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False", "True"]

@@ -24,7 +24,8 @@ from rfcompile.errors import PolicyError, ResidualError
 from rfcompile.fake_wire import FakeWire
 from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
 from rfcompile.pipeline import run
-from rfcompile.residual_free import ResidualFree, ResidualReport, residual_report
+from rfcompile.residual_free import ResidualFree
+from rfcompile.residual_report import ResidualReport, residual_report
 from rfcompile.residual_site import ResidualSite
 from rfcompile.training.initialization import Initialization
 from rfcompile.training.temperature import TemperatureRule

@@ -187,9 +187,15 @@ def train_llama(rank: Rank, bits: int, sequence_parallel: bool, inductor: bool) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tensor", "sequence"])
 @pytest.mark.parametrize(
-    ("world", "bits", "inductor"), [(2, 4, True), (2, 8, False), (4, 4, False)]
+    ("world", "bits", "inductor", "sequence_parallel"),
+    [
+        (2, 4, True, False),
+        (2, 8, False, False),
+        (2, 8, False, True),
+        (4, 4, False, False),
+        (4, 4, False, True),
+    ],
 )
 def test_llama(
     ranks: RunRanks, world: int, bits: int, inductor: bool, sequence_parallel: bool
@@ -445,6 +451,37 @@ def test_in_place_collectives_too(ranks: RunRanks) -> None:
     ranks(2, check_in_place)
 
 
+def check_uneven(rank: Rank) -> list[str | None]:
+    """Experts' traffic: every rank has splits of its own, and they change between calls."""
+
+    def f(x: Tensor, sent: list[int], got: list[int]) -> Tensor:
+        y = x.new_empty(sum(got), x.shape[1])
+        dist.all_to_all_single(y, x, got, sent)
+        return y
+
+    options = {"bits": 8, "strict": True}  # some sizes are below min_bytes, some are not
+    run = torch.compile(f, backend="rfquant", options=options, fullgraph=True)
+    for splits in (
+        [[40, 200], [10, 20]],
+        [[64, 64], [64, 64]],
+        [[64, 64], [64, 70]],  # dynamic from here on, on rank 1 only
+        [[64, 64], [0, 0]],
+        [[3, 5], [64, 71]],
+    ):
+        sent, got = splits[rank.index], [row[rank.index] for row in splits]
+        x = torch.full((sum(sent), 64), rank.index + 1.0)
+        with graphs_run_as_they_are():
+            y = run(x, sent, got)
+        assert torch.equal(y, rf.all_to_all(x, 8, input_splits=sent, output_splits=got))
+    return [site.format for report in rf.reports(clear=True) for site in report.sites]
+
+
+@pytest.mark.slow
+def test_ranks_with_different_splits_decide_alike(ranks: RunRanks) -> None:
+    for formats in ranks(2, check_uneven):
+        assert set(formats) == {"8b:g128:tread"}
+
+
 def check_merged(rank: Rank) -> None:
     """Exact in both runs: only the order of additions differs."""
     w = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(rank.index))
@@ -668,13 +705,14 @@ def test_strict_looks_at_the_backward_graph_too() -> None:
         ({"bits": 4, "strict": 1}, PolicyError, "strict=1 .* use True or False", {"value": 1}),
         ({"bits": 4, "merge": None}, PolicyError, "merge=None", {"option": "merge"}),
         ({"bits": 4, "inductor": 3}, PolicyError, "inductor=3", {"option": "inductor"}),
+        ({"strict": True}, PolicyError, "give bits, formats by kind of traffic, or a policy", {}),
         ({"policy": 4}, PolicyError, "policy=4", {"option": "policy"}),
         ({"policy": rf.Policy(), "bits": 4}, PolicyError, "no other option", {}),
         (
             {"bits": 4, "residual": "free"},
-            NotImplementedError,
-            "residual='free': .* rfcompile 0.2; use residual='keep'",
-            {},
+            PolicyError,
+            r"residual='free' .* rfcompile\.transform\(model, residual=",
+            {"option": "residual"},
         ),
     ],
 )
@@ -689,6 +727,14 @@ def test_options_that_are_not_understood(
 
 
 @pytest.mark.usefixtures("two_ranks")
+def test_a_mode_is_one_of_the_options() -> None:
+    with pytest.raises(PolicyError, match=r"mode='max-autotune' .* options=\{'mode': 'max"):
+        torch.compile(Block(), backend="rfquant", mode="max-autotune")(torch.randn(64))
+    compiled(Block(), bits=4, min_bytes=0, mode="max-autotune")(torch.randn(64))
+    assert reported().sites[0].format == "4b:g128:rise"
+
+
+@pytest.mark.usefixtures("two_ranks")
 def test_a_policy_as_an_option() -> None:
     policy = rf.Policy(activations="3b:g16", min_bytes=0)
     compiled(Block(), policy=policy)(torch.randn(64))
@@ -696,7 +742,7 @@ def test_a_policy_as_an_option() -> None:
     assert [site.format for site in report.sites] == ["3b:g16:rise"]
     assert report.policy == policy.describe()
     with graphs_run_as_they_are():
-        compiled(Block())(torch.randn(64))
+        compiled(Block(), bits=None)(torch.randn(64))
     assert reported().sites[0].reason == "the policy sends activations exact"
 
 

@@ -19,6 +19,7 @@ from rfcompile.graph import graph_text
 from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.pipeline import run
+from rfcompile.policy import Policy
 from rfcompile.process_groups import simulated
 from rfcompile.report import Site
 
@@ -219,6 +220,30 @@ def test_compiled_with_a_dynamic_batch() -> None:
             assert f(torch.randn(batch, 50)).shape == (batch, 50)
     (report,) = rf.reports(clear=True)
     assert (report.num_sites, report.num_merged) == (1, 1)
+
+
+def test_a_policy_decides_what_may_be_merged(trace: Trace) -> None:
+    def f(a: Tensor, b: Tensor) -> Tensor:
+        return reduce(a) + reduce(b)
+
+    for policy, merges in (
+        (Policy.of(bits=4, min_bytes=0), 1),
+        (Policy(), 1),
+        (Policy.of(bits=4, min_bytes=10**9), 0),  # both stay exact, and as they are
+    ):
+        assert run(trace(f, A, B), [MergeCollectives(policy=policy)]).steps[0].changes == merges
+
+
+def test_sites_with_formats_of_their_own_are_not_merged(trace: Trace) -> None:
+    gm = trace(lambda a, b: reduce(a) + reduce(b), A, B)
+    first, second = (c.node for c in find_collectives(gm))
+    first.meta["nn_module_stack"] = {"q": ("q", torch.nn.Linear)}
+    second.meta["nn_module_stack"] = {"k": ("k", torch.nn.Linear)}
+    for sites in ({"q": 8, "k": 2}, {"q": None}, {"k": None}):
+        policy = Policy.of(bits=4, min_bytes=0, sites=sites)
+        assert run(gm, [MergeCollectives(policy=policy)]).steps[0].changes == 0
+    same = Policy.of(bits=4, min_bytes=0, sites={"q": 4, "k": 4})
+    assert run(gm, [MergeCollectives(policy=same)]).steps[0].changes == 1
 
 
 def test_it_finds_nothing_in_a_graph_without_collectives(trace: Trace) -> None:

@@ -1,0 +1,146 @@
+"""The optimizers that residual-free models want: spectral steps for matrices, AdamW otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+from rfcompile.attention import anatomy
+from rfcompile.capture import capture, inputs_of
+from rfcompile.errors import ResidualError
+from rfcompile.models import uncompiled
+from rfcompile.passes.find_residuals import find_residuals
+from rfcompile.residual_report import residual_report
+from rfcompile.residual_site import ResidualSite
+
+
+class Optimizers(Optimizer):
+    """Several optimizers as one: steps, gradients, and a state_dict that holds all of theirs.
+
+    Learning-rate schedulers see every group of every optimizer.
+    """
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self.optimizers = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__([{**group} for group in groups], {})
+        self.param_groups = groups  # the very dicts that the optimizers read
+
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for o in self.optimizers for group in o.param_groups]
+
+
+def optimizers(
+    model: nn.Module,
+    *,
+    lr: float = 1e-3,
+    matrix_lr: float = 5e-3,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
+    matrices: Literal["muon", "soap", "adamw"] = "muon",
+    example_inputs: Any = None,
+) -> Optimizers:
+    """One optimizer for a model: ``matrices`` for the blocks' linears, AdamW for everything else.
+
+    The blocks' linears are those in a branch of a residual add: as the report of
+    ``rfcompile.transform`` names them, else as ``example_inputs`` show. So embeddings, heads,
+    norms, biases, gains and temperatures get AdamW, whatever their shape; only the blocks' linears
+    get weight decay.
+
+    Args:
+        lr: of AdamW. matrix_lr: of "muon" (``torch.optim.Muon``) or "soap" (of the package
+            pytorch-optimizer: ``pip install 'rfcompile[optimizers]'``).
+        matrices: "adamw" is a control: the same groups, with ``lr``.
+        example_inputs: for a model that ``transform`` has not rewritten; as there.
+
+    Raises:
+        ResidualError: the blocks are not known, or ``matrices`` is none of these.
+        CaptureError: the model cannot be captured.
+
+    Source: arXiv:2605.25880 names spectral and second-order optimizers (Muon, Shampoo); which
+    parameters get which is common practice with Muon.
+    """
+    hidden = _hidden(model, example_inputs)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    chosen = [(name, p) for name, p in named if name in hidden and p.dim() == 2]
+    names = {name for name, _ in chosen}
+    rest = [(name, p) for name, p in named if name not in names]
+    decayed = [p for name, p in rest if name in hidden]  # stacks of matrices
+    plain = [p for name, p in rest if name not in hidden]
+    other = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((decayed, weight_decay), (plain, 0.0))
+        if params
+    ]
+    parameters = [p for _, p in chosen]
+    if matrices == "adamw":
+        first: Optimizer = AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    elif matrices == "muon":
+        first = Muon(parameters, lr=matrix_lr, weight_decay=weight_decay)
+    elif matrices == "soap":
+        first = _soap(parameters, matrix_lr, betas, weight_decay)
+    else:
+        raise ResidualError(
+            f"matrices={matrices!r} is not supported: choose 'muon', 'soap' or 'adamw'."
+        )
+    return Optimizers(first, *([AdamW(other, lr=lr, betas=betas)] if other else []))
+
+
+def _hidden(model: nn.Module, example_inputs: Any) -> set[str]:
+    """Names of the weights of the blocks' linears."""
+    model = uncompiled(model)
+    try:
+        report = residual_report(model)
+        weights = {item.parameter for item in report.initialized if item.rule != "zero"}
+        mixing = {f"{site.path}.weight" for site in report.sites}
+    except ResidualError:
+        weights, mixing = set(), set()
+    if weights:
+        return weights | mixing
+    inputs = inputs_of(model, example_inputs)
+    modules = {path for add in find_residuals(capture(model, inputs)) for path in add.branch}
+    sites = {path for path, module in model.named_modules() if isinstance(module, ResidualSite)}
+    linears = anatomy(model, inputs).linears
+    found = {linear.weight for linear in linears if linear.module in modules - sites}
+    if not found:
+        raise ResidualError(
+            f"{type(model).__name__} has no linear in a branch of a residual add: make a plain "
+            "optimizer, or pass what rfcompile.transform returned."
+        )
+    return found
+
+
+def _soap(
+    parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], weight_decay: float
+) -> Optimizer:
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise ResidualError(
+            "matrices='soap' needs the package pytorch-optimizer: pip install "
+            "'rfcompile[optimizers]', or choose 'muon'."
+        ) from error
+    made: Optimizer = SOAP(list(parameters), lr=lr, betas=betas, weight_decay=weight_decay)
+    return made

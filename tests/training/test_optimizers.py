@@ -1,0 +1,118 @@
+"""Who steps which parameter, and that several optimizers behave as one."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rfcompile as rf
+from rfcompile.errors import ResidualError
+from rfcompile.training import optimizers
+
+IDS = torch.arange(6).view(2, 3)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embedding(ids)))
+
+
+MATRICES = {f"blocks.{i}.{name}.weight" for i in range(2) for name in ("up", "down")}
+
+
+def names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in held}
+
+
+@pytest.mark.parametrize("residual", ["keep", "free", "mix"])
+def test_linears_of_blocks_get_muon_and_the_rest_adamw(residual: str) -> None:
+    model: nn.Module = Model()
+    matrices = set(MATRICES)
+    if residual != "keep":
+        model = rf.transform(model, residual=residual, example_inputs=(IDS,))
+    if residual == "mix":
+        matrices |= {f"blocks.{i}.residual_0.weight" for i in range(2)}
+    both = optimizers(model, example_inputs=(IDS,) if residual == "keep" else None)
+    muon, adamw = both.optimizers
+    assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
+    assert names_of(model, muon) == matrices
+    every = {name for name, _ in model.named_parameters()}
+    assert names_of(model, adamw) == every - matrices
+    assert [group["weight_decay"] for group in adamw.param_groups] == [0.0]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(IDS).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("matrices", ["muon", "soap", "adamw"])
+def test_every_parameter_moves_and_a_checkpoint_resumes(matrices: Any) -> None:
+    if matrices == "soap":
+        pytest.importorskip("pytorch_optimizer")
+    torch.manual_seed(0)
+    model = Model()
+    both = optimizers(model, matrices=matrices, example_inputs=(IDS,))
+    schedule = torch.optim.lr_scheduler.LambdaLR(both, lambda n: 0.5**n)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):  # SOAP only prepares in its first step
+        step(model, both)
+        schedule.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert [o.param_groups[0]["lr"] for o in both.optimizers] == [
+        o.param_groups[0]["initial_lr"] / 8 for o in both.optimizers
+    ]
+    other = Model()
+    other.load_state_dict(model.state_dict())
+    resumed = optimizers(other, matrices=matrices, example_inputs=(IDS,))
+    resumed.load_state_dict(copy.deepcopy(both.state_dict()))  # torch would share it
+    step(model, both)
+    step(other, resumed)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_closure_gives_the_loss() -> None:
+    model = Model()
+    both = optimizers(model, example_inputs=(IDS,))
+
+    def closure() -> Tensor:
+        both.zero_grad()
+        loss = model(IDS).square().mean()
+        loss.backward()
+        return loss
+
+    assert both.step(closure) > both.step(closure)
+
+
+def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ResidualError, match="matrices='lion' is not supported: choose 'muon'"):
+        optimizers(Model(), matrices="lion", example_inputs=(IDS,))  # type: ignore[arg-type]
+    with pytest.raises(ResidualError, match="Linear has no linear in a branch of a residual add"):
+        optimizers(nn.Linear(3, 3), example_inputs=(torch.ones(2, 3),))
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ResidualError, match=r"needs the package pytorch-optimizer: pip install"):
+        optimizers(Model(), matrices="soap", example_inputs=(IDS,))
