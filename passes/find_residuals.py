@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from rfcompile.graph import dtype_text, module_of, source_of, target_text
+from rfcompile.passes.canonicalize import Summand
 from rfcompile.passes.dataflow import Dataflow, Value
 from rfcompile.passes.residual_sums import Residual, ResidualSums
 from rfcompile.pipeline import PassResult
@@ -90,10 +91,12 @@ class FindResiduals:
 def find_residuals(gm: fx.GraphModule) -> tuple[ResidualAdd, ...]:
     """The residual adds of a graph in order; see :class:`FindResiduals`."""
     flow = Dataflow(gm)
-    kinds = _kinds(ResidualSums(flow).streams())
+    sums = ResidualSums(flow)
+    kinds = _kinds(sums.streams())
     contractions = [value for value in flow.values if value.is_contraction]
     return tuple(
-        _describe(add, kind, order, contractions) for order, (add, kind) in enumerate(kinds.items())
+        _describe(add, sums.branch(add), kind, order, contractions)
+        for order, (add, kind) in enumerate(kinds.items())
     )
 
 
@@ -121,11 +124,18 @@ def _holds(outer: Residual, inner: Residual) -> bool:
     return inner.stream.comes_from(outer.stream) and outer.passes(inner.total)
 
 
-def _describe(add: Residual, kind: Kind, order: int, contractions: Sequence[Value]) -> ResidualAdd:
+def _describe(
+    add: Residual,
+    branch: tuple[Summand, ...],
+    kind: Kind,
+    order: int,
+    contractions: Sequence[Value],
+) -> ResidualAdd:
     node = add.total.node
     meta: Any = add.total.meta
     known = isinstance(meta, torch.Tensor)
-    inside = [c for c in contractions if c is not add.stream and add.passes(c)]
+    whole = replace(add, others=branch)
+    inside = [c for c in contractions if c is not add.stream and whole.passes(c)]
     if any(term.is_contraction for term in add.others):
         inside.append(add.total)
     return ResidualAdd(

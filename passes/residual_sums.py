@@ -152,6 +152,23 @@ class ResidualSums:
         is_linear = value.is_contraction or carried(value) is not None or value in self.terms
         return not (is_linear or is_norm(value) or value.operator == "getitem")
 
+    # ---- the whole branch ----------------------------------------------------------------------
+
+    def branch(self, add: Residual) -> tuple[Summand, ...]:
+        """Its other terms, and those that are added later and computed beside it: ``x + f + g``."""
+        terms, total = list(add.others), add.total
+        while len(total.users) == 1 and total.users[0] not in self.found:
+            (user,) = total.users
+            later = [term for term in self.terms.get(user, ()) if term.factors != (total,)]
+            beside = [f for t in later for f in t.factors if f.comes_from(add.stream)]
+            if carried(user) is not total and not beside:
+                break
+            if any(factor.comes_from(add.total) for factor in beside):
+                break
+            terms += later
+            total = user
+        return tuple(terms)
+
     # ---- streams -------------------------------------------------------------------------------
 
     def streams(self) -> dict[Residual, Value]:

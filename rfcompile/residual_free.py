@@ -95,12 +95,12 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
 def _not_initialized(
     model: nn.Module, modules: Collection[str], done: tuple[Initialized, ...]
 ) -> Iterator[str]:
-    """The modules of the branches that multiply by something that is no linear."""
+    """The parameters in the branches that are matrices, but of no linear."""
     names = {item.parameter for item in done}
     for path in sorted(modules):
         own = dict(model.get_submodule(path).named_parameters(recurse=False))
-        if any(p.dim() > 1 and f"{path}.{n}".lstrip(".") not in names for n, p in own.items()):
-            yield path or "(itself)"
+        full = {f"{path}.{name}".lstrip("."): parameter for name, parameter in own.items()}
+        yield from (name for name, p in full.items() if p.dim() > 1 and name not in names)
 
 
 def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:

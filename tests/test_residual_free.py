@@ -162,6 +162,30 @@ def test_free_already(mode: str) -> None:
         rf.transform(new, residual="free", example_inputs=((), tokens()))
 
 
+def test_a_parallel_mlp_that_is_added_later() -> None:
+    """``x + attention + mlp``: both are the branch of one add."""
+
+    class Parallel(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.attention(self.norm_1(x)) + self.mlp(self.norm_1(x))
+
+    new = rf.transform(Parallel(16), residual="free", example_inputs=(X,)).eval()
+    report = residual_report(new)
+    done = {item.parameter for item in report.initialized}
+    assert {
+        "attention.qkv.weight",
+        "attention.out.weight",
+        "mlp.0.weight",
+        "mlp.2.weight",
+    } < weights
+    assert [site.add.branch for site in report.sites] == [
+        ("attention.qkv", "attention", "attention.out", "mlp.0", "mlp.2")
+    ]
+    torch.testing.assert_close(
+        new(X), new.attention(new.norm_1(X)) + new.mlp(new.norm_1(X)), rtol=0, atol=0
+    )
+
+
 def test_choices() -> None:
     how = ResidualFree(initialization=None, temperature=None)
     model = NanoGPT()
@@ -417,9 +441,11 @@ def test_parameters_without_values() -> None:
 def test_convolutions_are_reported() -> None:
     model, inputs = build("resnet")
     new = rf.transform(model, residual="free", example_inputs=((), inputs))
-    notes = residual_report(new).notes
-    assert notes[0].startswith("not initialized anew, as they are no linears to us: blo")
-    assert notes[1:] == ("no temperature: there is no self-attention with a softmax",)
+    first, second = residual_report(new).notes
+    assert first.startswith(
+        "not initialized anew, as they are no linears to us: blocks.0.body.0.we"
+    )
+    assert second == "no temperature: there is no self-attention with a softmax"
 
 
 def test_torchs_own_encoder() -> None:

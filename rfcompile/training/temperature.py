@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.attention import Attention, Core, anatomy, cores_of
+from rfcompile.attention import Attention, Core, Heads, anatomy, cores_of
 from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
 from rfcompile.errors import ResidualError
 from rfcompile.graph import module_of
@@ -92,28 +92,29 @@ def temper(
         places = [
             (found, *_place(run, core, run.layers[core])) for core, found in run.found.items()
         ]
-    return tuple(_install(model, rule, *place) for place in places)
+    values: dict[str, float] = {}
+    for found, path, features in places:
+        if path not in values:
+            values[path] = _install(model.get_submodule(path), rule, found.value, features)
+    return tuple(
+        replace(found, name=f"{path}.{NAME}", value=values[path]) for found, path, _ in places
+    )
 
 
 def _install(
-    model: nn.Module,
-    rule: TemperatureRule,
-    found: Temperature,
-    path: str,
-    features: tuple[int, ...] | None,
-) -> Temperature:
-    owner = model.get_submodule(path)
+    owner: nn.Module, rule: TemperatureRule, factor: float, features: tuple[int, ...] | None
+) -> float:
     if any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values()):
-        value = getattr(owner, NAME).detach() * found.value  # it was tempered before
+        value = getattr(owner, NAME).detach() * factor  # it was tempered before
         delattr(owner, NAME)
     else:
-        value = torch.full((1,), found.value, device=next(iter(owner.parameters())).device)
+        value = torch.full((1,), factor, device=next(iter(owner.parameters())).device)
         owner.register_forward_hook(ScaleQueries(features))
     if rule.learnable:
         owner.register_parameter(NAME, nn.Parameter(value))
     else:
         owner.register_buffer(NAME, value)
-    return replace(found, name=f"{path}.{NAME}", value=float(value))
+    return float(value)
 
 
 # ---- how hot -----------------------------------------------------------------------------------
@@ -132,13 +133,17 @@ class _Calibration(fx.Interpreter):
         self.layers = {c: found for c, found in pairs if found.is_self and _is_square(c)}
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
         self.found: dict[Core, Temperature] = {}
+        self.values: dict[Heads | None, float] = {}
         self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
         if core is not None and core in self.layers:
             node, _ = core.query
-            value = self._solve(core)
+            query = self.layers[core].query
+            if query not in self.values:  # a module that is called again keeps its temperature
+                self.values[query] = self._solve(core)
+            value = self.values[query]
             attention = module_of(core.result)
             self.found[core] = Temperature(
                 "", attention, value, self._mass(core, 1.0), self._mass(core, value)

@@ -199,6 +199,25 @@ def test_the_state_and_the_copy_have_it() -> None:
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
 
 
+def test_a_module_that_is_called_twice_has_one_temperature() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Own()
+            self.block.k.weight.data = self.block.q.weight.data
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.block(x))
+
+    model, x = Twice(), torch.randn(2, 5, 32)
+    first, second = temper(model, ((x,), {}), TemperatureRule(0.3))
+    assert first.name == second.name == f"block.q.{NAME}"
+    assert first.value == second.value == float(model.get_parameter(first.name).detach())
+    assert first.mass_after == pytest.approx(0.3**0.5, abs=BISECTION)
+    masses = [mass(weights) for weights in scores(model, {"x": x}, None, False)]
+    assert masses == pytest.approx([first.mass_after, second.mass_after], abs=BISECTION)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     model = NanoGPT().to(dtype).eval()
