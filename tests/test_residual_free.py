@@ -177,7 +177,7 @@ def test_a_parallel_mlp_that_is_added_later() -> None:
         "attention.out.weight",
         "mlp.0.weight",
         "mlp.2.weight",
-    } < weights
+    } < done
     assert [site.add.branch for site in report.sites] == [
         ("attention.qkv", "attention", "attention.out", "mlp.0", "mlp.2")
     ]
