@@ -31,8 +31,8 @@ class TemperatureRule:
 
     Source: arXiv:2605.25880 names a depth-aware temperature without its formula. The schedule has
     the form of E-SPA's (arXiv:2302.10322); solving the temperature for it is ours. So is the
-    default: of 0.25, 0.01 and 0.0005 an 8-layer language model learned best with 0.01, and worst
-    with 0.25, where its attentions hardly mix (benchmarks/residual_study.py).
+    default: colder attention hardly mixes at the start, and small language models learned more
+    slowly with it.
     """
 
     self_mass: float = 0.01
