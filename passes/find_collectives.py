@@ -98,6 +98,13 @@ def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = fro
     return "gradients" if direction == "backward" and not is_recomputed else "activations"
 
 
+def size_to_compare(c: Collective) -> int:
+    """Bytes, for min_bytes; large if not known. All ranks must come to the same decision, and in
+    an all_to_all each has a size of its own."""
+    size = c.input.numel() * c.input.element_size()
+    return size if isinstance(size, int) and c.kind != "all_to_all" else 2**62
+
+
 def _is_parameter(value: object, parameters: frozenset[str]) -> bool:
     while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
         value = value.args[0]

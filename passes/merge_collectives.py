@@ -11,7 +11,12 @@ from torch import fx
 
 from rfcompile.cost import sent_bytes
 from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.find_collectives import Collective, find_collectives, traffic_kind
+from rfcompile.passes.find_collectives import (
+    Collective,
+    find_collectives,
+    size_to_compare,
+    traffic_kind,
+)
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.report import Site
@@ -76,10 +81,8 @@ class MergeCollectives:
         """What must be equal to merge; None: not at all."""
         if self.policy is None or self.policy.is_exact:
             return "any"
-        size = c.input.numel() * c.input.element_size()
-        known = size if isinstance(size, int) else 2**62
         kind = traffic_kind(c, self.direction)
-        return self.policy.format_for(kind, module_of(c.node), known)[0]
+        return self.policy.format_for(kind, module_of(c.node), size_to_compare(c))[0]
 
     def _merged_site(self, c: Collective) -> Site:
         size = c.input.numel() * c.input.element_size()

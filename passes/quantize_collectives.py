@@ -22,6 +22,7 @@ from rfcompile.passes.find_collectives import (
     WAIT,
     Collective,
     find_collectives,
+    size_to_compare,
     traffic_kind,
 )
 from rfcompile.pipeline import PassResult
@@ -69,7 +70,7 @@ class QuantizeCollectives:
             reason = _nothing_to_do(collective)
             eligible = not reason
             if eligible:
-                fmt, reason = self.policy.format_for(kind, module, _size_to_compare(collective))
+                fmt, reason = self.policy.format_for(kind, module, size_to_compare(collective))
                 eligible = fmt is not None or "min_bytes" in reason
                 if fmt is not None and (out_of_reach := _out_of_reach(collective)):
                     fmt, reason = None, out_of_reach
@@ -135,13 +136,6 @@ def _splits(c: Collective) -> list[Any]:
     return [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
 
 
-def _size_to_compare(c: Collective) -> int:
-    """Bytes, for min_bytes; large if not known. All ranks must come to the same decision, and in
-    an all_to_all each has a size of its own."""
-    size = c.input.numel() * c.input.element_size()
-    return size if isinstance(size, int) and c.kind != "all_to_all" else 2**62
-
-
 _CODED: frozenset[object] = frozenset({ops.quantize, ops.requantize, ops.require_finite})
 
 
@@ -149,11 +143,13 @@ def _sent(c: Collective) -> int | None:
     size = c.input.numel() * c.input.element_size()
     if c.node.target not in KNOWN or not isinstance(size, int):
         return size if isinstance(size, int) else None
+    if not c.world:
+        return None
     if c.kind == "all_to_all":
         rows = _rows_to_others(c)
         row_bytes = c.input.shape[1:].numel() * c.input.element_size()
         return None if rows is None else sum(rows) * row_bytes
-    return sent_bytes(c.kind, size, c.world) if c.world else None
+    return sent_bytes(c.kind, size, c.world)
 
 
 def _rows_to_others(c: Collective) -> list[int] | None:

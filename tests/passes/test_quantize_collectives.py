@@ -396,6 +396,16 @@ def test_an_all_to_all_is_decided_without_the_sizes_of_this_rank(trace: Trace, n
     assert site.format == "4b:g128:rise"
 
 
+def test_an_all_to_all_of_an_unknown_group_stays_with_a_reason(trace: Trace) -> None:
+    def f(x: Tensor) -> Tensor:
+        out: Tensor = c10d.wait_tensor(c10d.all_to_all_single(x, [2] * 4, [2] * 4, "gone"))
+        return out
+
+    _, (site,) = quantized(trace(f, X))
+    assert site.reason == "process group 'gone' is not known in this process"
+    assert site.bytes_before is None
+
+
 def test_small_ones_stay_and_are_counted_as_eligible(trace: Trace) -> None:
     gm = trace(all_reduce, X)
     before = graph_text(gm)
