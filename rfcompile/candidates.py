@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,12 +153,6 @@ def _only(edits: tuple[Edit, ...], new: dict[str, str]) -> tuple[Edit, ...]:
 
 
 # ---- sources ---------------------------------------------------------------------------------
-
-_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def frames_of(stack_trace: str | None) -> list[tuple[str, int]]:
-    return [(file, int(line)) for file, line in _FRAME.findall(stack_trace or "")]
 
 
 def _statements_at(tree: ast.AST, line: int) -> ast.Module:

@@ -218,6 +218,12 @@ _ITEM = re.compile(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]")
 _WRAPPERS = {"", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
+def frames_of(node: fx.Node) -> list[tuple[str, int]]:
+    """File and line of each frame a node was traced in, outermost first."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return [(file, int(line)) for file, line in found]
+
+
 def source_of(node: fx.Node) -> str:
     """The user's line a node was traced from, as "file.py:12"; "" when unknown.
 
@@ -225,7 +231,7 @@ def source_of(node: fx.Node) -> str:
     working directory if the file lies below it; an installed or distant file keeps two components.
     A backward node carries the line of its forward.
     """
-    for file, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+    for file, line in reversed(frames_of(node)):
         if not file.startswith("<") and not _is_internal(file):
             return f"{_short_path(file)}:{line}"
     return ""

@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.candidates import Owner, frames_of
+from rfcompile.candidates import Owner
 from rfcompile.capture import Inputs, capture, copied, in_mode
 from rfcompile.errors import CaptureError, ResidualError
+from rfcompile.graph import frames_of
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
 from rfcompile.passes.open_residuals import OpenedSite
 from rfcompile.residual_site import ResidualSite
@@ -98,7 +99,7 @@ def _open_sites(
     every = find_residuals(graph)
     wanted = [add for add in every if add.kind in kinds]
     left = tuple(add for add in every if add.kind not in kinds)
-    frames = {node.name: frames_of(node.meta.get("stack_trace")) for node in graph.graph.nodes}
+    frames = {node.name: frames_of(node) for node in graph.graph.nodes}
     new: dict[str, Owner] = {}
     for add in wanted:
         module = model.get_submodule(add.module)
