@@ -1,33 +1,47 @@
 """The randomized Hadamard rotation of a group; open this file to see how outliers are spread.
 
 A block of ``n`` values becomes ``y = H D x / n`` with Sylvester's Hadamard matrix ``H`` and random
-signs ``D``; back it is ``x = D H y``. ``n`` is a power of two and the rest is additions in a fixed
-order, so every device computes the same bits. The orthogonal rotation is ``H D / sqrt(n)``; the
-group's scale absorbs the difference. Dividing by all of ``n`` before the sums keeps
-``|y| <= max|x|``, so that no input overflows.
+signs ``D``, drawn among those that spread a constant block evenly; back it is ``x = D H y``. ``n``
+is a power of two and the rest is additions in a fixed order, so every device computes the same
+bits. The orthogonal rotation is ``H D / sqrt(n)``; the group's scale absorbs the difference.
+Dividing by all of ``n`` before the sums keeps ``|y| <= max|x|``, so that no input overflows.
 
 A block is the elements of a group that lie ``E / n`` apart (``E`` elements a group). A block of
 more than 8 elements is an array with the axes :func:`axes_of`, first axis slowest, and each axis is
 rotated by itself: ``H`` is then the Kronecker product of the axes' matrices, ``D`` of their signs.
 
 Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456) for the use before low-bit coding; the
-power-of-two normalization and the signs by axis are ours.
+power-of-two normalization, the signs by axis and their choice are ours.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 from torch import Tensor
+
+Number = TypeVar("Number", int, Tensor)
 
 
 @lru_cache(maxsize=256)
 def signs(n: int, seed: int) -> tuple[int, ...]:
-    """``n`` signs (+1 or -1), the same on every rank and platform for a seed."""
-    bits = random.Random(seed * 1031 + n).getrandbits(n)
-    return tuple(1 - 2 * (bits >> i & 1) for i in range(n))
+    """``n <= 16`` signs (+1 or -1), the same on every rank and platform for a seed.
+
+    Only signs ``d`` with ``max |H d| <= 2^ceil(log2(n) / 2)`` are drawn, the least there is: a mean
+    that the elements of a block share (often, activations have one) goes to all of them alike.
+    Signs that resemble a row of ``H`` would heap it on one, as every second draw does at ``n = 4``.
+    """
+    generator = random.Random(seed * 1031 + n)
+    least = 2 ** math.ceil(math.log2(n) / 2)
+    while True:
+        bits = generator.getrandbits(n)
+        drawn = [1 - 2 * (bits >> i & 1) for i in range(n)]
+        if max(map(abs, _butterfly(drawn))) <= least:
+            return tuple(drawn)
 
 
 def axes_of(block: int) -> tuple[int, ...]:
@@ -71,7 +85,8 @@ def _each_block(
     return result
 
 
-def _butterfly(xs: list[Tensor]) -> list[Tensor]:
+def _butterfly(xs: list[Number]) -> list[Number]:
+    """``H x``, in ``log2 n`` steps of additions and subtractions."""
     width = 1
     while width < len(xs):
         mixed = list(xs)
