@@ -271,13 +271,12 @@ def _turn_inner_axes(x_CGE: Tensor, fmt: QuantFormat, pack: Pack, *, inverse: bo
     C, G, E = x_CGE.shape
     turn = unrotate_parts if inverse else rotate_parts
     first, *inner = axes_of(fmt.rotate)
-    before = fmt.num_parts  # elements of a group before the axis, in steps of what follows it
-    assert before >= first
+    after = fmt.rotate // first  # elements of a group that follow one step of the axis
     for n in inner:
-        x = x_CGE.reshape(C, G * before, n, E // (before * n))
+        after //= n
+        x = x_CGE.reshape(C, G * (E // (n * after)), n, after)
         parts = turn([x.select(2, i).float() for i in range(n)], n, fmt.seed)
         x_CGE = pack(parts, [n]).reshape(C, G, E)
-        before *= n
     return x_CGE
 
 

@@ -6,9 +6,11 @@ is a power of two and the rest is additions in a fixed order, so every device co
 bits. The orthogonal rotation is ``H D / sqrt(n)``; the group's scale absorbs the difference.
 Dividing by all of ``n`` before the sums keeps ``|y| <= max|x|``, so that no input overflows.
 
-A block is the elements of a group that lie ``E / n`` apart (``E`` elements a group). A block of
-more than 8 elements is an array with the axes :func:`axes_of`, first axis slowest, and each axis is
-rotated by itself: ``H`` is then the Kronecker product of the axes' matrices, ``D`` of their signs.
+With ``p = min(n, 8)`` a block is ``n / p`` neighbours from each of ``p`` places of a group that lie
+``E / p`` apart (``E`` elements a group): outliers of a channel are spread over other channels,
+however large the group. It is an array with the axes :func:`axes_of`, first axis slowest, and each
+axis is rotated by itself: ``H`` is the Kronecker product of the axes' matrices, ``D`` of their
+signs.
 
 Source: Ashkboos et al. 2024 (QuaRot, arXiv:2404.00456) for the use before low-bit coding; the
 power-of-two normalization, the signs by axis and their choice are ours.

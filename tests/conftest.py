@@ -82,6 +82,18 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def rotation_blocks() -> Callable[[torch.Tensor, int], torch.Tensor]:
+    """Groups ``[.., E]`` as the blocks of ``n`` that are rotated, ``[.., n, E / n]``."""
+
+    def blocks(groups: torch.Tensor, n: int) -> torch.Tensor:
+        places = min(n, 8)
+        apart = groups.unflatten(-1, (places, -1, n // places))
+        return apart.transpose(-1, -2).flatten(-3, -2)
+
+    return blocks
+
+
+@pytest.fixture(scope="session")
 def rotation_matrix() -> Callable[[Sequence[int], int], torch.Tensor]:
     """The orthogonal rotation of a block with these axes in float64, by rotation.py's docstring."""
     from rfcompile.rotation import signs

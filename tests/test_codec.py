@@ -93,16 +93,16 @@ def test_the_bound_is_not_vacuous() -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_rotated_error_is_within_the_documented_bounds(bits: int, rotation_matrix: Matrix) -> None:
+def test_rotated_error_is_within_the_documented_bounds(
+    bits: int, rotation_matrix: Matrix, rotation_blocks: Callable[[Tensor, int], Tensor]
+) -> None:
     x = wide_range_data(1300)
     for fmt in formats([bits], rotations=ROTATIONS[1:], seed=3):
         n = fmt.rotate or 1
         groups = in_groups(x, fmt)
-        C, G, E = groups.shape
-        blocks = groups.reshape(C, G, n, E // n)
-        rotated = rotation_matrix(axes_of(n), 3) @ blocks
+        rotated = rotation_matrix(axes_of(n), 3) @ rotation_blocks(groups, n)
         r = rotated.abs().amax((-1, -2), keepdim=True)
-        error = (in_groups(round_trip(x, fmt), fmt) - groups).reshape(blocks.shape)
+        error = rotation_blocks(in_groups(round_trip(x, fmt), fmt) - groups, n)
         limit = fmt.max_error() * r + 2.0**-120 * n
         assert (error.abs() <= n**0.5 * limit).all(), fmt
         assert (error.square().mean(-2, keepdim=True).sqrt() <= limit).all(), fmt
@@ -446,32 +446,32 @@ GOLDEN = {
     "2b:g128:rise": "b942abcf8a8e5a09",
     "2b:g32:tread:stoch": "46b0da5956fa8d8d",
     "2b:tensor:rise": "d6de4a41bbf65440",
-    "2b:g64:rise:h16": "5aaa079fbdb64b43",
+    "2b:g64:rise:h16": "e22624016ea7718b",
     "2b:g128:rise:h128:saturate": "0c6888a62f51973c",
     "3b:g128:rise": "8ef936048ef8c70b",
     "3b:g32:tread:stoch": "aa83e4e1fb8c5424",
     "3b:tensor:rise": "0ee8a93408a5980f",
-    "3b:g64:rise:h16": "c76fd4706eccdd4d",
+    "3b:g64:rise:h16": "b2dbe8d82f7b507d",
     "3b:g128:rise:h128:saturate": "accbe76c3831226d",
     "4b:g128:rise": "90f9a3186bb90b87",
     "4b:g32:tread:stoch": "05347ad98684504f",
     "4b:tensor:rise": "cd98b042d2fdb33c",
-    "4b:g64:rise:h16": "42975a5525459f0e",
+    "4b:g64:rise:h16": "17adce8a0f59dfcb",
     "4b:g128:rise:h128:saturate": "f9181b1a5d22ce15",
     "5b:g128:rise": "904f90ac315a2e46",
     "5b:g32:tread:stoch": "568ca7904645f4bb",
     "5b:tensor:tread": "0726e9ed25bd9cbb",
-    "5b:g64:tread:h16": "dc482aa212a29b14",
+    "5b:g64:tread:h16": "41e7a4af6dcc5ddb",
     "5b:g128:tread:h128:saturate": "391629e42aef4a01",
     "6b:g128:rise": "52b4e75f9e3bad1d",
     "6b:g32:tread:stoch": "d407b707f5e77afe",
     "6b:tensor:tread": "add9133e43af1821",
-    "6b:g64:tread:h16": "057b15c42118e63d",
+    "6b:g64:tread:h16": "dd67af1ba184e2f3",
     "6b:g128:tread:h128:saturate": "de5c9ce8ef83d50c",
     "8b:g128:rise": "8cff747bb57757e5",
     "8b:g32:tread:stoch": "06bdc08e401478ee",
     "8b:tensor:tread": "2857e0722e2e1cec",
-    "8b:g64:tread:h16": "89e938e6fde70ad4",
+    "8b:g64:tread:h16": "5e2eab2599711624",
     "8b:g128:tread:h128:saturate": "0883aabb7c2c8769",
 }
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from rfcompile import codec
+from rfcompile.analysis import excess_kurtosis
 from rfcompile.formats import QuantFormat
 from rfcompile.rotation import axes_of, rotate_parts, signs, unrotate_parts
 
 Matrix = Callable[[Sequence[int], int], Tensor]
+Blocks = Callable[[Tensor, int], Tensor]
 
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16])
@@ -38,16 +40,27 @@ def test_the_matrix_is_orthogonal(rotation_matrix: Matrix, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [16, 32, 64, 128, 256, 512, 1024])
-def test_a_large_block_is_rotated_by_its_own_matrix(rotation_matrix: Matrix, n: int) -> None:
+def test_a_large_block_is_rotated_by_its_own_matrix(
+    rotation_matrix: Matrix, rotation_blocks: Blocks, n: int
+) -> None:
     # 8 bits resolve the rotated values well enough to tell this matrix from any other.
     fmt = QuantFormat(8, 1024, rotate=n, seed=5)
     x = torch.randn(1, 1024)
     plain = QuantFormat(8, 1024)
     levels = codec.dequantize(codec.quantize(x, fmt), plain, torch.float32)
-    blocks = x.double().reshape(n, 1024 // n)
-    expected = (rotation_matrix(axes_of(n), 5) @ blocks).reshape(1, 1024) / n**0.5
-    error = (levels - expected).abs().max() / expected.abs().max()
+    expected = rotation_matrix(axes_of(n), 5) @ rotation_blocks(x.double(), n) / n**0.5
+    error = (rotation_blocks(levels, n) - expected).abs().max() / expected.abs().max()
     assert error <= plain.max_error()
+
+
+@pytest.mark.parametrize(("group_size", "spread"), [(128, 128), (None, 16)])
+def test_an_outlier_channel_is_spread_over_others(group_size: int | None, spread: int) -> None:
+    """Over m channels alike, an outlier's excess kurtosis falls to 1/m; twice is allowed."""
+    x = torch.randn(64, 128)
+    x[:, 5] *= 30
+    payload = codec.quantize(x.reshape(1, -1), QuantFormat(8, group_size, rotate=128))
+    rotated = codec.dequantize(payload, QuantFormat(8, group_size), torch.float32)
+    assert excess_kurtosis(rotated) < excess_kurtosis(x) / (spread / 2)
 
 
 def test_signs_are_fixed_for_a_seed_and_differ_between_seeds() -> None:
