@@ -42,15 +42,36 @@ def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:
         assert row.keys() >= MACHINE | {"median_ms", "iqr_ms", "share", "copy_GBps", "compile_s"}
 
 
-def test_residual_study(root: Path, tmp_path: Path) -> None:
+STUDY = "steps 2 layers 1 width 32 heads 2 context 16 batch 2 batches 1 threads 1"
+
+
+def sizes(text: str) -> list[str]:
+    pairs = zip(*[iter(text.split())] * 2, strict=True)
+    return ["--no-compile", *(part for name, value in pairs for part in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize("task", ["language", "digits"])
+def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
+    if task == "digits":
+        pytest.importorskip("sklearn")
     out = tmp_path / "study.jsonl"
-    sizes = "steps 2 layers 1 width 32 heads 2 context 16 batch 2 batches 1 seeds 1 threads 1"
-    pairs = zip(*[iter(sizes.split())] * 2, strict=True)
-    command = ["benchmarks/residual_study.py", "--no-compile", "--arms", "residual+adamw"]
-    command += ["free+muon", *(part for name, value in pairs for part in (f"--{name}", value))]
+    command = ["benchmarks/residual_study.py", *sizes(f"{STUDY} seeds 1 task {task}")]
+    command += ["--arms", "residual+adamw", "free+muon"]
     for _ in range(2):  # the second time nothing is left to do
         rows = rows_of(root, out, *command)
         assert [row["arm"] for row in rows] == ["residual+adamw", "free+muon"]
     for row in rows:
         assert row.keys() >= MACHINE | {"validation_loss", "kurtosis", "increases", "traffic"}
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_anneal_study(root: Path, tmp_path: Path) -> None:
+    trained = ["benchmarks/residual_study.py", *sizes(f"{STUDY} seeds 1")]
+    trained += ["--arms", "residual+muon", "--checkpoints", str(tmp_path)]
+    rows_of(root, tmp_path / "study.jsonl", *trained)
+    checkpoint = str(tmp_path / "language residual+muon 0.pt")
+    out = tmp_path / "anneal.jsonl"
+    rows = rows_of(root, out, "benchmarks/anneal_study.py", checkpoint, *sizes(STUDY))
+    assert [row["arm"] for row in rows] == ["kept", "annealed", "dropped", "fresh"]
+    kept, annealed, dropped, fresh = (row["course"][0][1] for row in rows)  # type: ignore[index]
+    assert kept == annealed != dropped != fresh
