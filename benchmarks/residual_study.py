@@ -55,7 +55,7 @@ ARMS: dict[str, Arm] = {
     "residual+adamw": replace(KEPT, matrices="adamw"),
     "residual+muon": KEPT,
     "free+muon": FREE,
-    "free+muon+annealed": replace(FREE, skips="annealed"),
+    "free+muon+annealed": replace(FREE, skips="annealed", matrix_lr=0.02),
     "residual+muon+orthogonal": replace(KEPT, initialization=Initialization()),
     "free+adamw": replace(FREE, matrices="adamw"),
     "free+muon-orthogonal": replace(FREE, initialization=None),
