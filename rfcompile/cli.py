@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--min-bytes", type=int, default=0, help="smaller ones stay exact")
         command.add_argument(
+            "--policy", type=Path, metavar="FILE", help="a policy in TOML, instead of these two"
+        )
+        command.add_argument(
             "--world-size",
             type=_positive,
             default=1,
@@ -144,6 +147,8 @@ def _ranks(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 
 def _policy(args: argparse.Namespace) -> Policy:
+    if args.policy is not None:
+        return Policy.from_file(args.policy)
     fmt = as_format(int(args.format) if args.format.isdigit() else args.format)
     return Policy(fmt, fmt, fmt, fmt, min_bytes=args.min_bytes)
 

@@ -6,6 +6,7 @@ Open this file to see what a format means; ``codec.py`` holds the arithmetic.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal, get_args
@@ -235,8 +236,12 @@ _NUMBERS = {"g": "group_size", "h": "rotate", "s": "seed"}
 
 
 def as_format(value: object, **changes: object) -> QuantFormat | None:
-    """A format from what users write: a QuantFormat, bits, a spec text, or None for exact."""
-    if value is None:
+    """A format from what users write: a QuantFormat, its fields, bits, a text, or None for exact.
+
+    Raises:
+        FormatError: it is none of these.
+    """
+    if value is None or value == "exact":
         return None
     if isinstance(value, QuantFormat):
         return replace(value, **changes) if changes else value  # type: ignore[arg-type]
@@ -244,7 +249,9 @@ def as_format(value: object, **changes: object) -> QuantFormat | None:
         return as_format(QuantFormat.parse(value), **changes)
     if isinstance(value, int):
         return QuantFormat(value, **changes)  # type: ignore[arg-type]
-    rule = "give a QuantFormat, bits, a text such as '4b:g128', or None."
+    if isinstance(value, Mapping) and value.keys() <= set(FORMAT_FIELDS) and "bits" in value:
+        return QuantFormat(**{**value, **changes})
+    rule = "give a QuantFormat, its fields, bits, a text such as '4b:g128', or None for exact."
     raise FormatError("format", value, rule)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from rfcompile.errors import PolicyError
@@ -12,8 +15,9 @@ from rfcompile.formats import FORMAT_FIELDS, QuantFormat, as_format
 
 KINDS = ("activations", "gradients", "weights", "optimizer_state")
 
-Formatish = QuantFormat | str | int | None
-"""What users write for a format: a QuantFormat, a text such as "4b:g64", bits, or None: exact."""
+Formatish = QuantFormat | Mapping[str, Any] | str | int | None
+"""What users write for a format: a QuantFormat or its fields, a text such as "4b:g64", bits, or
+"exact" or None."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,49 @@ class Policy:
         if bits is not None:
             options = dict.fromkeys(KINDS, as_format(bits, **shared)) | options
         return cls(**options)
+
+    @classmethod
+    def auto(cls, bits: int = 4, *, rotate: int | None = None, **options: Any) -> Policy:
+        """A format for each kind of traffic that suits what it looks like; our rule.
+
+        - activations: ``bits``, the grid of the format's default (mid-rise up to 4 bits), with a
+          Hadamard rotation of ``rotate`` elements if asked for: useful where channels have
+          outliers, which residual-free models have not.
+        - gradients: ``bits``, mid-tread (many are almost zero) with stochastic rounding, whose
+          errors cancel over steps and ranks.
+        - weights and optimizer state: at least 8 bits, as their errors stay.
+
+        ``options`` are those of Policy and win.
+
+        Raises:
+            PolicyError, FormatError: an option is not understood.
+        """
+        named = {
+            "activations": QuantFormat(bits, rotate=rotate),
+            "gradients": QuantFormat(bits, grid="mid-tread", rounding="stochastic"),
+            "weights": QuantFormat(8),
+            "optimizer_state": QuantFormat(8),
+        }
+        return cls.of(**(named | options))
+
+    @classmethod
+    def from_file(cls, path: str | PathLike[str]) -> Policy:
+        """Read a policy from a TOML file with the options of :meth:`of`.
+
+        A format is a number of bits, a text, a table of QuantFormat's fields, or ``"exact"``;
+        ``auto = 4`` starts from :meth:`auto`.
+
+        Raises:
+            PolicyError: the file is no TOML, or an option is not understood. FormatError. OSError.
+        """
+        with Path(path).open("rb") as file:
+            try:
+                options = tomllib.load(file)
+            except tomllib.TOMLDecodeError as error:
+                raise PolicyError("file", str(path), f"write TOML: {error}.") from error
+        if "auto" in options:
+            return cls.auto(options.pop("auto"), **options)
+        return cls.of(**options)
 
     @property
     def is_exact(self) -> bool:

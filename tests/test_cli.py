@@ -149,6 +149,17 @@ def test_formats_and_other_options(run: Run) -> None:
     assert "4096 bytes < min_bytes=4097" in result.out
 
 
+def test_a_policy_file(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text('activations = "2b:g64"\n[sites]\n"layers.0" = "exact"\n')
+    result = run("explain", "net", "--policy", str(file))
+    assert "2b:g64:rise" in result.out
+    assert "sites['layers.0'] says exact" in result.out
+    missing = run("explain", "net", "--policy", str(tmp_path / "none.toml"))
+    assert missing.code == 3
+    assert "none.toml" in missing.err
+
+
 def test_explain_as_json(run: Run) -> None:
     result = run("explain", "net", "--json", "--bits", "8")
     plain = json.loads(result.out, parse_constant=pytest.fail)

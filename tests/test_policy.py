@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from rfcompile.errors import FormatError, PolicyError
@@ -86,3 +88,60 @@ def test_a_bad_format_inside_a_policy_is_a_format_error() -> None:
         Policy(gradients=7)
     with pytest.raises(FormatError, match=r"'x9' is not understood"):
         Policy(sites={"a": "4b:x9"})
+
+
+def test_auto_suits_each_kind() -> None:
+    policy = Policy.auto(4, rotate=32, gradients=8, min_bytes=0)
+    assert policy.activations == QuantFormat(4, rotate=32)
+    assert policy.gradients == QuantFormat(8)
+    assert policy.weights == policy.optimizer_state == QuantFormat(8)
+    assert policy.min_bytes == 0
+    stochastic = Policy.auto(2).gradients
+    assert stochastic == QuantFormat(2, grid="mid-tread", rounding="stochastic")
+
+
+def test_a_file_says_what_python_would(tmp_path: Path) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(
+        """
+        bits = 4
+        group_size = 64
+        gradients = "8b:g32"
+        weights = "exact"
+        min_bytes = 0
+        activations = { bits = 4, rotate = 32 }
+
+        [sites]
+        "layers.0.*" = "exact"
+        "head" = { bits = 8, group_size = 256 }
+        """
+    )
+    assert Policy.from_file(file) == Policy.of(
+        bits=4,
+        group_size=64,
+        gradients="8b:g32",
+        weights=None,
+        min_bytes=0,
+        activations=QuantFormat(4, rotate=32),
+        sites={"layers.0.*": None, "head": QuantFormat(8, 256)},
+    )
+    file.write_text("auto = 3\nweights = 4")
+    assert Policy.from_file(str(file)) == Policy.auto(3, weights=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("bits = x", PolicyError, r"file='.*policy.toml' .* write TOML: .*line 1"),
+        ("bitz = 4", PolicyError, "bitz=4 is not supported: the options are"),
+        ("weights = { bit = 4 }", FormatError, r"format=\{'bit': 4\} .* its fields"),
+        ("auto = 7", FormatError, "bits=7"),
+    ],
+)
+def test_a_bad_file_is_refused(
+    tmp_path: Path, text: str, error: type[Exception], message: str
+) -> None:
+    file = tmp_path / "policy.toml"
+    file.write_text(text)
+    with pytest.raises(error, match=message):
+        Policy.from_file(file)
