@@ -167,12 +167,8 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        segments = wire.default_segments(c.input, fmt)
-        unit = c.world * segments * fmt.group_elements(8)
-        payload = fmt.payload_bytes(-(-n // unit) * unit, c.world * segments)
-        sent = sent_bytes("all_to_all", payload, c.world)
-        sent += sent_bytes("all_gather", payload // c.world, c.world)
-    elif c.kind == "all_gather" or c.kind == "broadcast":
+        return wire.all_reduce_sent_bytes(n, fmt, c.world)
+    if c.kind == "all_gather" or c.kind == "broadcast":
         sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
     elif c.kind == "all_to_all":
         rows, inner = _rows_to_others(c), c.input.shape[1:].numel()
@@ -189,7 +185,7 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
     args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = wire.default_segments(c.input, fmt)
+        segments = wire.default_segments(c.input.numel(), fmt)
         return partial(
             wire.all_reduce_wire,
             fmt=fmt.spec,
