@@ -10,11 +10,12 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Hash of all Python sources of the package, passes included: 16 hex digits."""
+    """Hash of the Python sources that decide what travels: 16 hex digits."""
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for path in sorted((*root.glob("*.py"), *(root / "passes").glob("*.py"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for folder in (root, root / "distributed", root / "passes"):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -3,7 +3,8 @@
 Private torch symbols used here, tried on torch 2.13 and present in 2.11:
 ``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves),
 ``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing),
-``torch._dispatch.python.no_python_dispatcher`` (see :func:`agree`).
+``torch._dispatch.python.no_python_dispatcher`` (see :func:`agree`),
+``ProcessGroup._get_backend(device).options._timeout`` (see :func:`twin`).
 """
 
 from __future__ import annotations
@@ -65,6 +66,20 @@ def name_of(group: Any) -> str:
     return group if isinstance(group, str) else str(group.group_name)
 
 
+def twin(group: Any, device: torch.device) -> Any:
+    """A new process group of the same ranks, backend and timeout; only those ranks take part.
+
+    For collectives of ``device``'s tensors that must not mix with those of ``group``.
+    """
+    timeout = group._get_backend(device).options._timeout
+    return dist.new_group(
+        dist.get_process_group_ranks(group),
+        timeout=timeout,
+        backend=dist.get_backend_config(group),
+        use_local_synchronization=True,
+    )
+
+
 def constant_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
     """Under torch.compile the function runs for real, once, while its caller is traced."""
     marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
@@ -82,18 +97,28 @@ def agree(group: str, plan: str) -> bool:
     """
     process_group = resolve(group)
     agreed = _AGREED.setdefault(process_group, set())
-    if plan in agreed or process_group.size() == 1 or dist.get_backend(process_group) == "fake":
-        return True
+    if plan not in agreed:
+        require_same(process_group, plan)
+        agreed.add(plan)
+    return True
+
+
+def require_same(group: Any, plan: str) -> None:
+    """Compare plan and package sources with those of the other ranks now; all of them must call.
+
+    Raises:
+        RankMismatchError: as :func:`agree`.
+    """
+    if group.size() == 1 or dist.get_backend(group) == "fake":
+        return
     mine = f"{plan} [rfcompile {package_version()}, sources {source_digest()}]"
-    plans: list[Any] = [None] * process_group.size()
+    plans: list[Any] = [None] * group.size()
     # While compiling, torch dispatches through Python and holds the interpreter's lock in the call:
     # a gloo thread that needs it to free the tensors of the last collective would never end.
     with no_python_dispatcher():
-        dist.all_gather_object(plans, mine, group=process_group)
+        dist.all_gather_object(plans, mine, group=group)
     if any(other != mine for other in plans):
-        raise RankMismatchError(group, dict(enumerate(plans)))
-    agreed.add(plan)
-    return True
+        raise RankMismatchError(name_of(group), dict(enumerate(plans)))
 
 
 @contextlib.contextmanager
