@@ -87,6 +87,34 @@ class ProcessGroupError(RFCompileError, RuntimeError):
     """There is no usable process group for a collective."""
 
 
+class TransportError(RFCompileError, RuntimeError):
+    """A collective outside a graph failed: a rank died, did not answer in time, or is elsewhere."""
+
+    def __init__(self, site: str, group: str, reason: str) -> None:
+        super().__init__(
+            f"{site} failed in process group {group!r}: {reason}. Ranks may be out of step, so "
+            "nothing more is sent there; start again from a checkpoint with new process groups."
+        )
+        self.site, self.group, self.reason = site, group, reason
+
+
+class HookError(RFCompileError, ValueError):
+    """A module cannot be given the hook that quantizes its traffic."""
+
+    def __init__(self, module: str, rule: str) -> None:
+        super().__init__(f"{module} cannot be quantized: {rule}")
+        self.module, self.rule = module, rule
+
+
+class StateError(RFCompileError, ValueError):
+    """A state_dict does not fit what it is loaded into; ``names`` are its entries that do not."""
+
+    def __init__(self, what: str, names: Sequence[str], rule: str) -> None:
+        listing = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+        super().__init__(f"{what}: {listing}. {rule}")
+        self.what, self.names, self.rule = what, tuple(names), rule
+
+
 class RankMismatchError(RFCompileError, RuntimeError):
     """Ranks of one process group would speak different formats or package versions."""
 

@@ -1,0 +1,158 @@
+"""Which parameters of a gradient bucket travel together, and in which format; nothing is sent here.
+
+A bucket is the flat buffer in which DDP lays the gradients of several parameters side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rfcompile.codec import DTYPES
+from rfcompile.cost import sent_bytes
+from rfcompile.formats import QuantFormat
+from rfcompile.graph import dtype_text
+from rfcompile.policy import Policy
+from rfcompile.report import Site
+from rfcompile.wire import all_reduce_sent_bytes
+
+
+@dataclass(frozen=True)
+class Span:
+    """A parameter's place in the bucket: ``buffer[start : start + size]``."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of a bucket that one collective carries.
+
+    Args:
+        spans: their places, in the order of the buffer; none is empty.
+        format: how they travel, None: exactly, and ``reason`` says why.
+        eligible: they could be quantized and nobody asked by name to leave them.
+    """
+
+    spans: tuple[Span, ...]
+    format: QuantFormat | None
+    reason: str
+    eligible: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(span.name for span in self.spans)
+
+    @property
+    def size(self) -> int:
+        return sum(span.size for span in self.spans)
+
+    def pieces(self, values: Tensor) -> list[Tensor]:
+        """A view for each parameter of ``values`` ``[size]``, which :meth:`gather` returned."""
+        return list(values.split([span.size for span in self.spans]))
+
+    def gather(self, buffer: Tensor) -> Tensor:
+        """Its gradients side by side ``[size]``: a view of the buffer where they are so there."""
+        views = self._views(buffer)
+        return views[0] if len(views) == 1 else torch.cat(views)
+
+    def scatter(self, values: Tensor, buffer: Tensor) -> None:
+        """Write ``values`` ``[size]`` of any dtype to their places."""
+        views = self._views(buffer)
+        for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
+            if view.data_ptr() != new.data_ptr():
+                view.copy_(new)
+
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        runs: list[list[int]] = []
+        for span in self.spans:
+            if runs and runs[-1][1] == span.start:
+                runs[-1][1] += span.size
+            else:
+                runs.append([span.start, span.start + span.size])
+        return [buffer.narrow(0, start, end - start) for start, end in runs]
+
+
+def parts_of(
+    policy: Policy, sizes: Sequence[tuple[str, int]], buffer: Tensor, world: int
+) -> tuple[Part, ...]:
+    """Group the parameters of a bucket by the format that the policy gives their gradients.
+
+    A pattern of ``policy.sites`` is compared with a parameter's name and then with the path of its
+    module. ``min_bytes`` counts the bytes in this bucket of all parameters that no pattern names.
+
+    Args:
+        sizes: name and number of elements of each parameter, in the order of the buffer.
+        buffer: ``[sum of sizes]``, or sparse.
+        world: ranks that reduce it.
+    """
+    spans, start = [], 0
+    for name, size in sizes:
+        spans.append(Span(name, start, size))
+        start += size
+    spans = [span for span in spans if span.size]
+    paths = {span.name: _path(policy, span.name) for span in spans}
+    unnamed = [span for span in spans if policy.override_for(paths[span.name]) is None]
+    unnamed_bytes = sum(span.size for span in unnamed) * buffer.element_size()
+    nothing_to_do = _nothing_to_do(buffer, world)
+
+    groups: dict[QuantFormat | None, list[tuple[Span, str]]] = {}
+    for span in spans:
+        fmt, reason = policy.format_for("gradients", paths[span.name], unnamed_bytes)
+        if nothing_to_do:
+            fmt, reason = None, nothing_to_do
+        groups.setdefault(fmt, []).append((span, reason))
+    return tuple(
+        Part(
+            spans=tuple(span for span, _ in members),
+            format=fmt,
+            reason="; ".join(dict.fromkeys(reason for _, reason in members)),
+            eligible=fmt is not None or any("min_bytes" in reason for _, reason in members),
+        )
+        for fmt, members in groups.items()
+    )
+
+
+def _path(policy: Policy, name: str) -> str:
+    return name if policy.override_for(name) is not None else name.rpartition(".")[0]
+
+
+def _nothing_to_do(buffer: Tensor, world: int) -> str:
+    """Why quantizing a bucket makes no sense, "" if it does."""
+    if world == 1:
+        return "one rank: nothing is sent"
+    if buffer.layout != torch.strided:
+        return "sparse gradients are not quantized"
+    if buffer.dtype not in DTYPES:
+        return f"{dtype_text(buffer.dtype)} data is not quantized"
+    return ""
+
+
+def site_of(part: Part, index: int, dtype: torch.dtype, group: str, world: int) -> Site:
+    """The line of a report on a part of bucket ``index``."""
+    first, last = part.names[0], part.names[-1]
+    # What is sparse has no size before it is there.
+    before = None
+    if not part.reason.startswith("sparse"):
+        before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
+    return Site(
+        collective="all_reduce",
+        direction="backward",
+        kind="gradients",
+        module=first if len(part.spans) == 1 else f"{first} ... {last}",
+        source=f"bucket {index}",
+        shape=(part.size,),
+        dtype=dtype_text(dtype),
+        group=group,
+        world_size=world,
+        format=part.format.spec if part.format else None,
+        reason=part.reason,
+        eligible=part.eligible,
+        bytes_before=before,
+        bytes_after=all_reduce_sent_bytes(part.size, part.format, world) if part.format else before,
+    )

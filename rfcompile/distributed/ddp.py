@@ -1,0 +1,243 @@
+"""Quantized gradients for DistributedDataParallel: a communication hook on its buckets."""
+
+# DDP compares the annotations of a hook with classes: no postponed annotations in this file.
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rfcompile.distributed.buckets import Part, parts_of, site_of
+from rfcompile.distributed.error_feedback import ErrorFeedback
+from rfcompile.distributed.worker import Worker
+from rfcompile.errors import HookError, StateError
+from rfcompile.policy import Formatish, Policy
+from rfcompile.process_groups import require_same
+from rfcompile.report import Report
+from rfcompile.wire import all_reduce_wire
+
+
+def quantize_ddp(
+    ddp: DistributedDataParallel, policy: Policy | Formatish, *, error_feedback: bool = False
+) -> "DDPHandle":
+    """Let a DDP module average its gradients in the format of ``policy.gradients``.
+
+    A bucket's gradients become ``mean over ranks of C(g)``, coded again by ``C`` (the codec's round
+    trip): what :func:`rfcompile.all_reduce` with ``op="avg"`` gives, with its error bound and the
+    same bytes, bit-identical on every rank. It runs beside the backward pass, on a thread and in a
+    process group of its own. Every rank of the module's process group must call this, after
+    wrapping and before ``torch.compile``; between two steps of a training is fine too.
+
+    Args:
+        ddp: wrapped as usual; no hook of its own.
+        policy: a Policy, or bits, a QuantFormat or a text for all gradients. ``sites`` takes names
+            of parameters, or of their modules. Parameters of a bucket that share a format travel
+            together; ``min_bytes`` counts those of a bucket that ``sites`` does not name.
+        error_feedback: add to each step what the quantization of the last one left over. It costs
+            4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
+
+    Stochastic rounding takes another seed on each rank, for each bucket and in each step.
+
+    Backward raises the errors of a collective: NonFiniteError as the format asks for, and
+    TransportError when a rank died or did not answer within the timeout of the process group.
+
+    Raises:
+        HookError: ``ddp`` is no DDP module, or has a hook already.
+        RankMismatchError: ranks use another policy or version; raised on every rank.
+        PolicyError, FormatError: the policy is not understood.
+    """
+    chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+    _require_free(ddp)
+    plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
+    require_same(ddp.process_group, plan)
+    handle = DDPHandle(ddp, chosen, error_feedback)
+    ddp.register_comm_hook(handle, quantized_hook)
+    return handle
+
+
+def quantized_hook(
+    handle: "DDPHandle",
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """What DDP calls with each bucket as soon as its gradients are there."""
+    future: torch.futures.Future[Tensor] = handle.reduce(bucket)
+    return future
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    parameters: tuple[int, ...]
+    """Their identities."""
+    dtype: torch.dtype
+    parts: tuple[Part, ...]
+
+
+class DDPHandle:
+    """What :func:`quantize_ddp` returns: report, checkpoints, and the way back."""
+
+    def __init__(self, ddp: DistributedDataParallel, policy: Policy, error_feedback: bool) -> None:
+        # The module holds this object through its hook: nothing here may hold the module.
+        parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad}
+        self._names = {id(p): name for name, p in parameters.items()}
+        self._policy = policy
+        self._group = ddp.process_group
+        self._world = self._group.size()
+        self._rank = self._group.rank()
+        self._feedback: ErrorFeedback | None = None
+        if error_feedback:
+            self._feedback = ErrorFeedback(parameters)
+        self._buckets: dict[int, _Bucket] = {}
+        self._num_sent = 0
+        self._worker = Worker(self._group, next(iter(parameters.values())).device)
+
+    # ---- the hook ------------------------------------------------------------------------
+
+    def reduce(self, bucket: Any) -> Any:
+        """Start averaging a bucket; a future of its buffer, where the mean takes its place."""
+        known, buffer = self._bucket(bucket), bucket.buffer()
+        site = f"DDP gradient bucket {bucket.index()}"
+        job = partial(self._average, site, known.parts, buffer)
+        future = self._worker.submit(site, buffer.device, job)
+        if bucket.is_last():
+            # DDP waits for all of them next, but would turn an error into a RuntimeError. An
+            # earlier bucket's error comes up here too: nothing runs after it.
+            future.wait()
+        return future
+
+    def _bucket(self, bucket: Any) -> _Bucket:
+        """The parts of a bucket, found anew when DDP has rebuilt its buckets."""
+        index, buffer, parameters = bucket.index(), bucket.buffer(), bucket.parameters()
+        identities = tuple(map(id, parameters))
+        known = self._buckets.get(index)
+        if known is None or known.parameters != identities:
+            sizes = [(self._names[id(p)], p.numel()) for p in parameters]
+            parts = parts_of(self._policy, sizes, buffer, self._world)
+            known = self._buckets[index] = _Bucket(identities, buffer.dtype, parts)
+        if bucket.is_last():
+            self._buckets = {i: b for i, b in self._buckets.items() if i <= index}
+        return known
+
+    def _average(self, site: str, parts: tuple[Part, ...], buffer: Tensor) -> Tensor:
+        """Runs on the worker's thread."""
+        for part in parts:
+            if part.format is None:
+                self._average_exactly(part, buffer)
+            else:
+                place = f"{site} ({', '.join(part.names[:3])}{', ...' * (len(part.names) > 3)})"
+                part.scatter(self._average_quantized(part, buffer, place), buffer)
+        return buffer
+
+    def _average_exactly(self, part: Part, buffer: Tensor) -> None:
+        is_sparse = buffer.layout != torch.strided
+        gradients = buffer if is_sparse else part.gather(buffer)
+        if self._feedback is not None and not is_sparse:
+            self._feedback.release(part.names, part.pieces(gradients))
+        gradients.mul_(1 / self._world)  # before adding, as DDP does itself
+        dist.all_reduce(gradients, group=self._worker.group)
+        if not is_sparse:
+            part.scatter(gradients, buffer)
+
+    def _average_quantized(self, part: Part, buffer: Tensor, site: str) -> Tensor:
+        assert part.format is not None
+        gradients = part.gather(buffer)
+        owed: Tensor | None = None
+        live: list[Tensor] = []
+        if self._feedback is not None:
+            gradients, live = self._feedback.corrected(part.names, part.pieces(gradients))
+            owed = torch.empty_like(gradients)
+        self._num_sent += 1
+        # Coding a sum adds one to the seed: steps of two keep all of them apart.
+        seed = 2 * (self._num_sent * self._world + self._rank)
+        mean = all_reduce_wire(
+            gradients,
+            part.format.spec,
+            "avg",
+            self._world,
+            self._worker.group_name,
+            site=site,
+            seed=seed,
+            owed=owed,
+        )
+        if self._feedback is not None and owed is not None:
+            self._feedback.keep(part.names, live, part.pieces(owed))
+        return mean
+
+    # ---- what the user has of it ---------------------------------------------------------
+
+    def report(self) -> Report:
+        """A line for each part of a bucket, with the bytes of one step (one synchronized backward).
+
+        DDP knows its final buckets after the first step; before, the report is preliminary.
+        """
+        parts = [(i, b.dtype, part) for i, b in sorted(self._buckets.items()) for part in b.parts]
+        sites = [
+            site_of(part, index, dtype, self._worker.group_name, self._world)
+            for index, dtype, part in parts
+        ]
+        quantized = sum(len(part.names) for _, _, part in parts if part.format is not None)
+        notes = [f"{quantized} of {len(self._names)} parameters quantized"]
+        if not parts:
+            notes.append("no backward pass has run yet: what the buckets hold is not known")
+        feedback = " error_feedback" if self._feedback is not None else ""
+        return Report(tuple(sites), self._policy.describe() + feedback, tuple(notes))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The residuals of error feedback by parameter name; empty without error feedback.
+
+        Each is the mean over ranks, float32, in the parameter's shape: what the parameter is still
+        owed. It is the same on every rank and fits any number of ranks and any buckets. Every rank
+        must call, between two steps.
+        """
+        return {} if self._feedback is None else self._feedback.state_dict(self._group)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the residuals of a :meth:`state_dict`; every rank must call.
+
+        Raises:
+            StateError: the model has no such parameter, or error feedback is off.
+        """
+        if self._feedback is not None:
+            self._feedback.load_state_dict(state)
+        elif state:
+            raise StateError(
+                "the state has residuals, but error feedback is off",
+                list(state),
+                "Pass error_feedback=True to quantize_ddp, or do not load it if what they hold may "
+                "be lost.",
+            )
+
+    def remove(self) -> None:
+        """Average exactly from the next step on; every rank must call.
+
+        DDP cannot take a hook back: this one stays, with its thread and its process group, and
+        sends what error feedback still holds with the first exact gradients.
+        """
+        self._policy = Policy()
+        self._buckets.clear()
+
+
+def _require_free(ddp: object) -> None:
+    """Raise HookError unless ``ddp`` is a DDP module that can take a hook."""
+    name = type(ddp).__name__
+    if not isinstance(ddp, DistributedDataParallel):
+        raise HookError(
+            name,
+            "pass the torch.nn.parallel.DistributedDataParallel itself, before torch.compile.",
+        )
+    if ddp._use_python_reducer:
+        raise HookError(
+            name,
+            "with optimize_ddp='python_reducer' its all-reduces are in the compiled graph. Compile "
+            "with backend='rfquant' instead, or choose another optimize_ddp.",
+        )
+    hook = ddp._get_ddp_logging_data().get("comm_hook", "")
+    if hook:
+        raise HookError(
+            name,
+            f"it has the communication hook {hook!r}, and DDP takes one, once. Wrap the module in "
+            "a new DistributedDataParallel (without mixed_precision, which is a hook too).",
+        )

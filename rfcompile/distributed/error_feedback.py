@@ -1,0 +1,140 @@
+"""Error feedback: what quantization took from a step's gradients is added to the next step's.
+
+Let ``c = g + e`` be what a rank sends, ``g`` its gradient and ``e`` its residual. The ranks apply
+``y``, and ``all_reduce_wire`` says what each still owes, so that ``mean(e') = mean(c) - y``. Summed
+over steps: the gradients applied and the mean residual are together the mean of all exact
+gradients. Only this mean matters to training, so it is what a state_dict holds, and any number of
+ranks can go on from it. For the idea see Seide et al. 2014; both roundings, Tang et al. 2019
+(DoubleSqueeze).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rfcompile.errors import StateError
+
+
+class ErrorFeedback:
+    """The residuals of one rank, by parameter name: buckets may come and go.
+
+    Args:
+        parameters: by name. Only their shape, strides and device are kept: gradients lie in a
+            bucket in the order of the parameter's memory.
+
+    A residual is float32, in the unit of the gradients (with a loss scale, which changes, it is a
+    little off when it does), and 4 bytes an element.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._places = {name: _Place.of(p) for name, p in parameters.items()}
+        self._residuals: dict[str, Tensor] = {}
+
+    def corrected(
+        self, names: Sequence[str], gradients: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What to send in place of some flat gradients: ``g + e``, float32, side by side.
+
+        A parameter without a gradient keeps its residual: where it is unused on every rank, DDP
+        throws the reduced values away. So does one whose gradient is not finite, a step that loss
+        scalers skip. Also returns these two facts, one boolean tensor a parameter, for
+        :meth:`keep`.
+        """
+        sums, live = [], []
+        for name, gradient in zip(names, gradients, strict=True):
+            if name not in self._residuals:
+                self._residuals[name] = torch.zeros_like(gradient, dtype=torch.float32)
+            live.append(_is_live(gradient))
+            sums.append(gradient.float() + torch.where(live[-1], self._residuals[name], 0.0))
+        return torch.cat(sums), live
+
+    def keep(self, names: Sequence[str], live: Sequence[Tensor], owed: Sequence[Tensor]) -> None:
+        """Store what is owed after sending; what is not finite leaves the residual as it was."""
+        for name, is_live, new in zip(names, live, owed, strict=True):
+            old = self._residuals[name]
+            self._residuals[name] = torch.where(is_live & new.isfinite(), new, old)
+
+    def release(self, names: Sequence[str], gradients: Sequence[Tensor]) -> None:
+        """Add the residuals to flat gradients that travel exactly, in place; nothing is left."""
+        for name, gradient in zip(names, gradients, strict=True):
+            if name in self._residuals and bool(_is_live(gradient)):
+                gradient += self._residuals.pop(name)
+
+    # ---- checkpoints ---------------------------------------------------------------------
+
+    def state_dict(self, group: Any) -> dict[str, Tensor]:
+        """The mean residual over the ranks of ``group``, by name, in the parameter's shape.
+
+        Float32 and bit-identical on every rank; every rank must call.
+        """
+        known: list[Any] = [None] * group.size()
+        dist.all_gather_object(known, list(self._residuals), group)
+        state = {}
+        for name in sorted(set().union(*known)):
+            place = self._places[name]
+            flat = self._residuals.get(name)
+            if flat is None:  # released here, but not on ranks where the parameter was unused
+                flat = torch.zeros(place.shape.numel(), device=place.device)
+            mean = flat / group.size()
+            dist.all_reduce(mean, group=group)
+            state[name] = mean.as_strided(place.shape, place.stride).contiguous()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Start from a :meth:`state_dict`, whatever ranks and buckets it comes from.
+
+        Every rank takes the mean, which keeps the mean. Parameters that it does not name start at
+        zero.
+
+        Raises:
+            StateError: it names a parameter that the model lacks or that has another shape there.
+        """
+        unknown = [name for name in state if name not in self._places]
+        if unknown:
+            raise StateError(
+                "the error feedback state has residuals of parameters that the model lacks",
+                unknown,
+                "Load it into the model it was saved from; delete those entries if what they hold "
+                "may be lost.",
+            )
+        wrong = [name for name, value in state.items() if value.shape != self._places[name].shape]
+        if wrong:
+            raise StateError(
+                "the error feedback state has residuals of another shape than the parameters",
+                wrong,
+                "Load it into the model it was saved from; delete those entries if what they hold "
+                "may be lost.",
+            )
+        self._residuals = {}
+        for name, value in state.items():
+            place = self._places[name]
+            flat = torch.empty(place.shape.numel(), dtype=torch.float32, device=place.device)
+            flat.as_strided(place.shape, place.stride).copy_(value)
+            self._residuals[name] = flat
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is and how its memory is laid out."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Place:
+        # As in DDP's buckets: the parameter's strides if it is dense, else contiguous ones.
+        like = torch.empty_like(parameter, device="meta")
+        return cls(like.shape, like.stride(), parameter.device)
+
+
+def _is_live(gradient: Tensor) -> Tensor:
+    """There is a gradient, and it is finite."""
+    peak = gradient.abs().max()
+    return (peak > 0) & (peak < float("inf"))

@@ -1,0 +1,98 @@
+"""A thread and a process group of its own, for collectives that run beside the backward pass.
+
+A collective may not block in the callback of a gloo future (it would wait for the very thread it
+runs on), and one on the group of the training loop could meet another of its collectives in
+another order on another rank. So jobs run one after another, in the order in which they were
+submitted, on one thread and in a group that nobody else uses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfcompile.errors import RFCompileError, TransportError
+from rfcompile.process_groups import twin
+
+
+@dataclass(frozen=True)
+class _Task:
+    site: str
+    job: Callable[[], Tensor]
+    device: torch.device
+    future: Any
+    ready: Any
+    """On CUDA: the event after which the job's input is there."""
+
+
+class Worker:
+    """Run jobs in order on a thread, with a twin of ``group`` for their collectives.
+
+    Every rank of the group creates one, and submits the same jobs in the same order. On CUDA jobs
+    run on a side stream: what they read is ready before, and who waits for the future lets his
+    stream wait for the result; the host never does.
+
+    Args:
+        group: the process group to imitate: ranks, backend and timeout.
+        device: of the tensors that jobs send.
+    """
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.group = twin(group, device)
+        self.group_name = str(self.group.group_name)
+        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        # A daemon: a process that ends must not wait for ranks that never come.
+        arguments = (self._queue, self.group_name)
+        Thread(target=_serve, args=arguments, name="rfcompile", daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
+
+    def submit(self, site: str, device: torch.device, job: Callable[[], Tensor]) -> Any:
+        """Run ``job`` after all earlier ones; its result, on ``device``, is the future's value.
+
+        The future raises what the job raised: errors of this package as they are, others as
+        :class:`~rfcompile.errors.TransportError`. After an error the ranks may be out of step: no
+        later job runs, and its future raises the first error again.
+        """
+        on_cuda = device.type == "cuda"
+        ready = torch.cuda.current_stream(device).record_event() if on_cuda else None
+        future: Any = torch.futures.Future(devices=[device] if on_cuda else None)
+        self._queue.put(_Task(site, job, device, future, ready))
+        return future
+
+
+def _serve(queue: SimpleQueue[_Task | None], group: str) -> None:
+    """The thread. It knows nothing of the worker, which may be collected meanwhile."""
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    failure: RFCompileError | None = None
+    while (task := queue.get()) is not None:
+        if failure is None:
+            try:
+                _run(task, streams)
+            except RFCompileError as error:
+                failure = error
+            except Exception as error:
+                failure = TransportError(task.site, group, f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+        if failure is not None:
+            task.future.set_exception(failure)
+        del task  # else its tensors would live until the next one comes
+
+
+@torch.no_grad()
+def _run(task: _Task, streams: dict[torch.device, torch.cuda.Stream]) -> None:
+    if task.ready is None:
+        task.future.set_result(task.job())
+        return
+    if task.device not in streams:
+        streams[task.device] = torch.cuda.Stream(task.device)
+    stream = streams[task.device]
+    with torch.cuda.stream(stream):
+        stream.wait_event(task.ready)
+        task.future.set_result(task.job())
