@@ -110,8 +110,8 @@ class StateError(RFCompileError, ValueError):
     """A state_dict does not fit what it is loaded into; ``names`` are its entries that do not."""
 
     def __init__(self, what: str, names: Sequence[str], rule: str) -> None:
-        listing = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
-        super().__init__(f"{what}: {listing}. {rule}")
+        listing = ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else ".")
+        super().__init__(f"{what}: {listing} {rule}")
         self.what, self.names, self.rule = what, tuple(names), rule
 
 

@@ -19,7 +19,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from rfcompile import ops
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
-from rfcompile.process_groups import resolve
 
 c10d = torch.ops._c10d_functional
 _wait: Callable[..., Tensor] = c10d.wait_tensor
@@ -43,17 +42,15 @@ def all_reduce_wire(
     segments: int = 0,
     site: str = "all_reduce",
     seed: int = 0,
-    owed: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
     ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
     ``segments=0`` chooses by size. ``seed`` is for the stochastic rounding of this rank.
 
-    ``owed``, float32 like ``x``, receives what this rank would have to add to its next ``x`` to
-    make up for both roundings: with ``C`` the round trip of the codec, ``x - C(x)``, and where it
-    owns the sum ``s`` (or mean) also ``s - C(s)`` (times ``world``). So, but for float32 rounding,
-    ``reduce(owed) = reduce(x) - result``: nothing is lost.
+    ``residual``, float32 like ``x``, receives what quantization takes from this rank's own ``x``:
+    ``x - C(x)`` with ``C`` the round trip of the codec.
     """
     format = QuantFormat.parse(fmt)
     segments = segments or default_segments(x.numel(), format)
@@ -68,41 +65,18 @@ def all_reduce_wire(
     for segment in [rows] if segments == 1 else rows.split(world):
         payloads.append(_checked(ops.quantize(segment, fmt, seed), flags, site))
         sent.append(_exchange(payloads[-1], world, group))
-    gathered, sums = [], []
-    for payload in sent:
-        received = _wait(payload)
-        sums.append((received, ops.requantize(received, fmt, op == "avg", seed)))
-        gathered.append(_all_gather(sums[-1][1], world, group))
-    if owed is not None:
-        rest = _rounded_off(rows, payloads, sums, fmt, op == "avg", resolve(group).rank())
-        owed.copy_(rest.view(-1).narrow(0, 0, n).view_as(x))
+    if residual is not None:  # while the payloads travel
+        own = torch.cat([ops.dequantize(payload, fmt, torch.float32) for payload in payloads])
+        residual.copy_((rows - own).view(-1).narrow(0, 0, n).view_as(x))
+    gathered = []
+    for received in sent:
+        total = ops.requantize(_wait(received), fmt, op == "avg", seed)
+        gathered.append(_all_gather(total, world, group))
     # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
     decoded = x.dtype if x.dtype != torch.float16 else torch.float32
     parts = [ops.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
     result = (parts[0] if segments == 1 else torch.cat(parts)).to(x.dtype)
     return (result if fits else result.reshape(-1).narrow(0, 0, n)).reshape(x.shape)
-
-
-def _rounded_off(
-    rows: Tensor,
-    payloads: Sequence[Tensor],
-    sums: Sequence[tuple[Tensor, Tensor]],
-    fmt: str,
-    average: bool,
-    rank: int,
-) -> Tensor:
-    """What the two roundings of an all-reduce took from this rank's ``rows``, float32 like them.
-
-    ``payloads`` code the rows, ``world`` a segment; ``sums`` holds for each segment the payloads
-    that arrived and their sum, coded again.
-    """
-    rest = rows.float() - torch.cat([ops.dequantize(p, fmt, torch.float32) for p in payloads])
-    world = len(payloads[0])
-    for i, (received, total) in enumerate(sums):
-        lost = ops.dequantize_sum(received, fmt, torch.float32, average)
-        lost = lost - ops.dequantize(total, fmt, torch.float32).view(-1)
-        rest.select(0, i * world + rank).add_(lost, alpha=world if average else 1)
-    return rest
 
 
 def reduce_scatter_wire(

@@ -13,12 +13,15 @@ from rfcompile import codec, errors, ops
 from rfcompile.errors import (
     DtypeError,
     FormatError,
+    HookError,
     NonFiniteError,
     PayloadError,
     PolicyError,
     RankMismatchError,
     RFCompileError,
     ShapeError,
+    StateError,
+    TransportError,
     UnquantizedSiteError,
 )
 from rfcompile.formats import QuantFormat
@@ -56,6 +59,25 @@ CASES: dict[str, Case] = {
         ValueError,
         "the payload is 65 bytes, but format '4b:g128:rise' needs 66 bytes: pass it whole.",
         {"got": "65 bytes", "expected": "66 bytes", "format": "4b:g128:rise"},
+    ),
+    "TransportError": (
+        lambda: TransportError("bucket 2", "dp", "RuntimeError: timed out"),
+        RuntimeError,
+        "bucket 2 failed in process group 'dp': RuntimeError: timed out. Ranks may be out of step, "
+        "so nothing more is sent there; start again from a checkpoint with new process groups.",
+        {"site": "bucket 2", "group": "dp", "reason": "RuntimeError: timed out"},
+    ),
+    "HookError": (
+        lambda: HookError("Linear", "wrap it first."),
+        ValueError,
+        "Linear cannot be quantized: wrap it first.",
+        {"module": "Linear", "rule": "wrap it first."},
+    ),
+    "StateError": (
+        lambda: StateError("residuals of nothing", list("abcdef"), "Load it elsewhere."),
+        ValueError,
+        "residuals of nothing: 'a', 'b', 'c', 'd', 'e', ... Load it elsewhere.",
+        {"what": "residuals of nothing", "names": tuple("abcdef"), "rule": "Load it elsewhere."},
     ),
     "RankMismatchError": (
         lambda: RankMismatchError("tp", {2: "8b", 0: "4b", 1: "4b"}),

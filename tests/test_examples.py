@@ -1,10 +1,11 @@
-"""The demo's model and its quick run, and the network under the slow-link benchmark."""
+"""The demo's model and its quick run, the short example, and the slow-link benchmark's network."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,31 @@ def test_the_quick_demo_trains_with_every_all_reduce_at_4_bits(root: Path, tmp_p
     for row in (exact, four):
         assert row["losses"][-1] < row["losses"][0] - 1
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- data parallel -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_data_parallel_example_trains_with_4_bit_gradients(root: Path) -> None:
+    script = root / "examples" / "train_ddp.py"
+    assert len(script.read_text().splitlines()) < 60
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--bits", "4", "--error-feedback", "--steps", "20"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={RANKS}", str(script), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert run.returncode == 0, run.stderr  # it compares the ranks' parameters, too
+    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
+    assert second < first < 5
+    assert "3 of 3 sites quantized, 525.57 kB -> 67.98 kB sent by each rank" in run.stdout
+    assert "note: 15 of 15 parameters quantized" in run.stdout
 
 
 # ---- the network of the benchmark ----------------------------------------------------------------

@@ -111,6 +111,13 @@ def test_the_public_names_are_exactly_these() -> None:
         assert name in dir(rfcompile)
 
 
+def test_the_public_names_of_distributed_are_exactly_these() -> None:
+    from rfcompile import distributed
+
+    assert sorted(distributed.__all__) == ["DDPHandle", "quantize_ddp"]
+    assert all(hasattr(distributed, name) for name in distributed.__all__)
+
+
 def test_importing_the_package_does_not_load_the_compiler() -> None:
     # Seconds of start-up that a user of the codec or of the command line help does not need.
     # (Inductor's configuration comes along with torch.compiler.)

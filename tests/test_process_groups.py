@@ -38,9 +38,12 @@ def test_no_group_at_all() -> None:
 
 
 def test_a_group_that_is_not_there() -> None:
-    with simulated(2), pytest.raises(
-        ProcessGroupError, match=r"process group 'tp' does not exist in this process: pass a"
-    ) as caught:
+    with (
+        simulated(2),
+        pytest.raises(
+            ProcessGroupError, match=r"process group 'tp' does not exist in this process: pass a"
+        ) as caught,
+    ):
         resolve("tp")
     assert caught.value.__cause__ is not None
 

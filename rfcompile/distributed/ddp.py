@@ -144,11 +144,11 @@ class DDPHandle:
     def _average_quantized(self, part: Part, buffer: Tensor, site: str) -> Tensor:
         assert part.format is not None
         gradients = part.gather(buffer)
-        owed: Tensor | None = None
+        residual: Tensor | None = None
         live: list[Tensor] = []
         if self._feedback is not None:
             gradients, live = self._feedback.corrected(part.names, part.pieces(gradients))
-            owed = torch.empty_like(gradients)
+            residual = torch.empty_like(gradients)
         self._num_sent += 1
         # Coding a sum adds one to the seed: steps of two keep all of them apart.
         seed = 2 * (self._num_sent * self._world + self._rank)
@@ -160,10 +160,10 @@ class DDPHandle:
             self._worker.group_name,
             site=site,
             seed=seed,
-            owed=owed,
+            residual=residual,
         )
-        if self._feedback is not None and owed is not None:
-            self._feedback.keep(part.names, live, part.pieces(owed))
+        if self._feedback is not None and residual is not None:
+            self._feedback.keep(part.names, live, part.pieces(residual))
         return mean
 
     # ---- what the user has of it ---------------------------------------------------------
@@ -188,9 +188,9 @@ class DDPHandle:
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32, in the parameter's shape: what the parameter is still
-        owed. It is the same on every rank and fits any number of ranks and any buckets. Every rank
-        must call, between two steps.
+        Each is the mean over ranks, float32, in the parameter's shape: what its mean gradient is
+        still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
+        rank must call, between two steps.
         """
         return {} if self._feedback is None else self._feedback.state_dict(self._group)
 

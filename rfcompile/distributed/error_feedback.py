@@ -1,11 +1,15 @@
 """Error feedback: what quantization took from a step's gradients is added to the next step's.
 
-Let ``c = g + e`` be what a rank sends, ``g`` its gradient and ``e`` its residual. The ranks apply
-``y``, and ``all_reduce_wire`` says what each still owes, so that ``mean(e') = mean(c) - y``. Summed
-over steps: the gradients applied and the mean residual are together the mean of all exact
-gradients. Only this mean matters to training, so it is what a state_dict holds, and any number of
-ranks can go on from it. For the idea see Seide et al. 2014; both roundings, Tang et al. 2019
-(DoubleSqueeze).
+With ``g`` a rank's gradient, ``e`` its residual and ``C`` the round trip of the codec, the rank
+sends ``c = g + e`` and keeps ``e' = c - C(c)``. So summed over steps the means of what was sent and
+of the residuals are together the mean of all gradients. That mean is all that matters to training:
+it is what a state_dict holds, and any number of ranks can go on from it.
+
+The rounding of the mean itself is not fed back: one rank would have to carry it, multiplied by the
+number of ranks. Tried on examples/gpt.py with width 64, 250 steps of SGD, 2 ranks and 3 bits, it
+raised the loss from 2.275 to 2.328 (and at 2 bits it diverged).
+
+Source of the idea: Seide et al. 2014, "1-Bit Stochastic Gradient Descent".
 """
 
 from __future__ import annotations
@@ -54,9 +58,9 @@ class ErrorFeedback:
             sums.append(gradient.float() + torch.where(live[-1], self._residuals[name], 0.0))
         return torch.cat(sums), live
 
-    def keep(self, names: Sequence[str], live: Sequence[Tensor], owed: Sequence[Tensor]) -> None:
-        """Store what is owed after sending; what is not finite leaves the residual as it was."""
-        for name, is_live, new in zip(names, live, owed, strict=True):
+    def keep(self, names: Sequence[str], live: Sequence[Tensor], left: Sequence[Tensor]) -> None:
+        """Store what sending left over; where that is not finite the residual stays as it was."""
+        for name, is_live, new in zip(names, live, left, strict=True):
             old = self._residuals[name]
             self._residuals[name] = torch.where(is_live & new.isfinite(), new, old)
 

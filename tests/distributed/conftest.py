@@ -112,10 +112,14 @@ class _Process:
         self.rank = rank
         self.connection, theirs = Pipe()
         self.log = folder / f"rank{rank}.log"
-        environment = os.environ | LOOPBACK | {
-            "OMP_NUM_THREADS": "1",
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each rank starts a pool of its own
-        }
+        environment = (
+            os.environ
+            | LOOPBACK
+            | {
+                "OMP_NUM_THREADS": "1",
+                "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each rank starts a pool of its own
+            }
+        )
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), str(rank)],

@@ -25,9 +25,7 @@ class Trace(Protocol):
 def trace() -> Iterator[Trace]:
     """Trace a function on fake tensors, in the default group of 4 simulated ranks."""
 
-    def run(
-        f: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False
-    ) -> fx.GraphModule:
+    def run(f: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> fx.GraphModule:
         mode = "symbolic" if dynamic else "fake"
         graph: fx.GraphModule = make_fx(f, tracing_mode=mode)(*args)
         return graph

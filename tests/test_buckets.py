@@ -1,0 +1,105 @@
+"""Which gradients of a bucket travel together, in which format, and why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rfcompile.cost import sent_bytes
+from rfcompile.distributed.buckets import Part, parts_of, site_of
+from rfcompile.policy import Policy
+from rfcompile.wire import all_reduce_sent_bytes
+
+SIZES = [("b.bias", 3), ("b.weight", 5), ("empty", 0), ("a.bias", 2), ("a.weight", 4)]
+
+
+def parts(
+    policy: Policy, buffer: Tensor | None = None, world: int = 2
+) -> list[tuple[str | None, tuple[str, ...], str]]:
+    found = parts_of(policy, SIZES, torch.arange(14.0) if buffer is None else buffer, world)
+    return [(part.format and part.format.spec, part.names, part.reason) for part in found]
+
+
+def test_one_format_is_one_part_without_the_empty_parameters() -> None:
+    names = ("b.bias", "b.weight", "a.bias", "a.weight")
+    assert parts(Policy(gradients="4b", min_bytes=0)) == [("4b:g128:rise", names, "")]
+
+
+def test_parameters_of_one_format_travel_together_wherever_they_lie() -> None:
+    policy = Policy(gradients=4, min_bytes=0, sites={"*.bias": None, "a": 8})
+    assert parts(policy) == [
+        (None, ("b.bias", "a.bias"), "sites['*.bias'] says exact"),
+        ("4b:g128:rise", ("b.weight",), ""),
+        ("8b:g128:tread", ("a.weight",), ""),  # by the path of its module
+    ]
+
+
+def test_min_bytes_counts_what_no_pattern_names() -> None:
+    sites = {"a.*": 8}  # lifts min_bytes for the rest of the bucket: 6 of 14 elements
+    rest = ("b.bias", "b.weight")
+    for buffer, size in ((torch.zeros(14), 32), (torch.zeros(14, dtype=torch.bfloat16), 16)):
+        assert parts(Policy(gradients=4, min_bytes=size, sites=sites), buffer)[0] == (
+            "4b:g128:rise", rest, "",
+        )  # fmt: skip
+        assert parts(Policy(gradients=4, min_bytes=size + 1, sites=sites), buffer)[0] == (
+            None, rest, f"{size} bytes < min_bytes={size + 1}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("buffer", "world", "reason"),
+    [
+        (torch.zeros(14), 1, "one rank: nothing is sent"),
+        (torch.zeros(14, dtype=torch.float64), 2, "f64 data is not quantized"),
+        (torch.zeros(14).to_sparse(), 2, "sparse gradients are not quantized"),
+    ],
+)
+def test_what_is_never_quantized(buffer: Tensor, world: int, reason: str) -> None:
+    policy = Policy(gradients=4, min_bytes=0, sites={"a.*": 8})
+    [part] = parts_of(policy, SIZES, buffer, world)
+    assert (part.format, part.reason, part.eligible) == (None, reason, False)
+
+
+def test_eligible_is_what_only_its_size_keeps_exact() -> None:
+    def eligible(policy: Policy) -> list[bool]:
+        return [part.eligible for part in parts_of(policy, SIZES, torch.zeros(14), 2)]
+
+    assert eligible(Policy(gradients=4, min_bytes=0)) == [True]
+    assert eligible(Policy(gradients=4)) == [True]
+    assert eligible(Policy()) == [False]
+    assert eligible(Policy(gradients=4, min_bytes=0, sites={"b.*": None})) == [False, True]
+
+
+def test_gather_and_scatter_are_inverse_and_copy_only_where_they_must() -> None:
+    policy = Policy(gradients=4, min_bytes=0, sites={"*.bias": None})
+    biases, weights = parts_of(policy, SIZES, torch.zeros(14), 2)
+    buffer = torch.arange(14.0)
+    assert biases.gather(buffer).tolist() == [0, 1, 2, 8, 9]
+    assert weights.gather(buffer).tolist() == [3, 4, 5, 6, 7, 10, 11, 12, 13]
+    assert [len(piece) for piece in weights.pieces(weights.gather(buffer))] == [5, 4]
+    biases.scatter(-biases.gather(buffer).double(), buffer)
+    assert buffer.tolist() == [0, -1, -2, 3, 4, 5, 6, 7, -8, -9, 10, 11, 12, 13]
+
+    [whole] = parts_of(Policy(gradients=4, min_bytes=0), SIZES, buffer, 2)
+    assert whole.gather(buffer).data_ptr() == buffer.data_ptr()
+
+
+def test_the_line_of_the_report() -> None:
+    policy = Policy(gradients=4, min_bytes=0, sites={"a.weight": None})
+    quantized, exact = parts_of(policy, SIZES, torch.zeros(14), 4)
+    site = site_of(quantized, 3, torch.bfloat16, "g", 4)
+    assert (site.place, site.shape, site.dtype) == ("b.bias ... a.bias bucket 3", (10,), "bf16")
+    assert site.bytes_before == sent_bytes("all_reduce", 20, 4)
+    assert quantized.format is not None
+    assert site.bytes_after == all_reduce_sent_bytes(10, quantized.format, 4)
+    site = site_of(exact, 3, torch.bfloat16, "g", 4)
+    assert (site.place, site.format) == ("a.weight bucket 3", None)
+    assert site.bytes_after == site.bytes_before == sent_bytes("all_reduce", 8, 4)
+
+
+def test_sparse_gradients_have_no_size_before_they_are_there() -> None:
+    [part] = parts_of(Policy(gradients=4), [("a", 4)], torch.zeros(4).to_sparse(), 2)
+    assert isinstance(part, Part)
+    site = site_of(part, 0, torch.float32, "g", 2)
+    assert (site.bytes_before, site.bytes_after) == (None, None)
