@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from typing import Any
 
 import torch
@@ -50,8 +50,9 @@ class Worker:
         self._queue: SimpleQueue[_Task | None] = SimpleQueue()
         # A daemon: a process that ends must not wait for ranks that never come.
         arguments = (self._queue, self.group_name)
-        Thread(target=_serve, args=arguments, name="rfcompile", daemon=True).start()
-        weakref.finalize(self, self._queue.put, None)
+        thread = Thread(target=_serve, args=arguments, name="rfcompile", daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._queue, thread)
 
     def submit(self, site: str, device: torch.device, job: Callable[[], Tensor]) -> Any:
         """Run ``job`` after all earlier ones; its result, on ``device``, is the future's value.
@@ -65,6 +66,17 @@ class Worker:
         future: Any = torch.futures.Future(devices=[device] if on_cuda else None)
         self._queue.put(_Task(site, job, device, future, ready))
         return future
+
+
+def _end(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
+    """The worker is gone, or the interpreter about to end: let the thread end first.
+
+    A thread that wakes up in a dying interpreter aborts the process. One that waits for another
+    rank, after an error in this one, is left behind.
+    """
+    queue.put(None)
+    if thread is not current_thread():
+        thread.join(timeout=1)
 
 
 def _serve(queue: SimpleQueue[_Task | None], group: str) -> None:
