@@ -542,13 +542,13 @@ class Reference:
                         piece + residual if used[name] and residual is not None else piece
                     )
                 sent = torch.cat(pieces)
+                left: list[Any] = [None] * len(part.names)
                 if part.format:
                     mean = rf.all_reduce(sent, part.format, op="avg")
                     left = part.pieces(sent - round_trip(sent, part.format, rank.world))
                 else:
                     mean = sent.to(bucket.dtype) * (1 / rank.world)
                     dist.all_reduce(mean)
-                    left = [None] * len(part.names)
                 for name, got, new in zip(part.names, part.pieces(mean), left, strict=True):
                     gradient = module.get_parameter(name).grad
                     assert gradient is None or torch.equal(gradient.flatten(), got.to(bucket.dtype))
