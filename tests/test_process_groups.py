@@ -8,7 +8,14 @@ import torch.distributed as dist
 
 import rfcompile as rf
 from rfcompile.errors import ProcessGroupError
-from rfcompile.process_groups import agree, constant_while_compiling, name_of, resolve, simulated
+from rfcompile.process_groups import (
+    agree,
+    constant_while_compiling,
+    name_of,
+    require_same,
+    resolve,
+    simulated,
+)
 
 
 def test_a_group_by_handle_by_name_and_by_default() -> None:
@@ -52,6 +59,7 @@ def test_simulated_ranks_agree_and_are_gone_afterwards() -> None:
     with simulated(8):
         assert (dist.get_rank(), dist.get_world_size()) == (0, 8)
         assert agree("0", "anything")
+        require_same(dist.group.WORLD, "anything")
     assert not dist.is_initialized()
 
 

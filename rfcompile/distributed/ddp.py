@@ -1,4 +1,8 @@
-"""Quantized gradients for DistributedDataParallel: a communication hook on its buckets."""
+"""Quantized gradients for DistributedDataParallel: a communication hook on its buckets.
+
+Private torch symbols used here, tried on torch 2.13: ``_use_python_reducer`` of a DDP module, and
+its ``_get_ddp_logging_data``, which names the hook it has.
+"""
 
 # DDP compares the annotations of a hook with classes: no postponed annotations in this file.
 from collections.abc import Mapping
@@ -34,9 +38,10 @@ def quantize_ddp(
 
     Args:
         ddp: wrapped as usual; no hook of its own.
-        policy: a Policy, or bits, a QuantFormat or a text for all gradients. ``sites`` takes names
-            of parameters, or of their modules. Parameters of a bucket that share a format travel
-            together; ``min_bytes`` counts those of a bucket that ``sites`` does not name.
+        policy: a Policy, or what one takes for ``gradients``: bits, a QuantFormat, a text, None.
+            ``sites`` takes names of parameters, or of their modules. Parameters of a bucket that
+            share a format travel together; ``min_bytes`` counts those of a bucket that ``sites``
+            does not name.
         error_feedback: add to each step what the quantization of the last one left over. It costs
             4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
 
@@ -64,7 +69,7 @@ def quantized_hook(
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     """What DDP calls with each bucket as soon as its gradients are there."""
-    future: torch.futures.Future[Tensor] = handle.reduce(bucket)
+    future: torch.futures.Future[Tensor] = handle._reduce(bucket)
     return future
 
 
@@ -96,7 +101,7 @@ class DDPHandle:
 
     # ---- the hook ------------------------------------------------------------------------
 
-    def reduce(self, bucket: Any) -> Any:
+    def _reduce(self, bucket: Any) -> Any:
         """Start averaging a bucket; a future of its buffer, where the mean takes its place."""
         known, buffer = self._bucket(bucket), bucket.buffer()
         site = f"DDP gradient bucket {bucket.index()}"

@@ -36,8 +36,8 @@ class Worker:
     """Run jobs in order on a thread, with a twin of ``group`` for their collectives.
 
     Every rank of the group creates one, and submits the same jobs in the same order. On CUDA jobs
-    run on a side stream: what they read is ready before, and who waits for the future lets his
-    stream wait for the result; the host never does.
+    run on a side stream, which first waits for the stream of whoever submits them; waiting for the
+    future makes the stream of whoever waits for it wait for the result.
 
     Args:
         group: the process group to imitate: ranks, backend and timeout.

@@ -41,7 +41,12 @@ class RunRanks(Protocol):
     """The type of the fixture ``ranks``."""
 
     def __call__(
-        self, world: int, f: Callable[..., Any], *args: Any, timeout: float = ...
+        self,
+        world: int,
+        f: Callable[..., Any],
+        *args: Any,
+        timeout: float = ...,
+        grace: float = ...,
     ) -> list[Any]: ...
 
 
@@ -84,14 +89,20 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     folder = tmp_path_factory.mktemp("ranks")
     pool: list[_Process] = []
 
-    def run(world: int, f: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    def run(
+        world: int,
+        f: Callable[..., Any],
+        *args: Any,
+        timeout: float = 300,
+        grace: float = GRACE_SECONDS,
+    ) -> list[Any]:
         __tracebackhide__ = True
         new = [_Process(rank, folder) for rank in range(len(pool), world)]
         pool.extend(new)
         try:
             for process in new:
                 process.wait_until_ready()
-            return _run(pool[:world], folder, f, args, timeout)
+            return _run(pool[:world], folder, f, args, timeout, grace)
         except BaseException:  # the processes may be in any state: start anew
             while pool:
                 pool.pop().stop()
@@ -151,7 +162,12 @@ class _Process:
 
 
 def _run(
-    processes: list[_Process], folder: Path, f: Callable[..., Any], args: Any, timeout: float
+    processes: list[_Process],
+    folder: Path,
+    f: Callable[..., Any],
+    args: Any,
+    timeout: float,
+    grace: float,
 ) -> list[Any]:
     __tracebackhide__ = True
     store = folder / f"store{time.monotonic_ns()}"  # a file: no port that others could take
@@ -178,7 +194,7 @@ def _run(
             results[rank] = result
             if failure:
                 failures[rank] = failure
-                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                deadline = min(deadline, time.monotonic() + grace)
     for rank in waiting.values():
         failures[rank] = f"no answer\n{processes[rank].where_it_is()}"
     if failures:

@@ -929,7 +929,7 @@ def test_a_rank_that_dies_is_an_error_of_the_others_and_the_checkpoint_loads(
     ranks: RunRanks, tmp_path: Path
 ) -> None:
     with pytest.raises(Exception, match="rank 1: died with exit code 7") as caught:
-        ranks(3, failing, tmp_path, "dies", timeout=60)
+        ranks(3, failing, tmp_path, "dies", timeout=90, grace=30)
     assert set(caught.value.failures) == {1}  # type: ignore[attr-defined]
     for rank in (0, 2):
         seconds, text = seen(tmp_path, rank)
