@@ -61,6 +61,9 @@ ARMS: dict[str, Arm] = {
     "free+muon-orthogonal": replace(FREE, initialization=None),
     "free+muon-temperature": replace(FREE, temperature=None),
     "free+muon-rotary": replace(FREE, rotary=False),
+    "free+muon+annealed-temperature": replace(
+        FREE, skips="annealed", matrix_lr=0.02, temperature=None
+    ),
 }
 """The comparison: ``+`` adds to, ``-`` takes from the recipe."""
 

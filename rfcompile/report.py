@@ -21,7 +21,7 @@ class Site:
     Args:
         collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or boundary, or
             the operator's own name where it is none of these.
-        direction: "forward" or "backward".
+        direction: "forward", "backward", or "at rest" for what is kept and not sent.
         kind: the kind of traffic, as in :class:`~rfcompile.Policy`.
         module: dotted path of the module it belongs to, "" where unknown.
         source: "file.py:123", the user's line, "" where unknown.

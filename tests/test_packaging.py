@@ -114,7 +114,7 @@ def test_the_public_names_are_exactly_these() -> None:
 def test_the_public_names_of_distributed_are_exactly_these() -> None:
     from rfcompile import distributed
 
-    assert sorted(distributed.__all__) == ["DDPHandle", "quantize_ddp"]
+    assert sorted(distributed.__all__) == ["DDPHandle", "broadcast_states", "quantize_ddp"]
     assert all(hasattr(distributed, name) for name in distributed.__all__)
 
 

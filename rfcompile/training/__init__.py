@@ -1,9 +1,11 @@
-"""Training without residual connections: initialization, temperature, annealing, optimizers."""
+"""Training: without residual connections, and with quantized optimizer states."""
 
 from rfcompile.training.annealing import SkipAnnealer, finalize
 from rfcompile.training.folding import fold_mixing
 from rfcompile.training.initialization import Initialization
 from rfcompile.training.optimizers import optimizers
+from rfcompile.training.packing import pack_state_dict, unpack_state_dict
+from rfcompile.training.quantized_states import quantize_states
 from rfcompile.training.temperature import TemperatureRule
 
 __all__ = [
@@ -13,4 +15,7 @@ __all__ = [
     "finalize",
     "fold_mixing",
     "optimizers",
+    "pack_state_dict",
+    "quantize_states",
+    "unpack_state_dict",
 ]
