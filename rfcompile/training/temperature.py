@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.attention import Attention, Core, Heads, anatomy, cores_of
-from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
+from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.errors import ResidualError
 from rfcompile.graph import module_of
 
@@ -84,9 +84,9 @@ def temper(
         ResidualError: an attention's queries come from no module whose output can be scaled.
         CaptureError.
     """
-    with torch.no_grad(), in_mode(model, training=False):
+    with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
         attentions = anatomy(model, inputs).attentions
-        module = without_einsum(exported(model, inputs)).module()
+        module = plain_graph(model, inputs)
         run = _Calibration(module, rule, attentions)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         places = [
@@ -120,13 +120,13 @@ def _install(
 # ---- how hot -----------------------------------------------------------------------------------
 
 
-class _Calibration(fx.Interpreter):
+class _Calibration(Interpreter):
     """Runs a graph, and on the way gives each self-attention the temperature that it needs."""
 
     def __init__(
         self, module: fx.GraphModule, rule: TemperatureRule, attentions: Sequence[Attention]
     ) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self.graph = module.graph
         self.cores = {core.weights: core for core in cores_of(module.graph)}
         pairs = zip(self.cores.values(), attentions, strict=True)
@@ -139,7 +139,7 @@ class _Calibration(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
         if core is not None and core in self.layers:
-            node, _ = core.query
+            node = core.query
             query = self.layers[core].query
             if query not in self.values:  # a module that is called again keeps its temperature
                 self.values[query] = self._solve(core)
@@ -185,7 +185,7 @@ class _Calibration(fx.Interpreter):
 
     def _mass(self, core: Core, temperature: float) -> float:
         """Mean weight of a token on itself."""
-        node, _ = core.query
+        node = core.query
         values = {**self.env, **self.again(node, self.env[node] / temperature, core.weights)}
         weights = torch.softmax(_scores(core, values).float(), -1)
         return float(weights.diagonal(dim1=-2, dim2=-1).mean())
@@ -196,9 +196,8 @@ LIMIT = 16.0
 
 
 def _is_square(core: Core) -> bool:
-    (q, (_, q_tokens, _)), (k, (_, k_tokens, _)) = core.query, core.key
-    tokens: bool = q.meta["val"].shape[q_tokens] == k.meta["val"].shape[k_tokens]
-    return tokens
+    q, k = core.query.meta["val"], core.key.meta["val"]
+    return bool(q.shape[-2] == k.shape[core.key_axes[0]])
 
 
 def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
@@ -234,7 +233,7 @@ def _place(
 
     That is the query linear, unless a normalization after it would undo the scale.
     """
-    node, _ = core.query
+    node = core.query
     if attention.query is None:
         raise ResidualError(
             f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
