@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -61,7 +61,13 @@ class ResidualSite(nn.Module):
         self.mode = mode
         return self
 
-    def forward(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+    def forward(
+        self, a: Tensor, b: Tensor, *more: Any, function: str = "", **options: Any
+    ) -> Tensor:
+        """``a + alpha * b``, alpha third if there is one; or a ``function`` of torch that adds."""
+        if function:
+            return self._of(function, [a, b, *more], options)
+        (alpha,) = more or (1,)
         if self.mode == "gain":
             if self.operand == 0:
                 a = self.gain.to(a.dtype) * a
@@ -69,13 +75,26 @@ class ResidualSite(nn.Module):
                 b = self.gain.to(b.dtype) * b
         elif self.mode != "keep":
             skip, branch = (a, b if alpha == 1 else alpha * b) if self.operand == 0 else (b, a)
-            branch = _as_in_sum(branch, skip)
-            if self.mode == "free":
-                return branch
-            mixed = nn.functional.linear(branch, self.weight.to(branch.dtype))
-            return mixed.to(branch.dtype)  # autocast has another
+            return self._mixed(_as_in_sum(branch, skip))
         # Candidates that turn out to be no residual adds pass here too: numbers, lists.
         return a + b if alpha == 1 else torch.add(a, b, alpha=alpha)
+
+    def _of(self, function: str, operands: list[Any], options: dict[str, Any]) -> Tensor:
+        """``torch.lerp`` and its like: without the skip they add to zeros."""
+        if self.mode != "keep":
+            skip = operands[self.operand]
+            is_gain = self.mode == "gain"
+            operands[self.operand] = (
+                self.gain.to(skip.dtype) * skip if is_gain else torch.zeros_like(skip)
+            )
+        total: Tensor = getattr(operands[0], function)(*operands[1:], **options)
+        return total if self.mode in ("keep", "gain") else self._mixed(total)
+
+    def _mixed(self, branch: Tensor) -> Tensor:
+        if self.mode == "free":
+            return branch
+        mixed = nn.functional.linear(branch, self.weight.to(branch.dtype))
+        return mixed.to(branch.dtype)  # autocast has another
 
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, skip={self.operand}"

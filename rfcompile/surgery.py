@@ -150,8 +150,9 @@ def _opened(
         raise ResidualError(
             f"{len(after) - len(left)} of {len(wanted)} residual adds of {type(model).__name__} "
             f"can be rewritten. Out of reach: {places or 'unknown'}. In reach is an add written as "
-            "x + f(x), x - f(x), x += f(x), torch.add or Tensor.add in a method of a module or in "
-            "a plain function that it calls by name. Write it so, or pass an fx.GraphModule.",
+            "x + f(x), x - f(x), x += f(x), torch.add, lerp, addcmul, addmm, sum([x, f(x)]) or "
+            "torch.stack([x, f(x)]).sum(0) in a method of a module or in a plain function that it "
+            "calls by name. Write it so, or pass an fx.GraphModule.",
             left,
         )
     _check_calls(graph, after)
