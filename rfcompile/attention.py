@@ -193,7 +193,7 @@ class _CutRun(Interpreter):
         features: list[tuple[int, ...]] = []
         feeding: fx.Node | None = None
         candidates = [n for n in self.linears if n in self.leaves]
-        for head in _of_the_first_sample(operand, self):
+        for head in _heads_in(operand):
             first = head.select(tokens, 0)
             if not candidates:
                 return node, None
@@ -233,15 +233,13 @@ class _CutRun(Interpreter):
         return None
 
 
-def _of_the_first_sample(operand: Tensor, run: _CutRun) -> Iterable[Tensor]:
-    """The heads of the first sample: ``[batch, heads, ..]``, or ``[batch * heads, ..]``."""
-    if operand.dim() >= 4:
-        while operand.dim() > 3:
-            operand = operand[0]
-        return operand.unbind(0)
-    inputs = (run.env[node] for node in run.placeholders)
-    batch = next(x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim())
-    return operand[: max(1, operand.shape[0] // batch)].unbind(0)
+def _heads_in(operand: Tensor) -> tuple[Tensor, ...]:
+    """The heads of one sample of ``[.., heads, tokens, features]``; of ``[batch * heads, ..]``,
+    those of all samples, which read the same features.
+    """
+    while operand.dim() > 3:
+        operand = operand[0]
+    return operand.unbind(0)
 
 
 BASE = 128

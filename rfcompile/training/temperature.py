@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.attention import Attention, Core, Heads, anatomy, cores_of
+from rfcompile.attention import Attention, Core, anatomy, cores_of
 from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.errors import ResidualError
-from rfcompile.graph import module_of
+from rfcompile.graph import ModuleCall, module_calls, module_of
+from rfcompile.linears import Linear
 
 NAME = "temperature"
 """Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
@@ -89,20 +90,23 @@ def temper(
         module = plain_graph(model, inputs)
         run = _Calibration(module, rule, attentions)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
-        places = [
-            (found, *_place(run, core, run.layers[core])) for core, found in run.found.items()
-        ]
+        places = {core: _place(run, core, run.layers[core]) for core in run.found}
+    _check_calls(module.graph, places.values())
     values: dict[str, float] = {}
-    for found, path, features in places:
-        if path not in values:
-            values[path] = _install(model.get_submodule(path), rule, found.value, features)
+    for core, place in places.items():
+        if place.path not in values:
+            whole = [other.features for other in places.values() if other.path == place.path]
+            features = None if None in whole else sorted({f for fs in whole if fs for f in fs})
+            owner = model.get_submodule(place.path)
+            values[place.path] = _install(owner, rule, run.found[core].value, features)
     return tuple(
-        replace(found, name=f"{path}.{NAME}", value=values[path]) for found, path, _ in places
+        replace(run.found[core], name=f"{place.path}.{NAME}", value=values[place.path])
+        for core, place in places.items()
     )
 
 
 def _install(
-    owner: nn.Module, rule: TemperatureRule, factor: float, features: tuple[int, ...] | None
+    owner: nn.Module, rule: TemperatureRule, factor: float, features: Sequence[int] | None
 ) -> float:
     if any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values()):
         value = getattr(owner, NAME).detach() * factor  # it was tempered before
@@ -133,15 +137,16 @@ class _Calibration(Interpreter):
         self.layers = {c: found for c, found in pairs if found.is_self and _is_square(c)}
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
         self.found: dict[Core, Temperature] = {}
-        self.values: dict[Heads | None, float] = {}
+        self.values: dict[Linear | None, float] = {}
         self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
         if core is not None and core in self.layers:
             node = core.query
-            query = self.layers[core].query
-            if query not in self.values:  # a module that is called again keeps its temperature
+            heads = self.layers[core].query
+            query = heads.linear if heads else None
+            if query not in self.values:  # a linear that is read again keeps its temperature
                 self.values[query] = self._solve(core)
             value = self.values[query]
             attention = module_of(core.result)
@@ -226,14 +231,20 @@ def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
 # ---- where -----------------------------------------------------------------------------------
 
 
-def _place(
-    run: _Calibration, core: Core, attention: Attention
-) -> tuple[str, tuple[int, ...] | None]:
-    """The module whose output is to be scaled, and its features; None: all of them.
+@dataclass(frozen=True)
+class _Place:
+    """A call of a module whose output is to be scaled, and its features; None: all of them."""
 
-    That is the query linear, unless a normalization after it would undo the scale.
-    """
-    node = core.query
+    call: tuple[ModuleCall, ...]
+    features: tuple[int, ...] | None
+
+    @property
+    def path(self) -> str:
+        return self.call[-1].path
+
+
+def _place(run: _Calibration, core: Core, attention: Attention) -> _Place:
+    """The query linear, unless a normalization after it would undo the scale."""
     if attention.query is None:
         raise ResidualError(
             f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
@@ -242,7 +253,7 @@ def _place(
     features = tuple(sorted(itertools.chain(*attention.query.features)))
     linear = attention.query.linear.module
     last: dict[str, fx.Node] = {}
-    for n in _before(node):
+    for n in _before(core.query):
         path = module_of(n)
         if path not in last and path not in ("", attention.module):
             last[path] = n
@@ -255,17 +266,35 @@ def _place(
         if path == linear and len(features) < output.shape[-1]:
             chosen = features
             factors = torch.ones_like(output).index_fill(-1, torch.tensor(features), 0.5)
-        whole = run.again(n, output, core.weights).get(node)
-        scaled = run.again(n, output * factors, core.weights).get(node)
-        if whole is None or scaled is None:
-            continue
-        if torch.allclose(scaled, whole * 0.5, rtol=1e-3):
-            return path, chosen
+        whole = run.again(n, output, core.result)
+        scaled = run.again(n, output * factors, core.result)
+        if core.query in whole and all(
+            torch.allclose(scaled[node], whole[node] * factor, rtol=1e-3)
+            for node, factor in ((core.query, 0.5), (core.key, 1.0), (core.value, 1.0))
+            if node in whole
+        ):
+            return _Place(module_calls(n), chosen)
     raise ResidualError(
         f"the attention of {attention.module} cannot be tempered: scaling the output of "
-        f"{linear or 'its query linear'} does not scale its queries. Pass temperature=None, or "
-        "scale its queries in the model."
+        f"{linear or 'its query linear'} does not scale its queries and nothing else. Pass "
+        "temperature=None, or scale its queries in the model."
     )
+
+
+def _check_calls(graph: fx.Graph, places: Iterable[_Place]) -> None:
+    """A module's temperature is there whenever it is called: each time, for queries."""
+    tempered: dict[str, set[tuple[ModuleCall, ...]]] = {}
+    for place in places:
+        tempered.setdefault(place.path, set()).add(place.call)
+    for node in graph.nodes:
+        call = module_calls(node)
+        path = call[-1].path if call else ""
+        if call not in tempered.get(path, {call}):
+            raise ResidualError(
+                f"{path} makes the queries of an attention, but is also called elsewhere, so it "
+                "cannot have its temperature. Pass temperature=None, or give the queries a module "
+                "of their own."
+            )
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:

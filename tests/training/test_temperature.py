@@ -142,6 +142,72 @@ def test_behind_a_norm_of_the_queries() -> None:
     assert {n for n, _ in model.named_parameters() if NAME in n} == set(names)
 
 
+class Halves(nn.Module):
+    """Two attentions whose queries one linear makes, as differential attention has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def operands(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        parts = [f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        return list(zip(*(part.chunk(2, 1) for part in parts), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (F.scaled_dot_product_attention(*parts) for parts in self.operands(x))
+        return first - 0.5 * second
+
+
+def test_two_attentions_of_one_query_linear() -> None:
+    model, x = Halves(), torch.randn(2, 5, 16)
+    (q_1, k_1, _), (q_2, k_2, _) = model.operands(x)
+    first, second = temper(model, ((x,), {}), TemperatureRule(0.2))
+    assert first.name == second.name == f"q.{NAME}"
+    assert first.value == second.value
+    for found, (q, k, _), before in zip(
+        (first, second), model.operands(x), (q_1, q_2), strict=True
+    ):
+        torch.testing.assert_close(q, before / found.value)
+        assert mass((q @ k.mT / 2).softmax(-1)) == pytest.approx(found.mass_after, abs=BISECTION)
+    assert torch.equal(model.operands(x)[0][1], k_1)
+    assert torch.equal(model.operands(x)[1][1], k_2)
+
+
+class OneNorm(nn.Module):
+    """Queries and keys share a norm, which must not be scaled; a norm before is no way either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm = nn.LayerNorm(16), nn.LayerNorm(4)
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        q, k = (self.norm(f(x).unflatten(-1, (4, -1))).transpose(1, 2) for f in (self.q, self.k))
+        return F.scaled_dot_product_attention(q, k, x.unflatten(-1, (4, -1)).transpose(1, 2))
+
+
+class NormBefore(OneNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        q, k = (F.normalize(f(x).unflatten(-1, (4, -1))).transpose(1, 2) for f in (self.q, self.k))
+        return F.scaled_dot_product_attention(q, k + x[:, None, :, :4], k)
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (OneNorm, "norm makes the queries of an attention, but is also called elsewhere"),
+        (NormBefore, "scaling the output of q does not scale its queries and nothing else"),
+    ],
+)
+def test_what_scales_more_than_queries(cls: type[nn.Module], text: str) -> None:
+    model = cls()
+    with pytest.raises(ResidualError, match=text):
+        temper(model, ((torch.randn(2, 5, 16),), {}))
+    assert not any(NAME in name for name in model.state_dict())
+
+
 def test_cross_attention_keeps_its_temperature() -> None:
     """Also where both sequences have one length."""
     pytest.importorskip("transformers")
