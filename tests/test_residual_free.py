@@ -450,9 +450,10 @@ def test_convolutions_are_reported() -> None:
 
 def test_torchs_own_encoder() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-    with pytest.raises(ResidualError, match=r"cannot be tempered: .* Pass temperature=None"):
-        rf.transform(model, residual="free", example_inputs=(X,))
-    new = rf.transform(model, residual=ResidualFree(temperature=None), example_inputs=(X,)).eval()
+    new = rf.transform(model, residual="free", example_inputs=(X,)).eval()
+    assert [item.name for item in residual_report(new).temperatures] == [
+        f"layers.{layer}.self_attn.temperature" for layer in (0, 1)
+    ]
     with torch.no_grad():
         kernel = new(X)
     torch.testing.assert_close(kernel, new(X))

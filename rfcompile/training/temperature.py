@@ -17,6 +17,7 @@ from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode
 from rfcompile.errors import ResidualError
 from rfcompile.graph import ModuleCall, module_calls, module_of
 from rfcompile.linears import Linear
+from rfcompile.training.torch_attention import TemperedAttention
 
 NAME = "temperature"
 """Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
@@ -79,7 +80,7 @@ def temper(
     """Give every self-attention of ``model`` its temperature, in place.
 
     It scales what the query linear gives (or the normalization after it), so every implementation
-    of attention has it. Cross-attentions keep theirs.
+    of attention has it; ``nn.MultiheadAttention`` scales its own. Cross-attentions keep theirs.
 
     Raises:
         ResidualError: an attention's queries come from no module whose output can be scaled.
@@ -90,7 +91,7 @@ def temper(
         module = plain_graph(model, inputs)
         run = _Calibration(module, rule, attentions)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
-        places = {core: _place(run, core, run.layers[core]) for core in run.found}
+        places = {core: _place(model, run, core) for core in run.found}
     _check_calls(module.graph, places.values())
     values: dict[str, float] = {}
     for core, place in places.items():
@@ -108,12 +109,16 @@ def temper(
 def _install(
     owner: nn.Module, rule: TemperatureRule, factor: float, features: Sequence[int] | None
 ) -> float:
-    if any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values()):
-        value = getattr(owner, NAME).detach() * factor  # it was tempered before
+    is_hooked = any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values())
+    if is_hooked or isinstance(owner, TemperedAttention):  # it was tempered before
+        value = getattr(owner, NAME).detach() * factor
         delattr(owner, NAME)
     else:
         value = torch.full((1,), factor, device=next(iter(owner.parameters())).device)
-        owner.register_forward_hook(ScaleQueries(features))
+        if isinstance(owner, nn.MultiheadAttention):
+            owner.__class__ = TemperedAttention
+        else:
+            owner.register_forward_hook(ScaleQueries(features))
     if rule.learnable:
         owner.register_parameter(NAME, nn.Parameter(value))
     else:
@@ -243,8 +248,9 @@ class _Place:
         return self.call[-1].path
 
 
-def _place(run: _Calibration, core: Core, attention: Attention) -> _Place:
+def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place:
     """The query linear, unless a normalization after it would undo the scale."""
+    attention = run.layers[core]
     if attention.query is None:
         raise ResidualError(
             f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
@@ -252,6 +258,8 @@ def _place(run: _Calibration, core: Core, attention: Attention) -> _Place:
         )
     features = tuple(sorted(itertools.chain(*attention.query.features)))
     linear = attention.query.linear.module
+    if type(model.get_submodule(linear)) in (nn.MultiheadAttention, TemperedAttention):
+        return _Place(module_calls(core.query), None)
     last: dict[str, fx.Node] = {}
     for n in _before(core.query):
         path = module_of(n)

@@ -311,12 +311,36 @@ def test_queries_that_no_linear_makes() -> None:
     assert not list(model.buffers())
 
 
-def test_torchs_own_attention_has_no_query_module() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    state = list(model.state_dict())
-    with pytest.raises(ResidualError, match=r"^the attention of self_attn cannot be tempered: sca"):
-        temper(model, ((torch.randn(2, 5, 16),), {}))
-    assert list(model.state_dict()) == state
+@pytest.mark.parametrize("own", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 8}])
+def test_torchs_own_attention(own: dict[str, Any]) -> None:
+    """Its queries, and nothing else, are divided; it stays what it is otherwise."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, **own)
+
+        def forward(self, x: Tensor, **options: Any) -> Any:
+            return self.attention(x, x[..., : own.get("kdim", 16)], x, **options)
+
+    model, x = Model(), torch.randn(5, 5, 16)
+    plain = copy.deepcopy(model)
+    (found,) = temper(model, ((x,), {}), TemperatureRule(0.3))
+    assert found.name == f"attention.{NAME}"
+    mask = torch.zeros(5, 5, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
+    options = {"key_padding_mask": mask, "average_attn_weights": False}
+    assert not torch.allclose(model(x)[0], plain(x)[0])
+    name = "in_proj_weight" if "kdim" not in own else "q_proj_weight"
+    plain.get_parameter(f"attention.{name}").data[:16] /= found.value
+    if own.get("bias", True):
+        plain.attention.in_proj_bias.data[:16] /= found.value
+    for given in ({}, options, {"need_weights": False}):
+        torch.testing.assert_close(model(x, **given), plain(x, **given))
+    torch.testing.assert_close(model.eval()(x[0])[0], plain.eval()(x[0])[0])
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x)[0], model(x)[0])
+    assert temper(model, ((x,), {}))[0].name == found.name
+    assert set(model.state_dict()) == {f"attention.{NAME}", *plain.state_dict()}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
