@@ -92,7 +92,10 @@ def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualRep
     if isinstance(how.temperature, TemperatureRule):
         temperatures = temper(model, inputs, how.temperature)
         if not temperatures:
-            notes.append("no temperature: there is no self-attention with a softmax")
+            notes.append(
+                "no temperature: no self-attention was found, a softmax between two products; "
+                "scale the queries of any other kind in the model"
+            )
     return ResidualReport(how.mode, opened, left, initialized, temperatures, tuple(notes))
 
 

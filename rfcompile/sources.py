@@ -132,6 +132,8 @@ def called_methods(tree: ast.AST, method: Method, cls: type) -> Iterator[Method]
                 order = cls.__mro__[cls.__mro__.index(method.owner) + 1 :]
             case _:
                 continue
+        if attribute.startswith("__") and not attribute.endswith("__"):  # private to the class
+            attribute = f"_{method.owner.__name__.lstrip('_')}{attribute}"
         owner = next((c for c in order if attribute in vars(c)), None)
         yield from methods_of(owner, attribute) if owner else ()
 

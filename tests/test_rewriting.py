@@ -415,6 +415,17 @@ class TakenNames(Base):
         return self.residual_1(x)
 
 
+@block
+class PrivateMethod(Base):
+    """Its name is another one to Python."""
+
+    def __plus(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__plus(x, self.f(x))
+
+
 ZERO = torch.zeros(3, WIDTH)
 
 

@@ -25,10 +25,18 @@ class Optimizers(Optimizer):
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
+        self.optimizers: tuple[Optimizer, ...] = ()
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__([{**group} for group in groups], {})
+        self.optimizers = optimizers
         self.param_groups = groups  # the very dicts that the optimizers read
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A new group is the last optimizer's: that of what is no hidden matrix."""
+        super().add_param_group(param_group)
+        if self.optimizers:
+            self.optimizers[-1].add_param_group(param_group)
+            self.param_groups[-1] = self.optimizers[-1].param_groups[-1]
 
     def step(self, closure: Any = None) -> Any:
         loss = None

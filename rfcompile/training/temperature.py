@@ -265,13 +265,14 @@ def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place:
         path = module_of(n)
         if path not in last and path not in ("", attention.module):
             last[path] = n
-    for path, n in sorted(last.items(), key=lambda item: item[0] != linear):
+    width = run.env[last[linear]].shape[-1] if linear in last else 0
+    for n in sorted(last.values(), key=lambda n: module_of(n) != linear):
         output = run.env[n]
         if not (isinstance(output, Tensor) and output.is_floating_point()):
             continue
         factors = torch.full_like(output[..., :1], 0.5).expand_as(output)
         chosen = None
-        if path == linear and len(features) < output.shape[-1]:
+        if len(features) < output.shape[-1] == width:  # also where a LoRA adds to the linear
             chosen = features
             factors = torch.ones_like(output).index_fill(-1, torch.tensor(features), 0.5)
         whole = run.again(n, output, core.result)

@@ -173,6 +173,29 @@ def test_two_attentions_of_one_query_linear() -> None:
     assert torch.equal(model.operands(x)[1][1], k_2)
 
 
+def test_a_side_path_to_the_query_linear() -> None:
+    """A LoRA beside a fused linear: what both give is scaled, where the queries are."""
+
+    class WithLoRA(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.a, self.b = base, nn.Linear(32, 2), nn.Linear(2, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.b(self.a(x))
+
+    model, inputs = build("nanogpt")
+    attention = model.get_submodule("blocks.0.attention")
+    attention.qkv = WithLoRA(attention.get_submodule("qkv"))
+    before = recorded(model, inputs)[0]
+    first = temper(model, ((), inputs))[0]
+    after = recorded(model, inputs)[0]
+    assert first.name == f"blocks.0.attention.qkv.{NAME}"
+    torch.testing.assert_close(after[0], before[0] / first.value)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[2], before[2])
+
+
 class OneNorm(nn.Module):
     """Queries and keys share a norm, which must not be scaled; a norm before is no way either."""
 
