@@ -64,10 +64,10 @@ class ResidualSite(nn.Module):
     def forward(
         self, a: Tensor, b: Tensor, *more: Any, function: str = "", **options: Any
     ) -> Tensor:
-        """``a + alpha * b``, alpha third if there is one; or a ``function`` of torch that adds."""
+        """``a + alpha * b``, alpha third or by name; or a ``function`` of torch that adds."""
         if function:
             return self._of(function, [a, b, *more], options)
-        (alpha,) = more or (1,)
+        alpha = more[0] if more else options.get("alpha", 1)
         if self.mode == "gain":
             if self.operand == 0:
                 a = self.gain.to(a.dtype) * a

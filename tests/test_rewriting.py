@@ -447,11 +447,11 @@ class Products(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.addcmul(x, self.f(x), self.g.bias, value=2)
-        return x.addmm(x, self.g.weight, beta=0.5)
+        return x.addmm(x, self.g.weight, beta=0.5, alpha=3)
 
     def free(self, x: Tensor) -> Tensor:
         x = torch.addcmul(ZERO, self.f(x), self.g.bias, value=2)
-        return ZERO.addmm(x, self.g.weight, beta=0.5)
+        return ZERO.addmm(x, self.g.weight, beta=0.5, alpha=3)
 
 
 @block
