@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile import codec, ops
 from rfcompile.boundaries import Boundaries, find_boundaries
-from rfcompile.capture import capture, inputs_of
+from rfcompile.capture import capture, copied, inputs_of
 from rfcompile.collectives import before_compiling
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
@@ -142,16 +142,22 @@ def transform(
             copy_of(model, share=True), policy_of(bits, policy), boundaries, example_inputs
         )
     how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
+    with torch.inference_mode(False):
+        twin = _without_residuals(model, how, example_inputs)
+    if bits is None and policy is None:
+        return twin
+    return _with_wire(twin, policy_of(bits, policy), boundaries, example_inputs)
+
+
+def _without_residuals(model: nn.Module, how: ResidualFree, example_inputs: Any) -> nn.Module:
     twin = copy_of(model, share=how.mode == "anneal")
     if isinstance(twin, fx.GraphModule):
         twin = with_shapes(twin, example_inputs)
         remove_graph_residuals(twin, how)
     else:
         inner = uncompiled(twin)
-        remove_residuals(inner, inputs_of(inner, example_inputs), how)
-    if bits is None and policy is None:
-        return twin
-    return _with_wire(twin, policy_of(bits, policy), boundaries, example_inputs)
+        remove_residuals(inner, copied(inputs_of(inner, example_inputs)), how)
+    return twin
 
 
 def _with_wire(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
+from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.graph import module_of
-from rfcompile.linears import Linear, linears_in
+from rfcompile.linears import Linear, fed_in, linears_in
 
 aten = torch.ops.aten
 
@@ -61,9 +61,9 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
     Raises:
         CaptureError: it cannot be captured.
     """
-    with torch.enable_grad(), in_mode(model, training=False):
-        module = without_einsum(exported(model, inputs)).module()
-        run = _CutRun(module)
+    with torch.enable_grad(), in_mode(model, training=False), buffers_kept(model):
+        module = plain_graph(model, inputs)
+        run = _CutRun(module, model)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
     return Anatomy(tuple(run.linears.values()), tuple(attentions))
@@ -74,19 +74,20 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
 
 @dataclass(frozen=True)
 class Core:
-    """The nodes of an attention: operands with the axes (head, token, feature), and the result.
+    """The nodes of an attention: its operands [.., head, token, feature], and the result.
 
-    ``weights`` is where probabilities are made: the fused attention or the softmax.
+    ``weights`` is where probabilities are made: the fused attention or the softmax. The key may be
+    transposed: ``key_axes`` are those of its tokens and features.
     """
 
     weights: fx.Node
-    query: tuple[fx.Node, tuple[int, int, int]]
-    key: tuple[fx.Node, tuple[int, int, int]]
-    value: tuple[fx.Node, tuple[int, int, int]]
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
     result: fx.Node
+    key_axes: tuple[int, int] = (-2, -1)
 
 
-_STANDARD = (-3, -2, -1)
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _PRODUCT = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
 _ELSEWHERE = {
@@ -109,14 +110,14 @@ def cores_of(graph: fx.Graph) -> Iterator[Core]:
     for node in graph.nodes:
         if node.target is aten.scaled_dot_product_attention.default:
             q, k, v = _nodes(node.args[:3])
-            yield Core(node, (q, _STANDARD), (k, _STANDARD), (v, _STANDARD), node)
+            yield Core(node, q, k, v, node)
         elif node.target in _SOFTMAX:
             scores = _nearest_product(node, lambda n: n.all_input_nodes)
             result = _nearest_product(node, lambda n: n.users)
             if scores is not None and result is not None:
                 q, k = _nodes(scores.args[-2:])
                 (v,) = _nodes(result.args[-1:])
-                yield Core(node, (q, _STANDARD), (k, (-3, -1, -2)), (v, _STANDARD), result)
+                yield Core(node, q, k, v, result, key_axes=(-1, -2))
 
 
 def _nodes(arguments: Sequence[object]) -> list[fx.Node]:
@@ -143,21 +144,17 @@ REACH = 64
 # ---- the question ------------------------------------------------------------------------------
 
 
-class _CutRun(fx.Interpreter):
+class _CutRun(Interpreter):
     """Runs a graph and keeps every value; outputs of linears and attentions start a new history."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        names = {name for name, _ in module.named_parameters()}
-        self.linears, self.inputs = linears_in(module.graph, names)
+    def __init__(self, module: fx.GraphModule, model: nn.Module) -> None:
+        super().__init__(module)
+        self.linears, self.inputs = linears_in(module.graph, model)
         self.cuts = {*self.linears, *(core.result for core in cores_of(module.graph))}
         self.leaves: dict[fx.Node, Tensor] = {}
         self.placeholders = module.graph.find_nodes(op="placeholder")
         self.order = {node: number for number, node in enumerate(module.graph.nodes)}
-        self.fed = set(self.placeholders)  # and all that is made of them
-        for node in module.graph.nodes:
-            if not self.fed.isdisjoint(node.all_input_nodes):
-                self.fed.add(node)
+        self.fed = fed_in(module.graph)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -167,7 +164,7 @@ class _CutRun(fx.Interpreter):
         return value
 
     def ask(self, core: Core) -> Attention:
-        sides = (core.query, core.key, core.value)
+        sides = ((core.query,), (core.key, *core.key_axes), (core.value,))
         nodes, (query, key, value) = zip(*(self._feeding(*side) for side in sides), strict=True)
         is_self = self._is_same(nodes[0], nodes[1])
         module = module_of(core.result)
@@ -185,17 +182,19 @@ class _CutRun(fx.Interpreter):
         last = max(meeting, key=self.order.__getitem__)
         return not _above(query, without=last) & set(self.placeholders)
 
-    def _feeding(self, node: fx.Node, axes: tuple[int, int, int]) -> tuple[fx.Node, Heads | None]:
+    def _feeding(
+        self, node: fx.Node, tokens: int = -2, features_axis: int = -1
+    ) -> tuple[fx.Node, Heads | None]:
         """The linear whose output is a head's operand, and what it reads."""
         operand: Tensor = self.env[node]
         if not operand.requires_grad:
             return node, None
-        codes = _codes(operand.shape[axes[2]], operand)
+        codes = _codes(operand.shape[features_axis], operand)
         features: list[tuple[int, ...]] = []
         feeding: fx.Node | None = None
         candidates = [n for n in self.linears if n in self.leaves]
-        for head in _of_the_first_sample(operand, axes[0], self):
-            first = head.select(axes[1] if axes[1] < 0 else axes[1] - 1, 0)  # the first token
+        for head in _heads_in(operand):
+            first = head.select(tokens, 0)
             if not candidates:
                 return node, None
             grads = _grads((first * codes).sum(), [self.leaves[n] for n in candidates])
@@ -234,15 +233,13 @@ class _CutRun(fx.Interpreter):
         return None
 
 
-def _of_the_first_sample(operand: Tensor, head_axis: int, run: _CutRun) -> Iterable[Tensor]:
-    """The heads of the first sample: ``[batch, heads, ..]``, or ``[batch * heads, ..]``."""
-    if operand.dim() >= 4:
-        while operand.dim() > 3:
-            operand = operand[0]
-        return operand.unbind(0)
-    inputs = (run.env[node] for node in run.placeholders)
-    batch = next(x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim())
-    return operand[: max(1, operand.shape[0] // batch)].unbind(0)
+def _heads_in(operand: Tensor) -> tuple[Tensor, ...]:
+    """The heads of one sample of ``[.., heads, tokens, features]``; of ``[batch * heads, ..]``,
+    those of all samples, which read the same features.
+    """
+    while operand.dim() > 3:
+        operand = operand[0]
+    return operand.unbind(0)
 
 
 BASE = 128

@@ -83,10 +83,23 @@ def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             config.use_cache = use_cache
 
 
-def without_einsum(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program, its einsums written as the batched products that they are."""
+def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The model as one flat graph that an :class:`Interpreter` can run on its own parameters.
+
+    Einsums are the batched products that they are, and what a ``torch.autocast`` or
+    ``torch.no_grad`` region computes stands among the rest.
+
+    Raises:
+        CaptureError: as :func:`exported`.
+    """
+    module: Any = _without_einsum(exported(model, inputs)).module()
+    return _without_regions(module)
+
+
+def _without_einsum(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     einsum = torch.ops.aten.einsum.default
-    if not program.graph.find_nodes(op="call_function", target=einsum):
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
+    if not any(graph.find_nodes(op="call_function", target=einsum) for graph in graphs):
         return program
     key = torch._C.DispatchKey.CompositeImplicitAutograd  # einsum's own kernel, in C++
 
@@ -97,6 +110,49 @@ def without_einsum(program: torch.export.ExportedProgram) -> torch.export.Export
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own
         decomposed: torch.export.ExportedProgram = program.run_decompositions({einsum: products})
         return decomposed
+
+
+_REGIONS = {"wrap_with_autocast": 4, "wrap_with_set_grad_enabled": 1}
+"""Where in a region's arguments its graph is, after what it sets."""
+_AUTOCAST = "rfcompile_autocast"
+
+
+def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
+    """Move the nodes of regions into the graph; those of autocast keep its settings as metadata."""
+    for call in list(gm.graph.nodes):
+        place = _REGIONS.get(getattr(call.target, "__name__", ""))
+        if place is None:
+            continue
+        settings, (graph, *operands) = call.args[:place], call.args[place:]
+        inner: Any = gm.get_submodule(graph.target)
+        body = _without_regions(inner)
+        nodes = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+        with gm.graph.inserting_before(call):
+            results: Any = gm.graph.graph_copy(body.graph, nodes)
+        if place > 1:
+            for node in body.graph.nodes:
+                if isinstance(copy := nodes.get(node), fx.Node) and node.op != "placeholder":
+                    copy.meta.setdefault(_AUTOCAST, settings)
+        for user in list(call.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            gm.graph.erase_node(user)
+        gm.graph.erase_node(call)
+    gm.recompile()
+    return gm
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph of :func:`plain_graph` and keeps every value."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if _AUTOCAST not in n.meta:
+            return super().run_node(n)
+        device, dtype, enabled, cache = n.meta[_AUTOCAST]
+        with torch.autocast(device, dtype, enabled, cache):
+            return super().run_node(n)
 
 
 # ---- running a model to learn about it ---------------------------------------------------------
@@ -119,6 +175,23 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before.items():
             module.training = mode
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards the buffers hold what they held: counters, caches, running averages."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    tensors = {b for _, held in before for b in held.values() if b is not None}
+    values = [(b, b._version, b.detach().clone()) for b in tensors if not b.is_inference()]
+    try:
+        yield
+    finally:
+        for buffers, held in before:
+            buffers.update(held)
+        with torch.no_grad():
+            for buffer, version, value in values:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from rfcompile.graph import module_of
 
@@ -19,7 +19,8 @@ class Linear:
 
     ``weight``, ``bias`` and ``scale``, which multiplies the result by itself (LayerScale), are
     names of parameters; ``module`` is the path of the module that multiplies. A stack of linears
-    (mixture of experts) has a weight of three dimensions.
+    (mixture of experts) has a weight of three dimensions. A weight that ``is_computed`` (by
+    ``weight_norm``, from integers) is no parameter: its name is the module's with ".weight".
     """
 
     weight: str
@@ -27,6 +28,7 @@ class Linear:
     module: str
     is_transposed: bool
     scale: str | None = None
+    is_computed: bool = False
 
 
 _INPUT_AND_WEIGHT = {
@@ -51,17 +53,22 @@ _MOVE = {*_TRANSPOSE, *_COPY, aten.dropout.default, aten.view.default, aten.resh
 
 
 def linears_in(
-    graph: fx.Graph, parameters: Collection[str]
+    graph: fx.Graph, model: nn.Module
 ) -> tuple[dict[fx.Node, Linear], dict[fx.Node, fx.Node]]:
-    """The nodes that multiply by a parameter, and the input of each."""
+    """The nodes of a graph of ``model`` that multiply by a parameter, and the input of each."""
     linears, inputs = {}, {}
+    parameters = _names(model)
+    fed = fed_in(graph)
     for node in graph.nodes:
         places = _input_and_weight(node)
         if places is None:
             continue
         x, weight = (node.args[place] for place in places)
         found = _parameter(weight, parameters)
-        if found is None or not isinstance(x, fx.Node):
+        is_computed = found is None and node.target is aten.linear.default and weight not in fed
+        if is_computed:
+            found = f"{module_of(node)}.weight", 0
+        if found is None or x not in fed:
             continue
         name, turns = found
         linears[node] = Linear(
@@ -70,9 +77,26 @@ def linears_in(
             module_of(node),
             is_transposed=(turns % 2 == 0) != (node.target is aten.linear.default),
             scale=_scale(node, parameters),
+            is_computed=is_computed,
         )
         inputs[node] = x
     return linears, inputs
+
+
+def fed_in(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs and all that is made of them."""
+    fed = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if not fed.isdisjoint(node.all_input_nodes):
+            fed.add(node)
+    return fed
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Of every name of a parameter, the first name of the same parameter."""
+    first: dict[nn.Parameter, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(parameter, name) for name, parameter in named}
 
 
 def _input_and_weight(node: fx.Node) -> tuple[int, int] | None:
@@ -93,12 +117,13 @@ def _shape(argument: object) -> tuple[int, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def _parameter(node: object, names: Collection[str]) -> tuple[str, int] | None:
+def _parameter(node: object, names: Mapping[str, str]) -> tuple[str, int] | None:
     """The parameter that a node is a view, cast or part of, and how often it was transposed."""
     turns = 0
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
-            return (str(node.target), turns) if node.target in names else None
+            name = names.get(str(node.target))
+            return None if name is None else (name, turns)
         is_stack = len(_shape(node.args[0])) == 3 if node.args else False
         if node.target in _TRANSPOSE:
             turns += 1
@@ -110,7 +135,7 @@ def _parameter(node: object, names: Collection[str]) -> tuple[str, int] | None:
     return None
 
 
-def _bias(node: fx.Node, names: Collection[str]) -> str | None:
+def _bias(node: fx.Node, names: Mapping[str, str]) -> str | None:
     place = {aten.linear.default: 2, aten.addmm.default: 0, aten.baddbmm.default: 0}.get(
         node.target  # type: ignore[call-overload]
     )
@@ -118,7 +143,7 @@ def _bias(node: fx.Node, names: Collection[str]) -> str | None:
     return found[0] if found else None
 
 
-def _scale(node: fx.Node, names: Collection[str]) -> str | None:
+def _scale(node: fx.Node, names: Mapping[str, str]) -> str | None:
     """The parameter that the result is multiplied with, with nothing in between."""
     while len(node.users) == 1:
         (user,) = node.users
@@ -126,8 +151,7 @@ def _scale(node: fx.Node, names: Collection[str]) -> str | None:
             (other,) = [argument for argument in user.args if argument is not node] or [None]
             while isinstance(other, fx.Node) and other.target in _MOVE | {aten.unsqueeze.default}:
                 other = other.args[0]
-            is_parameter = isinstance(other, fx.Node) and other.target in names
-            return str(other.target) if is_parameter else None  # type: ignore[union-attr]
+            return names.get(str(other.target)) if isinstance(other, fx.Node) else None
         if user.target not in _MOVE:
             return None
         node = user

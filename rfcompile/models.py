@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -52,6 +54,37 @@ def uncompiled(model: nn.Module) -> nn.Module:
     while isinstance(model, OptimizedModule):
         model = model._orig_mod
     return model
+
+
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Where torch.compile and activation checkpointing keep the module that they wrap."""
+
+
+@contextmanager
+def without_wrappers(model: nn.Module) -> Iterator[None]:
+    """For a while, the submodules that ``torch.compile`` and activation checkpointing wrapped
+    stand in their places: a graph then tells them by their own names.
+    """
+    places = [
+        (m._modules, name, child) for m in model.modules() for name, child in m._modules.items()
+    ]
+    wrapped = [place for place in places if _inner(place[2]) is not place[2]]
+    for modules, name, child in wrapped:
+        modules[name] = _inner(child)
+    try:
+        yield
+    finally:
+        for modules, name, child in wrapped:
+            modules[name] = child
+
+
+def _inner(module: nn.Module | None) -> nn.Module | None:
+    while module is not None:
+        inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+    return None
 
 
 def has_collectives(model: nn.Module) -> bool:

@@ -9,10 +9,12 @@ from typing import Literal, get_args
 
 from torch import fx, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from rfcompile.attention import anatomy
 from rfcompile.capture import Inputs
 from rfcompile.errors import PolicyError, ResidualError
+from rfcompile.models import without_wrappers
 from rfcompile.passes.find_residuals import Kind, ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
 from rfcompile.pipeline import run
@@ -59,8 +61,8 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
     """Rewrite ``model`` in place.
 
     Raises:
-        ResidualError: there is nothing to rewrite, or something that cannot be: the model is as it
-        was. SourceError, CaptureError.
+        ResidualError: there is nothing to rewrite, or something that cannot be. SourceError,
+        CaptureError.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
@@ -69,6 +71,11 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
             )
         if parameter.is_meta:
             raise ResidualError(f"{name} is on the meta device: give the model values first.")
+    with without_wrappers(model):
+        return _reported(model, _removed(model, inputs, how))
+
+
+def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
     opened, left = open_sites(model, inputs, how.kinds)
     initialized: tuple[Initialized, ...] = ()
     temperatures: tuple[Temperature, ...] = ()
@@ -85,22 +92,28 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
     if isinstance(how.temperature, TemperatureRule):
         temperatures = temper(model, inputs, how.temperature)
         if not temperatures:
-            notes.append("no temperature: there is no self-attention with a softmax")
-    return _reported(
-        model,
-        ResidualReport(how.mode, opened, left, initialized, temperatures, tuple(notes)),
-    )
+            notes.append(
+                "no temperature: no self-attention was found, a softmax between two products; "
+                "scale the queries of any other kind in the model"
+            )
+    return ResidualReport(how.mode, opened, left, initialized, temperatures, tuple(notes))
 
 
 def _not_initialized(
     model: nn.Module, modules: Collection[str], done: tuple[Initialized, ...]
 ) -> Iterator[str]:
     """The parameters in the branches that are matrices, but of no linear."""
-    names = {item.parameter for item in done}
+    known = {model.get_parameter(item.parameter) for item in done}
     for path in sorted(modules):
-        own = dict(model.get_submodule(path).named_parameters(recurse=False))
-        full = {f"{path}.{name}".lstrip("."): parameter for name, parameter in own.items()}
-        yield from (name for name, p in full.items() if p.dim() > 1 and name not in names)
+        module = model.get_submodule(path)
+        own = [*module.named_parameters(recurse=False)]
+        if is_parametrized(module):  # weight_norm and the like: the weight is computed
+            held = module.get_submodule("parametrizations")
+            own += held.named_parameters("parametrizations")
+        for name, parameter in own:
+            if parameter.dim() > 1 and parameter not in known:
+                known.add(parameter)
+                yield f"{path}.{name}".lstrip(".")
 
 
 def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rfcompile.errors import PolicyError
 
@@ -20,8 +20,9 @@ class ResidualSite(nn.Module):
     - "keep": ``s + f``, the add that the model had, bit for bit.
     - "gain": ``gain * s + f`` with a parameter ``gain`` of shape (1,), 1 at first, where it is the
       same add bit for bit.
-    - "free": ``f``.
-    - "mix": ``f W^T`` with a parameter ``weight`` [width, width]: dense mixing in the skip's place.
+    - "free": ``f``, of the shape and dtype of the sum.
+    - "mix": ``f W^T``, likewise, with a parameter ``weight`` [width, width]: dense mixing in the
+      skip's place.
 
     Source: the modes are those of arXiv:2605.25880 (residual-free, dense mixing) as far as its
     abstract tells them; "gain" is the skip gain of arXiv:2311.01906, appendix.
@@ -54,22 +55,54 @@ class ResidualSite(nn.Module):
         if mode == "mix":
             if width is None:
                 raise PolicyError("width", width, "mixing needs the width of the stream.")
-            weight = torch.empty(width, width, device=device, dtype=dtype)
-            self.weight = nn.Parameter(nn.init.orthogonal_(weight))
+            # In float32: torch has no QR decomposition of narrower numbers.
+            weight = nn.init.orthogonal_(torch.empty(width, width, device=device))
+            self.weight = nn.Parameter(weight.to(dtype))
         self.mode = mode
         return self
 
-    def forward(self, a: Tensor, b: Tensor, alpha: float = 1) -> Tensor:
+    def forward(
+        self, a: Tensor, b: Tensor, *more: Any, function: str = "", **options: Any
+    ) -> Tensor:
+        """``a + alpha * b``, alpha third or by name; or a ``function`` of torch that adds."""
+        if function:
+            return self._of(function, [a, b, *more], options)
+        alpha = more[0] if more else options.get("alpha", 1)
         if self.mode == "gain":
             if self.operand == 0:
                 a = self.gain.to(a.dtype) * a
             else:
                 b = self.gain.to(b.dtype) * b
         elif self.mode != "keep":
-            branch = (b if alpha == 1 else alpha * b) if self.operand == 0 else a
-            return branch if self.mode == "free" else nn.functional.linear(branch, self.weight)
+            skip, branch = (a, b if alpha == 1 else alpha * b) if self.operand == 0 else (b, a)
+            return self._mixed(_as_in_sum(branch, skip))
         # Candidates that turn out to be no residual adds pass here too: numbers, lists.
         return a + b if alpha == 1 else torch.add(a, b, alpha=alpha)
 
+    def _of(self, function: str, operands: list[Any], options: dict[str, Any]) -> Tensor:
+        """``torch.lerp`` and its like: without the skip they add to zeros."""
+        if self.mode != "keep":
+            skip = operands[self.operand]
+            is_gain = self.mode == "gain"
+            operands[self.operand] = (
+                self.gain.to(skip.dtype) * skip if is_gain else torch.zeros_like(skip)
+            )
+        total: Tensor = getattr(operands[0], function)(*operands[1:], **options)
+        return total if self.mode in ("keep", "gain") else self._mixed(total)
+
+    def _mixed(self, branch: Tensor) -> Tensor:
+        if self.mode == "free":
+            return branch
+        mixed = nn.functional.linear(branch, self.weight.to(branch.dtype))
+        return mixed.to(branch.dtype)  # autocast has another
+
     def extra_repr(self) -> str:
         return f"mode={self.mode!r}, skip={self.operand}"
+
+
+@fx.wrap
+def _as_in_sum(branch: Tensor, skip: Tensor) -> Tensor:
+    """The branch as broad and as precise as the sum was: a stream in float32 stays in float32."""
+    dtype = torch.promote_types(branch.dtype, skip.dtype)
+    branch = branch if branch.dtype == dtype else branch.to(dtype)
+    return branch if branch.shape == skip.shape else branch.expand(skip.shape)

@@ -30,7 +30,7 @@ from rfcompile.sources import (
     digest_of,
     methods_of,
     position_of,
-    terms_of,
+    site_arguments,
     wrapped_functions,
 )
 
@@ -121,18 +121,16 @@ class _Editor(ast.NodeTransformer):
 
     def visit(self, node: ast.AST) -> ast.AST:
         edit = self.edits.get(self._position(node)) if hasattr(node, "col_offset") else None
-        terms = None
+        given = None
         if edit is not None and isinstance(node, ast.Call) and edit.helper:
-            terms = node.args
+            given = node.args, node.keywords
         elif edit is not None and not edit.helper:
-            terms = terms_of(node, self.function)
-        if edit is None or terms is None:  # an Expr statement has the position of its expression
+            given = site_arguments(node, self.function)
+        if edit is None or given is None:  # an Expr statement has the position of its expression
             visited: ast.AST = super().visit(node)
             return visited
-        arguments: list[Any] = [self.visit(term) for term in terms]
-        keywords: list[Any] = []
-        if isinstance(node, ast.Call) and edit.helper:
-            keywords = [self.visit(keyword) for keyword in node.keywords]
+        arguments: list[Any] = [self.visit(term) for term in given[0]]
+        keywords: list[Any] = [self.visit(keyword) for keyword in given[1]]
         callee = ast.Attribute(ast.Name(self.self_name, ast.Load()), edit.attribute, ast.Load())
         call = ast.copy_location(ast.Call(callee, arguments, keywords), node)
         if isinstance(node, ast.AugAssign):

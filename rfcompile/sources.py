@@ -132,6 +132,8 @@ def called_methods(tree: ast.AST, method: Method, cls: type) -> Iterator[Method]
                 order = cls.__mro__[cls.__mro__.index(method.owner) + 1 :]
             case _:
                 continue
+        if attribute.startswith("__") and not attribute.endswith("__"):  # private to the class
+            attribute = f"_{method.owner.__name__.lstrip('_')}{attribute}"
         owner = next((c for c in order if attribute in vars(c)), None)
         yield from methods_of(owner, attribute) if owner else ()
 
@@ -165,11 +167,15 @@ def _value_of(name: str, function: FunctionType) -> object:
 
 
 def adds_in(tree: ast.AST, function: FunctionType) -> Iterator[ast.AST]:
-    """Every ``a + b``, ``a += b``, ``torch.add(a, b)``, ``a.add(b)``, ``a.add_(b)``; also sub."""
+    """Every ``a + b``, ``a += b``, ``torch.add(a, b)``, ``a.add(b)``, ``a.add_(b)``; also sub, the
+    FUNCTIONS, and sums of a pair.
+    """
     unused = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
         is_call = isinstance(node, ast.Call) and not ast.unparse(node.func).endswith("_")
-        if terms_of(node, function) is not None and not (is_call and node in unused):  # set.add(x)
+        if site_arguments(node, function) is not None and not (
+            is_call and node in unused
+        ):  # set.add(x)
             yield node
 
 
@@ -185,8 +191,18 @@ def position_of(node: ast.AST, function: FunctionType) -> Position:
     return line - first, column, end_line - first, end_column
 
 
-def terms_of(node: ast.AST, function: FunctionType) -> list[ast.expr] | None:
-    """The operands of an add as the site takes them, with ``alpha`` third if there is one."""
+FUNCTIONS = ("lerp", "addcmul", "addcdiv", "addmm", "baddbmm")
+"""Functions of torch, and methods of tensors, that are sums of more than two arguments."""
+
+
+def site_arguments(
+    node: ast.AST, function: FunctionType
+) -> tuple[list[ast.expr], list[ast.keyword]] | None:
+    """How the site in an addition's place is called: with its operands, and ``alpha`` third if
+    there is one; or with all that one of FUNCTIONS takes, and its name. None: no addition.
+    """
+    keywords: list[ast.keyword] = []
+    operation: ast.operator = ast.Add()
     match node:
         case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as operation, right=right):
             terms = [left, right]
@@ -197,6 +213,11 @@ def terms_of(node: ast.AST, function: FunctionType) -> list[ast.expr] | None:
         case ast.Call(func=ast.Attribute(attr="add" | "add_" | "sub" | "sub_" as name)):
             operation = ast.Add() if name.startswith("add") else ast.Sub()
             terms = _operands(node, function)
+        case ast.Call(func=ast.Attribute(attr=name)) if name in FUNCTIONS:
+            terms = _positional(node, function)
+            keywords = [*node.keywords, ast.keyword("function", ast.Constant(name))]
+        case ast.Call():
+            terms = _pair(node)
         case _:
             return None
     literals = (ast.List, ast.Tuple, ast.ListComp, ast.JoinedStr, ast.Starred)
@@ -204,20 +225,57 @@ def terms_of(node: ast.AST, function: FunctionType) -> list[ast.expr] | None:
         return None
     if isinstance(operation, ast.Sub):
         terms[1] = ast.UnaryOp(ast.USub(), terms[1])
-    return terms
+    return terms, keywords
+
+
+def _pair(call: ast.Call) -> list[ast.expr]:
+    """``a, b`` of ``sum([a, b])``, ``stack([a, b], d).sum(d)``, ``sum(stack([a, b], d), d)``."""
+    match call:
+        case ast.Call(
+            func=ast.Name(id="sum"),
+            args=[ast.List(elts=[_, _] as pair) | ast.Tuple(elts=[_, _] as pair)],
+            keywords=[],
+        ):
+            return pair
+        case ast.Call(func=ast.Attribute(value=ast.Call() as stack, attr="sum"), args=axes):
+            pass
+        case ast.Call(func=ast.Attribute(attr="sum"), args=[ast.Call() as stack, *axes]):
+            pass
+        case _:
+            return []
+    match stack:
+        case ast.Call(
+            func=ast.Attribute(attr="stack"),
+            args=[ast.List(elts=[_, _] as pair) | ast.Tuple(elts=[_, _] as pair), *places],
+        ):
+            along = _axis(places, stack.keywords, default="0")
+            return pair if along and along == _axis(axes, call.keywords, default="") else []
+    return []
+
+
+def _axis(arguments: list[ast.expr], keywords: list[ast.keyword], default: str) -> str:
+    """The text of the only argument, called dim; "" if there are others."""
+    given = arguments + [keyword.value for keyword in keywords if keyword.arg == "dim"]
+    if len(given) != len(arguments) + len(keywords) or len(given) > 1:
+        return ""
+    return ast.unparse(given[0]) if given else default
 
 
 def _operands(call: ast.Call, function: FunctionType) -> list[ast.expr]:
     """Of ``a.add(b, alpha=c)``, ``torch.add(a, other=b)``, ``operator.add(a, b)``; else none."""
-    assert isinstance(call.func, ast.Attribute)
-    owner = call.func.value
-    holder = _value_of(owner.id, function) if isinstance(owner, ast.Name) else None
-    is_function = holder is torch or holder is operator
-    if isinstance(holder, ModuleType) and not is_function:
-        return []
-    terms = [*call.args] if is_function else [owner, *call.args]
+    terms = _positional(call, function)
     named = {keyword.arg: keyword.value for keyword in call.keywords}
     for name in ("input", "other"):
         terms += [named.pop(name)] if name in named and len(terms) < 2 else []
     terms += [named.pop("alpha")] if "alpha" in named and len(terms) == 2 else []
     return [] if named or len(terms) > 2 + ("alpha" in {k.arg for k in call.keywords}) else terms
+
+
+def _positional(call: ast.Call, function: FunctionType) -> list[ast.expr]:
+    """The arguments without a name, a method's tensor first; none of another module's function."""
+    assert isinstance(call.func, ast.Attribute)
+    owner = call.func.value
+    holder = _value_of(owner.id, function) if isinstance(owner, ast.Name) else None
+    if holder is torch or holder is operator:
+        return [*call.args]
+    return [] if isinstance(holder, ModuleType) else [owner, *call.args]

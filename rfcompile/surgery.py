@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -17,9 +18,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.candidates import Owner
-from rfcompile.capture import Inputs, capture, copied, in_mode
+from rfcompile.capture import Inputs, buffers_kept, capture, copied, in_mode
 from rfcompile.errors import CaptureError, ResidualError
-from rfcompile.graph import frames_of
+from rfcompile.graph import ModuleCall, frames_of, module_calls, module_of
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
 from rfcompile.passes.open_residuals import OpenedSite
 from rfcompile.residual_site import ResidualSite
@@ -134,22 +135,50 @@ def _opened(
     model: nn.Module, inputs: Inputs, wanted: list[ResidualAdd], kinds: Collection[Kind]
 ) -> list[OpenedSite]:
     """The wanted adds with their sites, from a graph of the model as it is now."""
-    after = [add for add in find_residuals(capture(model, inputs)) if add.kind in kinds]
+    try:
+        graph = capture(model, inputs)
+    except CaptureError as error:
+        raise ResidualError(
+            f"{type(model).__name__} does not run once its residual adds are submodules: "
+            f"{error.__cause__}. Does a module loop over all of its own submodules? Keep those "
+            "that it means in an nn.ModuleList."
+        ) from error
+    after = [add for add in find_residuals(graph) if add.kind in kinds]
     left = [add for add in after if not isinstance(model.get_submodule(add.module), ResidualSite)]
     if left or len(after) != len(wanted):
         places = "; ".join(f"{add.place} ({add.spelling})" for add in left)
         raise ResidualError(
             f"{len(after) - len(left)} of {len(wanted)} residual adds of {type(model).__name__} "
             f"can be rewritten. Out of reach: {places or 'unknown'}. In reach is an add written as "
-            "x + f(x), x - f(x), x += f(x), torch.add or Tensor.add in a method of a module or in "
-            "a plain function that it calls by name. Write it so, or pass an fx.GraphModule.",
+            "x + f(x), x - f(x), x += f(x), torch.add, lerp, addcmul, addmm, sum([x, f(x)]) or "
+            "torch.stack([x, f(x)]).sum(0) in a method of a module or in a plain function that it "
+            "calls by name. Write it so, or pass an fx.GraphModule.",
             left,
         )
+    _check_calls(graph, after)
     return [
         # The site's operands may be the other way round than the graph's: f - x is f + (-x).
         OpenedSite(now.module, replace(add, operand=now.operand))
         for add, now in zip(wanted, after, strict=True)
     ]
+
+
+def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
+    """A site may be called often, by a loop or a shared method: each time with the same skip."""
+    calls: dict[str, set[tuple[ModuleCall, ...]]] = defaultdict(set)
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            calls[module_of(node)].add(module_calls(node))
+    for path, number in Counter(add.module for add in found).items():
+        adds = [add for add in found if add.module == path]
+        sides = sorted({("left", "right")[add.operand] for add in adds})
+        if len(calls[path]) != number or len(sides) > 1:
+            raise ResidualError(
+                f"the addition at {adds[0].source} serves several places: it is a residual add in "
+                f"{number} of its {len(calls[path])} calls, with the skip on the "
+                f"{' or the '.join(sides)}. Write the residual ones out, each in its place.",
+                adds,
+            )
 
 
 def _join(path: str, name: str) -> str:
@@ -182,7 +211,8 @@ def _no_fast_path(*_: object) -> None:
 def _outputs(model: nn.Module, inputs: Inputs) -> list[object]:
     """What the model computes in eval mode; modes, seeds and inputs stay as they are."""
     args, kwargs = copied(inputs)
-    with in_mode(model, training=False), torch.no_grad(), torch.random.fork_rng():
+    modes = in_mode(model, training=False)
+    with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         return pytree.tree_leaves(model(*args, **kwargs))
 

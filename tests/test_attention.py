@@ -257,6 +257,31 @@ def test_spellings_of_attention(spelling: str, gate: bool) -> None:
         assert heads.linear.module == {"output": "out"}.get(role, role[0])
 
 
+@pytest.mark.parametrize("spelling", ["fused", "bmm"])
+def test_heads_in_place_of_a_batch(spelling: str) -> None:
+    """Operands of three dimensions are heads, whatever the batch is."""
+
+    class First(Own):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:1])
+
+    class NoBatch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = Own()
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = (self.own.q, self.own.k, self.own.v)
+            q, k, v = (f(x[0]).unflatten(-1, (4, -1)).transpose(0, 1) for f in parts)
+            y = F.scaled_dot_product_attention(q, k, v)
+            return self.own.out(y.transpose(0, 1).flatten(1))
+
+    model = First(spelling=spelling) if spelling == "bmm" else NoBatch()
+    (attention,) = anatomy(model, ((torch.randn(2, 5, 32),), {})).attentions
+    for heads in (attention.query, attention.key, attention.value):
+        assert features(heads) == tuple(block(8 * h, 8) for h in range(4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_wide_models_of_few_digits(dtype: torch.dtype) -> None:
     """Integers above 256 have no exact bfloat16, those above 2048 no float16."""

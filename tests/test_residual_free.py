@@ -221,7 +221,8 @@ def test_report_text() -> None:
             "site        was              at",
             f"residual_0  aten.add.Tensor  tests/test_residual_free.py:{line}",
             "2 parameters initialized anew: 1 mlp, 1 zero",
-            "no temperature: there is no self-attention with a softmax",
+            "no temperature: no self-attention was found, a softmax between two products; scale "
+            "the queries of any other kind in the model",
         ]
     )
 
@@ -445,14 +446,15 @@ def test_convolutions_are_reported() -> None:
     assert first.startswith(
         "not initialized anew, as they are no linears to us: blocks.0.body.0.we"
     )
-    assert second == "no temperature: there is no self-attention with a softmax"
+    assert second.startswith("no temperature: no self-attention was found")
 
 
 def test_torchs_own_encoder() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)
-    with pytest.raises(ResidualError, match=r"cannot be tempered: .* Pass temperature=None"):
-        rf.transform(model, residual="free", example_inputs=(X,))
-    new = rf.transform(model, residual=ResidualFree(temperature=None), example_inputs=(X,)).eval()
+    new = rf.transform(model, residual="free", example_inputs=(X,)).eval()
+    assert [item.name for item in residual_report(new).temperatures] == [
+        f"layers.{layer}.self_attn.temperature" for layer in (0, 1)
+    ]
     with torch.no_grad():
         kernel = new(X)
     torch.testing.assert_close(kernel, new(X))

@@ -415,6 +415,74 @@ class TakenNames(Base):
         return self.residual_1(x)
 
 
+@block
+class PrivateMethod(Base):
+    """Its name is another one to Python."""
+
+    def __plus(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__plus(x, self.f(x))
+
+
+ZERO = torch.zeros(3, WIDTH)
+
+
+@block
+class Interpolated(Base):
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.lerp(self.f(x), weight=0.25)
+        return torch.lerp(self.g(x), x, 0.5)
+
+    def free(self, x: Tensor) -> Tensor:
+        return torch.lerp(self.g(torch.lerp(ZERO, self.f(x), 0.25)), ZERO, 0.5)
+
+
+@block
+class Products(Base):
+    sites = 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.addcmul(x, self.f(x), self.g.bias, value=2)
+        return x.addmm(x, self.g.weight, beta=0.5, alpha=3)
+
+    def free(self, x: Tensor) -> Tensor:
+        x = torch.addcmul(ZERO, self.f(x), self.g.bias, value=2)
+        return ZERO.addmm(x, self.g.weight, beta=0.5, alpha=3)
+
+
+@block
+class SumsOfPairs(Base):
+    sites = 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = sum([x, self.f(x)])  # type: ignore[assignment]
+        x = torch.stack((x, self.g(x)), -1).sum(dim=-1)
+        return torch.sum(torch.stack([self.f(x), x]), 0)
+
+    def free(self, x: Tensor) -> Tensor:
+        return self.f(self.g(self.f(x)))
+
+
+@block
+class OtherSums(Base):
+    """What looks like a sum of a pair and is none stays as it is."""
+
+    def sum(self, x: Tensor, axis: int = 0) -> Tensor:
+        return x.sum(axis, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.free(x)
+
+    def free(self, x: Tensor) -> Tensor:
+        y = torch.stack([x, x]).sum() + torch.stack([x, x], 1).sum(0).mean() + sum((1, 2))
+        z = torch.stack([x, x]).sum(0, keepdim=True)[0] + torch.sum(torch.stack([x, x]), 1).mean()
+        return self.f(torch.sin(self.sum(torch.stack([x, y + z]), 0)[0]))
+
+
 def here(x: Tensor, y: Tensor) -> Tensor:
     return x + y
 

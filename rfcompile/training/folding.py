@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.capture import exported, in_mode, inputs_of, without_einsum
+from rfcompile.capture import Inputs, in_mode, inputs_of, plain_graph
 from rfcompile.errors import ResidualError
 from rfcompile.linears import Linear, linears_in
+from rfcompile.models import uncompiled, without_wrappers
 from rfcompile.residual_site import ResidualSite
 
 aten = torch.ops.aten
@@ -35,15 +36,21 @@ def fold_mixing(model: nn.Module, *, example_inputs: Any = None) -> tuple[str, .
         it, experts are summed), or its linear is used elsewhere too: nothing has changed.
         CaptureError.
     """
+    model = uncompiled(model)
     sites = [m for m in model.modules() if isinstance(m, ResidualSite) and m.mode == "mix"]
     if not sites:
         raise ResidualError(
             f"{type(model).__name__} has no mixing to fold: transform it with residual='mix'."
         )
+    inputs = inputs_of(model, example_inputs)
+    with without_wrappers(model):
+        return _fold_all(model, inputs, sites)
+
+
+def _fold_all(model: nn.Module, inputs: Inputs, sites: list[ResidualSite]) -> tuple[str, ...]:
     with in_mode(model, training=False):
-        module = without_einsum(exported(model, inputs_of(model, example_inputs))).module()
-    names = {name for name, _ in module.named_parameters()}
-    linears, reads = linears_in(module.graph, names)
+        module = plain_graph(model, inputs)
+    linears, reads = linears_in(module.graph, model)
     ends: dict[ResidualSite, set[Linear]] = defaultdict(set)
     taken = set()
     for node, linear in linears.items():
@@ -79,7 +86,7 @@ def _ends(
     linear = linears.get(node)
     if set(node.users) != {reader}:
         raise _no_end(site, f"{node.name} is read elsewhere too")
-    if linear is not None and linear.scale is None:
+    if linear is not None and linear.scale is None and not linear.is_computed:
         yield node
     elif node.target is aten.add.Tensor and _shape(node.args[0]) == _shape(node.args[1]):
         for term in (node.args[0], node.args[1]):
@@ -108,12 +115,17 @@ def _no_end(site: str, why: str) -> ResidualError:
 
 
 def _check_alone(ends: dict[ResidualSite, set[Linear]], others: dict[fx.Node, Linear]) -> None:
-    elsewhere = {linear.weight for linear in others.values()}
+    elsewhere = Counter(name for linear in others.values() for name in _parameters(linear))
+    elsewhere.update(name for found in ends.values() for one in found for name in _parameters(one))
     for found in ends.values():
         for linear in found:
-            shared = [f for f in ends.values() if f is not found and linear in f]
-            if linear.weight in elsewhere or shared:
-                raise _no_end(linear.module, f"{linear.weight} is used elsewhere too")
+            for name in _parameters(linear):
+                if elsewhere[name] > 1:
+                    raise _no_end(linear.module, f"{name} is used elsewhere too")
+
+
+def _parameters(linear: Linear) -> list[str]:
+    return [name for name in (linear.weight, linear.bias) if name]
 
 
 def _check_called(

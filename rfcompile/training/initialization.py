@@ -100,10 +100,12 @@ def initialize(
 def _in_branches(parts: Anatomy, modules: Collection[str]) -> dict[str, Linear]:
     """The linears in these modules, and those that give an attention there keys and values."""
     linears = {linear.weight: linear for linear in parts.linears if linear.module in modules}
+    linears = {name: linear for name, linear in linears.items() if not linear.is_computed}
     for attention in parts.attentions:
         read = [side for side in (attention.query, attention.output) if side is not None]
         if any(side.linear.weight in linears for side in read):
             given = [side for side in (attention.key, attention.value) if side is not None]
+            given = [side for side in given if not side.linear.is_computed]
             linears |= {side.linear.weight: side.linear for side in given}
     return linears
 

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from rfcompile.attention import anatomy
 from rfcompile.capture import capture, inputs_of
 from rfcompile.errors import ResidualError
-from rfcompile.models import uncompiled
+from rfcompile.models import uncompiled, without_wrappers
 from rfcompile.passes.find_residuals import find_residuals
 from rfcompile.residual_report import residual_report
 from rfcompile.residual_site import ResidualSite
@@ -25,10 +25,18 @@ class Optimizers(Optimizer):
     """
 
     def __init__(self, *optimizers: Optimizer) -> None:
-        self.optimizers = optimizers
+        self.optimizers: tuple[Optimizer, ...] = ()
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__([{**group} for group in groups], {})
+        self.optimizers = optimizers
         self.param_groups = groups  # the very dicts that the optimizers read
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A new group is the last optimizer's: that of what is no hidden matrix."""
+        super().add_param_group(param_group)
+        if self.optimizers:
+            self.optimizers[-1].add_param_group(param_group)
+            self.param_groups[-1] = self.optimizers[-1].param_groups[-1]
 
     def step(self, closure: Any = None) -> Any:
         loss = None
@@ -83,18 +91,15 @@ def optimizers(
     parameters get which is common practice with Muon.
     """
     hidden = _hidden(model, example_inputs)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    chosen = [(name, p) for name, p in named if name in hidden and p.dim() == 2]
-    names = {name for name, _ in chosen}
-    rest = [(name, p) for name, p in named if name not in names]
-    decayed = [p for name, p in rest if name in hidden]  # stacks of matrices
-    plain = [p for name, p in rest if name not in hidden]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [p for p in trained if p in hidden and p.dim() == 2]
+    decayed = [p for p in trained if p in hidden and p.dim() != 2]  # stacks of matrices
+    plain = [p for p in trained if p not in hidden]
     other = [
         {"params": params, "weight_decay": decay}
         for params, decay in ((decayed, weight_decay), (plain, 0.0))
         if params
     ]
-    parameters = [p for _, p in chosen]
     if matrices == "adamw":
         first: Optimizer = AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     elif matrices == "muon":
@@ -108,17 +113,23 @@ def optimizers(
     return Optimizers(first, *([AdamW(other, lr=lr, betas=betas)] if other else []))
 
 
-def _hidden(model: nn.Module, example_inputs: Any) -> set[str]:
-    """Names of the weights of the blocks' linears."""
+def _hidden(model: nn.Module, example_inputs: Any) -> set[nn.Parameter]:
+    """The weights of the blocks' linears, and mixing."""
     model = uncompiled(model)
-    try:
-        report = residual_report(model)
-        weights = {item.parameter for item in report.initialized if item.rule != "zero"}
-        mixing = {f"{site.path}.weight" for site in report.sites}
-    except ResidualError:
-        weights, mixing = set(), set()
-    if weights:
-        return weights | mixing
+    with without_wrappers(model):
+        try:
+            report = residual_report(model)
+        except ResidualError:
+            names = set[str]()
+        else:
+            names = {item.parameter for item in report.initialized if item.rule != "zero"}
+            names |= {f"{site.path}.weight" for site in report.sites if names}
+        names = names or _weights_in_branches(model, example_inputs)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return {parameters[name] for name in names if name in parameters}
+
+
+def _weights_in_branches(model: nn.Module, example_inputs: Any) -> set[str]:
     inputs = inputs_of(model, example_inputs)
     modules = {path for add in find_residuals(capture(model, inputs)) for path in add.branch}
     sites = {path for path, module in model.named_modules() if isinstance(module, ResidualSite)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.attention import Attention, Core, Heads, anatomy, cores_of
-from rfcompile.capture import Inputs, copied, exported, in_mode, without_einsum
+from rfcompile.attention import Attention, Core, anatomy, cores_of
+from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.errors import ResidualError
-from rfcompile.graph import module_of
+from rfcompile.graph import ModuleCall, module_calls, module_of
+from rfcompile.linears import Linear
+from rfcompile.training.torch_attention import TemperedAttention
 
 NAME = "temperature"
 """Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
@@ -78,38 +80,45 @@ def temper(
     """Give every self-attention of ``model`` its temperature, in place.
 
     It scales what the query linear gives (or the normalization after it), so every implementation
-    of attention has it. Cross-attentions keep theirs.
+    of attention has it; ``nn.MultiheadAttention`` scales its own. Cross-attentions keep theirs.
 
     Raises:
         ResidualError: an attention's queries come from no module whose output can be scaled.
         CaptureError.
     """
-    with torch.no_grad(), in_mode(model, training=False):
+    with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
         attentions = anatomy(model, inputs).attentions
-        module = without_einsum(exported(model, inputs)).module()
+        module = plain_graph(model, inputs)
         run = _Calibration(module, rule, attentions)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
-        places = [
-            (found, *_place(run, core, run.layers[core])) for core, found in run.found.items()
-        ]
+        places = {core: _place(model, run, core) for core in run.found}
+    _check_calls(module.graph, places.values())
     values: dict[str, float] = {}
-    for found, path, features in places:
-        if path not in values:
-            values[path] = _install(model.get_submodule(path), rule, found.value, features)
+    for core, place in places.items():
+        if place.path not in values:
+            whole = [other.features for other in places.values() if other.path == place.path]
+            features = None if None in whole else sorted({f for fs in whole if fs for f in fs})
+            owner = model.get_submodule(place.path)
+            values[place.path] = _install(owner, rule, run.found[core].value, features)
     return tuple(
-        replace(found, name=f"{path}.{NAME}", value=values[path]) for found, path, _ in places
+        replace(run.found[core], name=f"{place.path}.{NAME}", value=values[place.path])
+        for core, place in places.items()
     )
 
 
 def _install(
-    owner: nn.Module, rule: TemperatureRule, factor: float, features: tuple[int, ...] | None
+    owner: nn.Module, rule: TemperatureRule, factor: float, features: Sequence[int] | None
 ) -> float:
-    if any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values()):
-        value = getattr(owner, NAME).detach() * factor  # it was tempered before
+    is_hooked = any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values())
+    if is_hooked or isinstance(owner, TemperedAttention):  # it was tempered before
+        value = getattr(owner, NAME).detach() * factor
         delattr(owner, NAME)
     else:
         value = torch.full((1,), factor, device=next(iter(owner.parameters())).device)
-        owner.register_forward_hook(ScaleQueries(features))
+        if isinstance(owner, nn.MultiheadAttention):
+            owner.__class__ = TemperedAttention
+        else:
+            owner.register_forward_hook(ScaleQueries(features))
     if rule.learnable:
         owner.register_parameter(NAME, nn.Parameter(value))
     else:
@@ -120,28 +129,29 @@ def _install(
 # ---- how hot -----------------------------------------------------------------------------------
 
 
-class _Calibration(fx.Interpreter):
+class _Calibration(Interpreter):
     """Runs a graph, and on the way gives each self-attention the temperature that it needs."""
 
     def __init__(
         self, module: fx.GraphModule, rule: TemperatureRule, attentions: Sequence[Attention]
     ) -> None:
-        super().__init__(module, garbage_collect_values=False)
+        super().__init__(module)
         self.graph = module.graph
         self.cores = {core.weights: core for core in cores_of(module.graph)}
         pairs = zip(self.cores.values(), attentions, strict=True)
         self.layers = {c: found for c, found in pairs if found.is_self and _is_square(c)}
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
         self.found: dict[Core, Temperature] = {}
-        self.values: dict[Heads | None, float] = {}
+        self.values: dict[Linear | None, float] = {}
         self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
         if core is not None and core in self.layers:
-            node, _ = core.query
-            query = self.layers[core].query
-            if query not in self.values:  # a module that is called again keeps its temperature
+            node = core.query
+            heads = self.layers[core].query
+            query = heads.linear if heads else None
+            if query not in self.values:  # a linear that is read again keeps its temperature
                 self.values[query] = self._solve(core)
             value = self.values[query]
             attention = module_of(core.result)
@@ -185,7 +195,7 @@ class _Calibration(fx.Interpreter):
 
     def _mass(self, core: Core, temperature: float) -> float:
         """Mean weight of a token on itself."""
-        node, _ = core.query
+        node = core.query
         values = {**self.env, **self.again(node, self.env[node] / temperature, core.weights)}
         weights = torch.softmax(_scores(core, values).float(), -1)
         return float(weights.diagonal(dim1=-2, dim2=-1).mean())
@@ -196,9 +206,8 @@ LIMIT = 16.0
 
 
 def _is_square(core: Core) -> bool:
-    (q, (_, q_tokens, _)), (k, (_, k_tokens, _)) = core.query, core.key
-    tokens: bool = q.meta["val"].shape[q_tokens] == k.meta["val"].shape[k_tokens]
-    return tokens
+    q, k = core.query.meta["val"], core.key.meta["val"]
+    return bool(q.shape[-2] == k.shape[core.key_axes[0]])
 
 
 def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
@@ -227,14 +236,21 @@ def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
 # ---- where -----------------------------------------------------------------------------------
 
 
-def _place(
-    run: _Calibration, core: Core, attention: Attention
-) -> tuple[str, tuple[int, ...] | None]:
-    """The module whose output is to be scaled, and its features; None: all of them.
+@dataclass(frozen=True)
+class _Place:
+    """A call of a module whose output is to be scaled, and its features; None: all of them."""
 
-    That is the query linear, unless a normalization after it would undo the scale.
-    """
-    node, _ = core.query
+    call: tuple[ModuleCall, ...]
+    features: tuple[int, ...] | None
+
+    @property
+    def path(self) -> str:
+        return self.call[-1].path
+
+
+def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place:
+    """The query linear, unless a normalization after it would undo the scale."""
+    attention = run.layers[core]
     if attention.query is None:
         raise ResidualError(
             f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
@@ -242,31 +258,52 @@ def _place(
         )
     features = tuple(sorted(itertools.chain(*attention.query.features)))
     linear = attention.query.linear.module
+    if type(model.get_submodule(linear)) in (nn.MultiheadAttention, TemperedAttention):
+        return _Place(module_calls(core.query), None)
     last: dict[str, fx.Node] = {}
-    for n in _before(node):
+    for n in _before(core.query):
         path = module_of(n)
         if path not in last and path not in ("", attention.module):
             last[path] = n
-    for path, n in sorted(last.items(), key=lambda item: item[0] != linear):
+    width = run.env[last[linear]].shape[-1] if linear in last else 0
+    for n in sorted(last.values(), key=lambda n: module_of(n) != linear):
         output = run.env[n]
         if not (isinstance(output, Tensor) and output.is_floating_point()):
             continue
         factors = torch.full_like(output[..., :1], 0.5).expand_as(output)
         chosen = None
-        if path == linear and len(features) < output.shape[-1]:
+        if len(features) < output.shape[-1] == width:  # also where a LoRA adds to the linear
             chosen = features
             factors = torch.ones_like(output).index_fill(-1, torch.tensor(features), 0.5)
-        whole = run.again(n, output, core.weights).get(node)
-        scaled = run.again(n, output * factors, core.weights).get(node)
-        if whole is None or scaled is None:
-            continue
-        if torch.allclose(scaled, whole * 0.5, rtol=1e-3):
-            return path, chosen
+        whole = run.again(n, output, core.result)
+        scaled = run.again(n, output * factors, core.result)
+        if core.query in whole and all(
+            torch.allclose(scaled[node], whole[node] * factor, rtol=1e-3)
+            for node, factor in ((core.query, 0.5), (core.key, 1.0), (core.value, 1.0))
+            if node in whole
+        ):
+            return _Place(module_calls(n), chosen)
     raise ResidualError(
         f"the attention of {attention.module} cannot be tempered: scaling the output of "
-        f"{linear or 'its query linear'} does not scale its queries. Pass temperature=None, or "
-        "scale its queries in the model."
+        f"{linear or 'its query linear'} does not scale its queries and nothing else. Pass "
+        "temperature=None, or scale its queries in the model."
     )
+
+
+def _check_calls(graph: fx.Graph, places: Iterable[_Place]) -> None:
+    """A module's temperature is there whenever it is called: each time, for queries."""
+    tempered: dict[str, set[tuple[ModuleCall, ...]]] = {}
+    for place in places:
+        tempered.setdefault(place.path, set()).add(place.call)
+    for node in graph.nodes:
+        call = module_calls(node)
+        path = call[-1].path if call else ""
+        if call not in tempered.get(path, {call}):
+            raise ResidualError(
+                f"{path} makes the queries of an attention, but is also called elsewhere, so it "
+                "cannot have its temperature. Pass temperature=None, or give the queries a module "
+                "of their own."
+            )
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:

@@ -95,6 +95,17 @@ def test_every_parameter_moves_and_a_checkpoint_resumes(matrices: Any) -> None:
         assert torch.equal(p, q)
 
 
+def test_a_group_that_is_added_later_is_stepped() -> None:
+    optimizer = optimizers(Model(), example_inputs=(IDS,))
+    late = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [late], "lr": 0.5})
+    late.grad = torch.ones(3)
+    optimizer.step()
+    assert (late < 1).all()
+    assert optimizer.param_groups[-1]["params"] == [late]
+    assert optimizer.state_dict()["optimizers"][-1]["param_groups"][-1]["lr"] == 0.5
+
+
 def test_a_closure_gives_the_loss() -> None:
     model = Model()
     both = optimizers(model, example_inputs=(IDS,))

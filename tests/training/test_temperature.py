@@ -142,6 +142,95 @@ def test_behind_a_norm_of_the_queries() -> None:
     assert {n for n, _ in model.named_parameters() if NAME in n} == set(names)
 
 
+class Halves(nn.Module):
+    """Two attentions whose queries one linear makes, as differential attention has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def operands(self, x: Tensor) -> list[tuple[Tensor, ...]]:
+        parts = [f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)]
+        return list(zip(*(part.chunk(2, 1) for part in parts), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = (F.scaled_dot_product_attention(*parts) for parts in self.operands(x))
+        return first - 0.5 * second
+
+
+def test_two_attentions_of_one_query_linear() -> None:
+    model, x = Halves(), torch.randn(2, 5, 16)
+    (q_1, k_1, _), (q_2, k_2, _) = model.operands(x)
+    first, second = temper(model, ((x,), {}), TemperatureRule(0.2))
+    assert first.name == second.name == f"q.{NAME}"
+    assert first.value == second.value
+    for found, (q, k, _), before in zip(
+        (first, second), model.operands(x), (q_1, q_2), strict=True
+    ):
+        torch.testing.assert_close(q, before / found.value)
+        assert mass((q @ k.mT / 2).softmax(-1)) == pytest.approx(found.mass_after, abs=BISECTION)
+    assert torch.equal(model.operands(x)[0][1], k_1)
+    assert torch.equal(model.operands(x)[1][1], k_2)
+
+
+def test_a_side_path_to_the_query_linear() -> None:
+    """A LoRA beside a fused linear: what both give is scaled, where the queries are."""
+
+    class WithLoRA(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.a, self.b = base, nn.Linear(32, 2), nn.Linear(2, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.b(self.a(x))
+
+    model, inputs = build("nanogpt")
+    attention = model.get_submodule("blocks.0.attention")
+    attention.qkv = WithLoRA(attention.get_submodule("qkv"))
+    before = recorded(model, inputs)[0]
+    first = temper(model, ((), inputs))[0]
+    after = recorded(model, inputs)[0]
+    assert first.name == f"blocks.0.attention.qkv.{NAME}"
+    torch.testing.assert_close(after[0], before[0] / first.value)
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[2], before[2])
+
+
+class OneNorm(nn.Module):
+    """Queries and keys share a norm, which must not be scaled; a norm before is no way either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm = nn.LayerNorm(16), nn.LayerNorm(4)
+        self.q, self.k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        q, k = (self.norm(f(x).unflatten(-1, (4, -1))).transpose(1, 2) for f in (self.q, self.k))
+        return F.scaled_dot_product_attention(q, k, x.unflatten(-1, (4, -1)).transpose(1, 2))
+
+
+class NormBefore(OneNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        q, k = (F.normalize(f(x).unflatten(-1, (4, -1))).transpose(1, 2) for f in (self.q, self.k))
+        return F.scaled_dot_product_attention(q, k + x[:, None, :, :4], k)
+
+
+@pytest.mark.parametrize(
+    ("cls", "text"),
+    [
+        (OneNorm, "norm makes the queries of an attention, but is also called elsewhere"),
+        (NormBefore, "scaling the output of q does not scale its queries and nothing else"),
+    ],
+)
+def test_what_scales_more_than_queries(cls: type[nn.Module], text: str) -> None:
+    model = cls()
+    with pytest.raises(ResidualError, match=text):
+        temper(model, ((torch.randn(2, 5, 16),), {}))
+    assert not any(NAME in name for name in model.state_dict())
+
+
 def test_cross_attention_keeps_its_temperature() -> None:
     """Also where both sequences have one length."""
     pytest.importorskip("transformers")
@@ -245,12 +334,36 @@ def test_queries_that_no_linear_makes() -> None:
     assert not list(model.buffers())
 
 
-def test_torchs_own_attention_has_no_query_module() -> None:
-    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    state = list(model.state_dict())
-    with pytest.raises(ResidualError, match=r"^the attention of self_attn cannot be tempered: sca"):
-        temper(model, ((torch.randn(2, 5, 16),), {}))
-    assert list(model.state_dict()) == state
+@pytest.mark.parametrize("own", [{}, {"batch_first": True}, {"bias": False}, {"kdim": 8}])
+def test_torchs_own_attention(own: dict[str, Any]) -> None:
+    """Its queries, and nothing else, are divided; it stays what it is otherwise."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, **own)
+
+        def forward(self, x: Tensor, **options: Any) -> Any:
+            return self.attention(x, x[..., : own.get("kdim", 16)], x, **options)
+
+    model, x = Model(), torch.randn(5, 5, 16)
+    plain = copy.deepcopy(model)
+    (found,) = temper(model, ((x,), {}), TemperatureRule(0.3))
+    assert found.name == f"attention.{NAME}"
+    mask = torch.zeros(5, 5, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
+    options = {"key_padding_mask": mask, "average_attn_weights": False}
+    assert not torch.allclose(model(x)[0], plain(x)[0])
+    name = "in_proj_weight" if "kdim" not in own else "q_proj_weight"
+    plain.get_parameter(f"attention.{name}").data[:16] /= found.value
+    if own.get("bias", True):
+        plain.attention.in_proj_bias.data[:16] /= found.value
+    for given in ({}, options, {"need_weights": False}):
+        torch.testing.assert_close(model(x, **given), plain(x, **given))
+    torch.testing.assert_close(model.eval()(x[0])[0], plain.eval()(x[0])[0])
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(x)[0], model(x)[0])
+    assert temper(model, ((x,), {}))[0].name == found.name
+    assert set(model.state_dict()) == {f"attention.{NAME}", *plain.state_dict()}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
