@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -117,24 +118,30 @@ def _hidden(model: nn.Module, example_inputs: Any) -> set[nn.Parameter]:
     """The weights of the blocks' linears, and mixing."""
     model = uncompiled(model)
     with without_wrappers(model):
-        try:
+        names: set[str] = set()
+        branches: set[str] | None = None
+        with contextlib.suppress(ResidualError):
             report = residual_report(model)
-        except ResidualError:
-            names = set[str]()
-        else:
             names = {item.parameter for item in report.initialized if item.rule != "zero"}
-            names |= {f"{site.path}.weight" for site in report.sites if names}
-        names = names or _weights_in_branches(model, example_inputs)
+            branches = {path for site in report.sites for path in site.add.branch}
+        names = names or _weights_in(model, branches, example_inputs)
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        return {parameters[name] for name in names if name in parameters}
+        mixing = {
+            module.weight
+            for module in model.modules()
+            if isinstance(module, ResidualSite) and module.mode == "mix"
+        }
+        return mixing | {parameters[name] for name in names if name in parameters}
 
 
-def _weights_in_branches(model: nn.Module, example_inputs: Any) -> set[str]:
+def _weights_in(model: nn.Module, branches: set[str] | None, example_inputs: Any) -> set[str]:
+    """Weights of the linears in these modules; None: in the branches that the model adds now."""
     inputs = inputs_of(model, example_inputs)
-    modules = {path for add in find_residuals(capture(model, inputs)) for path in add.branch}
+    if branches is None:
+        branches = {path for add in find_residuals(capture(model, inputs)) for path in add.branch}
     sites = {path for path, module in model.named_modules() if isinstance(module, ResidualSite)}
     linears = anatomy(model, inputs).linears
-    found = {linear.weight for linear in linears if linear.module in modules - sites}
+    found = {linear.weight for linear in linears if linear.module in branches - sites}
     if not found:
         raise ResidualError(
             f"{type(model).__name__} has no linear in a branch of a residual add: make a plain "

@@ -46,15 +46,18 @@ def names_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in held}
 
 
+@pytest.mark.parametrize("start", [True, False])
 @pytest.mark.parametrize("residual", ["keep", "free", "mix"])
-def test_linears_of_blocks_get_muon_and_the_rest_adamw(residual: str) -> None:
+def test_linears_of_blocks_get_muon_and_the_rest_adamw(residual: str, start: bool) -> None:
     model: nn.Module = Model()
     matrices = set(MATRICES)
     if residual != "keep":
-        model = rf.transform(model, residual=residual, example_inputs=(IDS,))
+        how = rf.ResidualFree(residual, initialization="auto" if start else None)  # type: ignore[arg-type]
+        model = rf.transform(model, residual=how, example_inputs=(IDS,))
     if residual == "mix":
         matrices |= {f"blocks.{i}.residual_0.weight" for i in range(2)}
-    both = optimizers(model, example_inputs=(IDS,) if residual == "keep" else None)
+    knows = residual != "keep" and start  # what was initialized are the blocks' linears
+    both = optimizers(model, example_inputs=None if knows else (IDS,))
     muon, adamw = both.optimizers
     assert (type(muon), type(adamw)) == (torch.optim.Muon, torch.optim.AdamW)
     assert names_of(model, muon) == matrices

@@ -132,7 +132,8 @@ def test_eight_bits_take_a_quarter() -> None:
     moments = [s for s in weights if s.collective != "step"]
     assert [s.bytes_before for s in moments] == [4 * 2048] * 4
     assert [s.bytes_after for s in moments] == [2048 + 2 * 2048 // 128] * 4
-    stored = [v["payload"].nbytes for s in optimizer.state.values() for v in s.values() if is_packed(v)]
+    states = [value for entries in optimizer.state.values() for value in entries.values()]
+    stored = [value["payload"].nbytes for value in states if is_packed(value)]
     assert stored == [s.bytes_after for s in report.sites if s.format]
     reasons = {s.reason for s in report.skipped}
     assert reasons == {"counts steps", "256 bytes < min_bytes=1024", "128 bytes < min_bytes=1024"}
