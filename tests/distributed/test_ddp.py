@@ -336,6 +336,32 @@ def test_gradients_are_those_of_all_reduce(ranks: RunRanks) -> None:
     ranks(2, check_every_way)
 
 
+def check_compiled(rank: Rank) -> None:
+    """Generated kernels on the worker's thread give the same bytes."""
+    module, twin = Net(), Net()
+    twin.load_state_dict(module.state_dict())
+    ddps = [DDP(m) for m in (module, twin)]
+    handles = [
+        quantize_ddp(ddp, policy(), error_feedback=True, compile=compile)
+        for ddp, compile in zip(ddps, (True, False), strict=True)
+    ]
+    for step in range(2):
+        for ddp in ddps:
+            ddp.zero_grad()
+            backward(ddp, batch(rank, step))
+        for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert torch.equal(p.grad, q.grad), (name, step)
+    states = [handle.state_dict() for handle in handles]
+    for name, residual in states[0].items():
+        assert torch.equal(residual, states[1][name]), name
+
+
+def test_compiled_coding_is_the_same(ranks: RunRanks) -> None:
+    ranks(2, check_compiled, timeout=300)
+
+
 def check_subgroup(rank: Rank) -> None:
     """Two DDP groups of two ranks each: neither waits for the other."""
     pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
