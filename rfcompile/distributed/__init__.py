@@ -3,6 +3,7 @@
 from rfcompile.distributed.ddp import DDPHandle, quantize_ddp
 from rfcompile.distributed.optimizer_state import broadcast_states
 from rfcompile.distributed.pipeline_stage import QuantizedPipelineStage, quantize_pipeline_stage
+from rfcompile.distributed.splitting import split_at_boundaries
 
 __all__ = [
     "DDPHandle",
@@ -10,4 +11,5 @@ __all__ = [
     "broadcast_states",
     "quantize_ddp",
     "quantize_pipeline_stage",
+    "split_at_boundaries",
 ]

@@ -14,7 +14,7 @@ tried on torch 2.13 and 2.11: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -114,7 +114,7 @@ class _QuantizedStage(_PipelineStageBase):
         return self._expected("backward", bwd_chunk_id, receives, self.grad_recv_info)
 
     def _expected(
-        self, direction: str, chunk: int, receives: Operations, infos: dict[int, Sequence[Any]]
+        self, direction: str, chunk: int, receives: Operations, infos: Mapping[int, Sequence[Any]]
     ) -> Operations:
         for op in receives:
             [sender] = [
@@ -139,7 +139,7 @@ class _QuantizedStage(_PipelineStageBase):
         super().set_local_fwd_input(prev_stage_outputs, mb_index)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
-        gradients = super().get_local_bwd_output(mb_index)
+        gradients = super().get_local_bwd_output(mb_index)  # type: ignore[no-untyped-call]
         for index, x in enumerate(gradients):
             if x is not None:
                 self._wire.note_hand_over("backward", index, x, self.stage_index)
@@ -202,10 +202,11 @@ def quantize_pipeline_stage(stage: Any, policy: Policy | Formatish) -> Any:
         raise HookError(kind.__name__, rule)
     if isinstance(stage, _QuantizedStage):
         raise HookError(kind.__name__, "it is quantized already. Create another one.")
-    stage.__class__ = type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
+    changed: Any = stage
+    changed.__class__ = type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
     try:
-        stage._quantize(policy)
+        changed._quantize(policy)
     except BaseException:
-        stage.__class__ = kind
+        changed.__class__ = kind
         raise
-    return stage
+    return changed

@@ -118,9 +118,7 @@ class StageWire:
         self._departures[key].times += 1
         return self._departures[key]
 
-    def _format_of(
-        self, direction: str, sender: int, x: Tensor
-    ) -> tuple[QuantFormat | None, str]:
+    def _format_of(self, direction: str, sender: int, x: Tensor) -> tuple[QuantFormat | None, str]:
         if x.numel() == 0:
             return None, "empty"
         if x.dtype not in DTYPES:
@@ -175,7 +173,9 @@ class StageWire:
 def _site(direction: str, index: int, departure: _Departure, group: str, world: int) -> Site:
     shape, fmt = departure.shape, departure.format
     size = torch.Size(shape).numel()
-    before = 0 if departure.reason == SAME_RANK else departure.times * size * departure.dtype.itemsize
+    before = (
+        0 if departure.reason == SAME_RANK else departure.times * size * departure.dtype.itemsize
+    )
     plural = "es" if departure.times > 1 else ""
     return Site(
         collective="send",
