@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +36,8 @@ def split_at_boundaries(
     made of travel. Parameters and buffers are the model's own, with their names.
 
     The stages are captured by ``torch.export``: inputs have the sizes of ``example_inputs``, and
-    modules such as dropout stay in the mode that the model is in.
+    modules such as dropout stay in the mode that the model is in. What the graph does not use is in
+    no stage.
 
     Args:
         model: a module.
@@ -44,17 +46,15 @@ def split_at_boundaries(
 
     Raises:
         PolicyError: ``n``. BoundaryError: too few boundaries, a block whose output nothing uses, or
-        a parameter that two stages use. CaptureError: the model cannot be captured, or changes
-        tensors in place. DtypeError: a block's output is no float32, bfloat16 or float16.
+        a parameter that two stages use. CaptureError: the model cannot be captured, or changes its
+        buffers, as a batch norm in training does.
     """
     check_module(model)
     if type(n) is not int or n < 1:
         raise PolicyError("n", n, "give a number of stages, 1 or more.")
     twin = copy_of(uncompiled(model), share=True)
     _mark(twin)
-    gm = exported(twin, inputs_of(twin, example_inputs)).module()
-    assert isinstance(gm, fx.GraphModule)
-    _require_functional(gm.graph)
+    gm = _functional(exported(twin, inputs_of(twin, example_inputs)))
     cuts = _cuts(gm.graph.find_nodes(op="call_function", target=_MARK), n, type(model).__name__)
     stages = _stages(gm, cuts)
     _require_own_parameters(stages)
@@ -89,14 +89,26 @@ def _cuts(marks: list[fx.Node], n: int, model: str) -> list[fx.Node]:
     return [marks[-(-i * len(marks) // n) - 1] for i in range(1, n)]
 
 
-def _require_functional(graph: fx.Graph) -> None:
-    for node in graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise CaptureError(
-                f"a model that changes tensors in place ({node.target}) cannot be cut: write the "
-                "operation without it, such as relu(x) for relu(x, inplace=True)."
-            )
+def _functional(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program without operators that write to their arguments: a part could lose them."""
+    gm = program.module()
+    if _writes(gm):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch's own
+            gm = program.run_decompositions({}).module()
+    if left := _writes(gm):  # to a buffer
+        raise CaptureError(
+            f"a model that changes its buffers ({left[0].target}) cannot be cut: a batch norm in "
+            "training does; put it into eval mode, or use another norm."
+        )
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
+def _writes(gm: nn.Module) -> list[fx.Node]:
+    assert isinstance(gm, fx.GraphModule)
+    schemas = {node: getattr(node.target, "_schema", None) for node in gm.graph.nodes}
+    return [node for node, schema in schemas.items() if schema is not None and schema.is_mutable]
 
 
 def _stages(gm: fx.GraphModule, cuts: list[fx.Node]) -> tuple[fx.GraphModule, ...]:

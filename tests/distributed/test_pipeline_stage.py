@@ -7,6 +7,7 @@ The reference runs all stages in one process, micro-batch by micro-batch, and pu
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import time
@@ -35,7 +36,11 @@ from torch.distributed.pipelining import (
 import rfcompile as rf
 from rfcompile import process_groups
 from rfcompile.codec import DTYPES
-from rfcompile.distributed import QuantizedPipelineStage, quantize_pipeline_stage
+from rfcompile.distributed import (
+    QuantizedPipelineStage,
+    quantize_pipeline_stage,
+    split_at_boundaries,
+)
 from rfcompile.errors import (
     FormatError,
     HookError,
@@ -376,6 +381,28 @@ def check_traced(rank: Rank) -> None:
     assert type(stage).__name__ == "QuantizedMine"
 
 
+def check_transform(rank: Rank) -> None:
+    """The fake wire of transform, on one machine, is the wire: bit for bit."""
+    model = nn.Sequential(*parts_of(lambda i: Plain(), 4, torch.float32))
+    fake = rf.transform(model, policy=policy(), boundaries=["1"])
+    other = copy.deepcopy(model)
+    marked = rf.transform(other, bits=4, boundaries=["1"])
+    stages = split_at_boundaries(marked, 2, torch.randn(ROWS // CHUNKS, WIDTH))
+    stage = QuantizedPipelineStage(stages[rank.index], rank.index, 2, CPU, policy=policy())
+    schedule = Schedule1F1B(stage, CHUNKS, loss_fn=loss_of)
+    x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
+    losses = run_step(rank, schedule, (rank.index,), 1, x, y)
+    expected = reference([fake], x, y, formats_of(policy()))
+    assert all(map(torch.equal, losses, expected if losses else ()))
+    assert len(list(stage.submod.parameters())) == 4
+    for name, parameter in stage.submod.named_parameters():
+        assert parameter is other.get_parameter(name)
+        gradient, wanted = parameter.grad, model.get_parameter(name).grad
+        assert gradient is not None
+        assert wanted is not None
+        assert torch.equal(gradient, wanted), name
+
+
 def check_eval(rank: Rank) -> None:
     parts, local = (parts_of(lambda i: Plain(), 4, torch.float32) for _ in range(2))
     x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
@@ -425,6 +452,7 @@ def check_every_kind(rank: Rank) -> None:
     if MODERN:
         check_several(rank)
     check_traced(rank)
+    check_transform(rank)
     check_eval(rank)
     check_payloads(rank)
 
