@@ -44,7 +44,7 @@ def main() -> None:
     for step in range(1, args.steps + 1):
         start = torch.randint(len(text) - CONTEXT, (ROWS, 1))
         window = text[start + torch.arange(CONTEXT + 1)].long().to(device)
-        losses, inputs = [], (window[:, :-1],) if stage.is_first else ()
+        losses, inputs = [], (window[:, :-1].contiguous(),) if stage.is_first else ()
         optimizer.zero_grad()
         schedule.step(*inputs, target=window[:, 1:] if stage.is_last else None, losses=losses)
         optimizer.step()

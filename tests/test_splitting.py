@@ -154,18 +154,6 @@ def test_operations_in_place() -> None:
     check(model, split_at_boundaries(model, 3, x), x)
 
 
-def test_an_encoder_and_a_decoder() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=8, dropout_rate=0.0,
-        use_cache=False, tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config)
-    ids, own = torch.randint(64, (2, 7)), torch.randint(64, (2, 5))
-    with pytest.raises(BoundaryError, match="both use the parameter"):
-        split_at_boundaries(model, 3, {"input_ids": ids, "decoder_input_ids": own})
-
-
 def test_what_cannot_be_cut() -> None:
     x = torch.randn(2, 5, 8)
     with pytest.raises(BoundaryError, match="Net has 4 boundaries: too few for 6 stages, which ne"):

@@ -27,8 +27,9 @@ def split_at_boundaries(
     """Cut a model into ``n`` modules to call one after another, for as many pipeline stages.
 
     Where it may be cut is what :func:`rfcompile.transform` marks: the boundaries of the model that
-    it returned, or for any other model those of ``boundaries="auto"``, its repeated blocks. Stages
-    get equally many blocks, the last one fewer. The fake wires themselves are left out.
+    it returned, or for any other model those of ``boundaries="auto"``, its repeated blocks. The
+    cuts leave each stage as many blocks as the others, or earlier ones one more. The fake wires
+    themselves are left out.
 
     The first stage takes the model's inputs by position; each hands a tensor, or a tuple, to the
     next; the last one returns the model's outputs, flat. What depends on no parameter (positions,
@@ -52,7 +53,8 @@ def split_at_boundaries(
     check_module(model)
     if type(n) is not int or n < 1:
         raise PolicyError("n", n, "give a number of stages, 1 or more.")
-    twin = copy_of(uncompiled(model), share=True)
+    model = uncompiled(model)
+    twin = copy_of(model, share=True)
     _mark(twin)
     gm = _functional(exported(twin, inputs_of(twin, example_inputs)))
     cuts = _cuts(gm.graph.find_nodes(op="call_function", target=_MARK), n, type(model).__name__)

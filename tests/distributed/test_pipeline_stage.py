@@ -419,6 +419,8 @@ def check_eval(rank: Rank) -> None:
             fresh = [QuantizedPipelineStage(parts[i], i, num, CPU, policy=policy()) for i in mine]
             schedule = make_schedule(name, fresh, loss)
             target = {"target": y} if loss and num - 1 in mine else {}
+            if loss:  # after a step of training
+                run_step(rank, schedule, mine, num - 1, x, y)
             call = schedule.eval if loss else schedule.step
             with torch.no_grad():
                 out = call(*((x,) if 0 in mine else ()), **target)
