@@ -19,8 +19,8 @@ class Site:
     """One place where a tensor crosses the wire.
 
     Args:
-        collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast or boundary, or
-            the operator's own name where it is none of these.
+        collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, send or boundary,
+            or the operator's own name where it is none of these.
         direction: "forward", "backward", or "at rest" for what is kept and not sent.
         kind: the kind of traffic, as in :class:`~rfcompile.Policy`.
         module: dotted path of the module it belongs to, "" where unknown.

@@ -189,6 +189,32 @@ def test_the_data_parallel_example_trains_with_4_bit_gradients(root: Path) -> No
     assert "note: 15 of 15 parameters quantized" in run.stdout
 
 
+# ---- pipeline parallel ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_pipeline_example_trains_with_4_bits_in_both_directions(root: Path) -> None:
+    script = root / "examples" / "train_pipeline.py"
+    assert len(script.read_text().splitlines()) < 60
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={RANKS}", str(script), "--bits", "4", "--steps", "20"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+    assert run.returncode == 0, run.stderr
+    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
+    assert second < first < 5
+    line = "1 of 1 sites quantized, 262.14 kB -> 33.79 kB sent by each rank (7.76x less)"
+    assert run.stdout.count(line) == RANKS  # activations from one, gradients from the other
+    assert "forward send  stages.0" in run.stdout
+    assert "backward send  stages.1" in run.stdout
+
+
 # ---- the network of the benchmark ----------------------------------------------------------------
 
 PROC_NET_DEV = """\

@@ -114,7 +114,14 @@ def test_the_public_names_are_exactly_these() -> None:
 def test_the_public_names_of_distributed_are_exactly_these() -> None:
     from rfcompile import distributed
 
-    assert sorted(distributed.__all__) == ["DDPHandle", "broadcast_states", "quantize_ddp"]
+    assert sorted(distributed.__all__) == [
+        "DDPHandle",
+        "QuantizedPipelineStage",
+        "broadcast_states",
+        "quantize_ddp",
+        "quantize_pipeline_stage",
+        "split_at_boundaries",
+    ]
     assert all(hasattr(distributed, name) for name in distributed.__all__)
 
 

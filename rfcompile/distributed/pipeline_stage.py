@@ -1,0 +1,212 @@
+"""Pipeline stages that send quantized activations and gradients, under torch's own schedules.
+
+A schedule asks its stage for P2P operations and posts them itself; here the tensor of such an
+operation becomes a payload, which is decoded when the stage retrieves what it received. All of
+torch.distributed.pipelining that is overridden or read, private parts included, is in this file,
+tried on torch 2.13 and 2.11: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_fwd_recv_ops``,
+``get_bwd_recv_ops``, ``_retrieve_recv_activations``, ``_retrieve_recv_grads``,
+``set_local_fwd_input``, ``get_local_bwd_output``, ``clear_runtime_states``;
+``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``; ``args_recv_info``,
+``grad_recv_info``, ``fwd_cache``, ``group_rank``, ``stage_index_to_group_rank`` and, from 2.13 on,
+``_stage_meta`` of a stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.stage import (
+    _normalize_model_output_as_tuple,
+    _PipelineStageBase,
+)
+
+from rfcompile.distributed.stage_wire import StageWire, place
+from rfcompile.errors import HookError, NonFiniteError, ShapeError
+from rfcompile.policy import Formatish, Policy
+from rfcompile.process_groups import name_of, require_same, resolve
+from rfcompile.report import Report
+
+Operations = list[Any]
+"""``dist.P2POp``s, in the order in which the peer posts theirs."""
+
+
+class _QuantizedStage(_PipelineStageBase):
+    """What a stage does differently, whichever front end of torch made it."""
+
+    _wire: StageWire
+
+    def report(self) -> Report:
+        """A line for each tensor that a micro-batch sends, with the bytes of the last step.
+
+        What a schedule hands to a stage on the same rank is listed by the stage that has it in
+        hand: activations by the one that gets them, gradients by the one that made them.
+        ``rfcompile.report.merge_reports`` joins the reports of a rank's stages.
+        """
+        return self._wire.report(name_of(resolve(self.group)), self.group_size)
+
+    def _quantize(self, policy: Policy | Formatish) -> None:
+        """Every rank of the group is here at the same time."""
+        chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+        plan = f"pipeline of {self.num_stages} stages {chosen.describe()}"
+        require_same(resolve(self.group), plan)
+        self._wire = StageWire(chosen, self.stage_index, self.num_stages)
+
+    def clear_runtime_states(self) -> None:
+        """A schedule calls this before each step."""
+        super().clear_runtime_states()
+        self._wire.start_step()
+
+    # ---- sending ---------------------------------------------------------------------------
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> Operations:
+        self._check_outputs(fwd_chunk_id)
+        sends = super().get_fwd_send_ops(fwd_chunk_id)
+        return self._encoded("forward", sends, lambda: self.get_bwd_recv_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> Operations:
+        sends = super().get_bwd_send_ops(bwd_chunk_id)
+        return self._encoded("backward", sends, lambda: self.get_fwd_recv_ops(bwd_chunk_id))
+
+    def _encoded(
+        self, direction: str, sends: Operations, answers: Callable[[], Operations]
+    ) -> Operations:
+        """The sends, with payloads. ``answers`` receives what the peer may be sending meanwhile."""
+        refused = False
+        for index, op in enumerate(sends):
+            op.tensor, is_bad = self._wire.encode(direction, index, op.tensor)
+            refused |= is_bad
+        if refused:
+            # The peer finds NaN in the payload and raises, too. With 1F1B it sends and receives at
+            # once, and would wait for its own message to be taken.
+            works = dist.batch_isend_irecv([*sends, *answers()])
+            with contextlib.suppress(RuntimeError):  # the peer may be gone: ours is the news
+                for work in works[: len(sends)]:
+                    work.wait()
+            raise NonFiniteError(place(direction, self.stage_index), [self.group_rank])
+        return sends
+
+    def _check_outputs(self, chunk: int) -> None:
+        """The peer's buffers have the shapes that torch found first; 2.11 checks this itself."""
+        promised = getattr(getattr(self, "_stage_meta", None), "outputs", None) or ()
+        outputs = self.fwd_cache[chunk][0]
+        for index, (x, meta) in enumerate(zip(outputs, promised, strict=False)):
+            if type(x) is Tensor and (x.shape, x.dtype) != (meta.shape, meta.dtype):
+                raise ShapeError(
+                    f"output {index} ({x.dtype}) of pipeline stage {self.stage_index}",
+                    x.shape,
+                    f"the stages agreed on {tuple(meta.shape)} ({meta.dtype}): give every "
+                    "micro-batch the same size (a batch that divides by their number).",
+                )
+
+    # ---- receiving -------------------------------------------------------------------------
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Operations:
+        receives = super().get_fwd_recv_ops(fwd_chunk_id)
+        return self._expected("forward", fwd_chunk_id, receives, self.args_recv_info)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Operations:
+        receives = super().get_bwd_recv_ops(bwd_chunk_id)
+        return self._expected("backward", bwd_chunk_id, receives, self.grad_recv_info)
+
+    def _expected(
+        self, direction: str, chunk: int, receives: Operations, infos: Mapping[int, Sequence[Any]]
+    ) -> Operations:
+        for op in receives:
+            [sender] = [
+                info.source for info in infos[chunk] if getattr(info, "buffer", None) is op.tensor
+            ]
+            op.tensor = self._wire.expect(direction, chunk, sender, op.tensor)
+        return receives
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        self._wire.decode("forward", fwd_chunk_id, self.stage_index_to_group_rank)
+        return super()._retrieve_recv_activations(fwd_chunk_id)
+
+    def _retrieve_recv_grads(self, bwd_chunk_id: int) -> Any:
+        self._wire.decode("backward", bwd_chunk_id, self.stage_index_to_group_rank)
+        return super()._retrieve_recv_grads(bwd_chunk_id)
+
+    # ---- stages on the same rank -----------------------------------------------------------
+
+    def set_local_fwd_input(self, prev_stage_outputs: Any, mb_index: int) -> None:
+        for index, x in enumerate(_normalize_model_output_as_tuple(prev_stage_outputs)):
+            self._wire.note_hand_over("forward", index, x, self.stage_index - 1)
+        super().set_local_fwd_input(prev_stage_outputs, mb_index)
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        gradients = super().get_local_bwd_output(mb_index)  # type: ignore[no-untyped-call]
+        for index, x in enumerate(gradients):
+            if x is not None:
+                self._wire.note_hand_over("backward", index, x, self.stage_index)
+        return gradients
+
+
+class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
+    """A ``torch.distributed.pipelining.PipelineStage`` whose activations and gradients are coded.
+
+    What crosses to another rank becomes ``C(x)``, the codec's round trip of each micro-batch's
+    tensor by itself (error bound of :class:`~rfcompile.QuantFormat`): activations in the format of
+    ``policy.activations``, gradients in that of ``policy.gradients``. The payload is that of
+    :func:`rfcompile.quantize`, and the receiver decodes, bit for bit, what
+    :func:`rfcompile.dequantize` makes of it. Any schedule of torch drives it. Tensors of other
+    dtypes, empty ones, and what a schedule hands to a stage on the same rank stay exact.
+
+    Every rank of the group must create its stages at the same time, the same number each: they
+    compare policies and versions.
+
+    Args:
+        args, kwargs: those of PipelineStage in the torch that is installed.
+        policy: a Policy, or bits, a QuantFormat or a text for all. A pattern of ``sites`` is
+            compared with ``stages.N``, where stage N sends: activations to the next stage,
+            gradients to the one before. ``min_bytes`` counts a tensor of one micro-batch.
+
+    Stochastic rounding takes another seed for each tensor, micro-batch, step and stage.
+
+    With ``nonfinite="raise"`` a step raises NonFiniteError on the rank that sends NaN or Inf, and
+    on the one that receives it; ranks further away get an error of their process group when those
+    are gone, or at its timeout. So do all when a rank dies: torch's schedule raises that one, a
+    RuntimeError. In any case the processes must start again with new process groups.
+
+    Raises:
+        RankMismatchError: ranks use another policy or version; raised on every rank.
+        PolicyError, FormatError: the policy is not understood. And in a step, ShapeError: a
+        micro-batch has another size than the first.
+    """
+
+    def __init__(self, *args: Any, policy: Policy | Formatish, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._quantize(policy)
+
+
+def quantize_pipeline_stage(stage: Any, policy: Policy | Formatish) -> Any:
+    """Make a stage that exists one that sends as :class:`QuantizedPipelineStage` does.
+
+    For what ``pipeline(...).build_stage(...)`` returns, and for other stages than PipelineStage.
+    Every rank must call it, between two steps. The stage itself is changed: its class becomes one
+    that derives from its own and has ``report()`` in addition.
+
+    Returns:
+        ``stage``.
+
+    Raises:
+        HookError: ``stage`` is no stage, or is quantized already. And as QuantizedPipelineStage.
+    """
+    kind = type(stage)
+    if not isinstance(stage, _PipelineStageBase):
+        rule = "pass a PipelineStage, or what pipeline(...).build_stage(...) returned."
+        raise HookError(kind.__name__, rule)
+    if isinstance(stage, _QuantizedStage):
+        raise HookError(kind.__name__, "it is quantized already. Create another one.")
+    changed: Any = stage
+    changed.__class__ = type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
+    try:
+        changed._quantize(policy)
+    except BaseException:
+        changed.__class__ = kind
+        raise
+    return changed
