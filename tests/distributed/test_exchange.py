@@ -1,7 +1,8 @@
 """Context and expert parallel layers: their all_to_all forward and backward, compiled and eager.
 
 The compiled layer calls torch's collective and knows nothing of quantization; the eager one calls
-``rf.all_to_all``. Values and gradients must be the same, bit for bit.
+``rf.all_to_all``. Values and gradients must be the same; compiled graphs run as the passes leave
+them, because Inductor's own kernels may add in another order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import rfcompile as rf
 from tests.distributed.conftest import Rank, RunRanks
+from tests.distributed.test_backend import graphs_run_as_they_are
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +42,7 @@ def our_exchange(x: Tensor, output_splits: list[int], input_splits: list[int]) -
 
 
 def heads_for_sequence(x: Tensor, exchange: Exchange, world: int) -> Tensor:
-    """Ulysses: ``[S / W, H, D]``, a part of the sequence, to ``[S, H / W, D]``, a part of the heads."""
+    """Ulysses: a part of the sequence ``[S / W, H, D]`` to part of the heads ``[S, H / W, D]``."""
     rows, heads, width = x.shape
     by_rank = x.unflatten(1, (world, heads // world)).transpose(0, 1)  # [W, S / W, H / W, D]
     parts = exchange(by_rank.reshape(world * rows, -1), [rows] * world, [rows] * world)
@@ -83,11 +85,12 @@ def check_context_parallel(rank: Rank) -> int:
     torch._dynamo.reset()
     x = torch.randn(12, 4, 32, generator=torch.Generator().manual_seed(rank.index))
     run = torch.compile(context_parallel, backend="rfquant", options=OPTIONS, fullgraph=True)
-    compiled = graded(run, x, exchange=torch_exchange, world=rank.world)
+    with graphs_run_as_they_are():
+        compiled = graded(run, x, exchange=torch_exchange, world=rank.world)
     eager = graded(context_parallel, x, exchange=our_exchange, world=rank.world)
     exact = graded(context_parallel, x, exchange=torch_exchange, world=rank.world)
     for got, expected, far in zip(compiled, eager, exact, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)  # order of float32 sums
+        assert torch.equal(got, expected)
         assert 0 < (got - far).norm() / far.norm() < 0.05
     return sum(report.num_quantized for report in rf.reports(clear=True))
 
@@ -101,10 +104,12 @@ def check_experts(rank: Rank) -> int:
         x = torch.randn(sum(sent), 64, generator=generator)
         weight = torch.randn(64, 64, generator=generator) / 8
         places = {"received": received, "sent": sent}
-        compiled = graded(run, x, weight, exchange=torch_exchange, **places)
+        with graphs_run_as_they_are():
+            compiled = graded(run, x, weight, exchange=torch_exchange, **places)
         eager = graded(experts, x, weight, exchange=our_exchange, **places)
         for got, expected in zip(compiled, eager, strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+            # The gradient's matmuls see other strides: 64 products of order 1, added in any order.
+            torch.testing.assert_close(got, expected, rtol=0, atol=64 * 2**-23)
     return sum(report.num_quantized for report in rf.reports(clear=True))
 
 
