@@ -23,9 +23,13 @@ def is_stream(site: str) -> bool:
     return site.rpartition(".")[2].isdigit()
 
 
-def peaks(row: dict[str, Any], what: str = "elements") -> list[float]:
-    """The largest excess kurtosis of a stream at each step where it was measured."""
-    return [max(v[what] for k, v in s.items() if is_stream(k)) for s in row["kurtosis"].values()]
+def peaks(row: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Excess kurtosis at each step where it was measured: the largest of a cut, the last stream's."""
+    streams = [
+        [v["elements"] for name, v in sites.items() if is_stream(name)]
+        for sites in row["kurtosis"].values()
+    ]
+    return [max(values[:-1], default=0.0) for values in streams], [v[-1] for v in streams]
 
 
 def last_peak(row: dict[str, Any]) -> float:
@@ -64,19 +68,22 @@ def _cells(rows: Rows, boundary: str, suffix: str) -> str:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    """Kurtosis of the streams against the step, and the loss increase against bits."""
+    """Kurtosis and loss against the step, and the loss increase against bits."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    boundary = "cut" if rows[0]["increases"]["cut"] else "stream"
     figure, axes = plt.subplots(2, 2, figsize=(14, 10), layout="constrained")
     (grown, per_tensor), (trained, grouped) = axes
     for number, (arm, mine) in enumerate(by_arm(rows).items()):
         color = f"C{number}"
         for row in mine:
             label = arm if row is mine[0] else None
-            grown.plot([int(s) for s in row["kurtosis"]], peaks(row), color=color, label=label)
+            steps, (cuts, last) = [int(step) for step in row["kurtosis"]], peaks(row)
+            grown.plot(steps, cuts, color=color, label=label)
+            grown.plot(steps, last, ":", color=color, lw=0.8)
             smooth = [mean(row["losses"][max(0, i - 20) : i + 1]) for i in range(row["steps"])]
             trained.plot(range(1, row["steps"] + 1), smooth, color=color, label=label, lw=0.8)
         for axis, size, grid in ((per_tensor, "tensor", "tread"), (grouped, "g128", "rise")):
@@ -84,10 +91,10 @@ def plot(rows: Rows, path: Path) -> None:
             for suffix, style in styles:
                 bits = (4, 3, 2) if suffix else (8, 4, 3, 2)
                 names = [f"{b}b {size} {grid}{suffix}" for b in bits]
-                values = [max(increase(mine, "stream", n), 1e-4) for n in names]
+                values = [max(increase(mine, boundary, n), 1e-4) for n in names]
                 label = arm + (", Hadamard" if suffix else "")
                 axis.plot(bits, values, style, marker="o", color=color, label=label)
-    grown.set(title="Largest excess kurtosis of a stream", xlabel="step")
+    grown.set(title="Largest excess kurtosis of a cut; dotted: of the last stream", xlabel="step")
     grown.set_yscale("symlog", linthresh=1)
     trained.set(title="Training loss (mean of 20 steps)", xlabel="step", ylabel="nats")
     trained.set_yscale("log")
@@ -95,7 +102,7 @@ def plot(rows: Rows, path: Path) -> None:
         (per_tensor, "one scale a tensor, mid-tread"),
         (grouped, "groups of 128, mid-rise"),
     ):
-        axis.set(title=f"Validation loss gained by quantizing streams: {title}", xlabel="bits")
+        axis.set(title=f"Loss gained by quantizing every {boundary}, {title}", xlabel="bits")
         axis.set(ylabel="nats", yscale="log")
         axis.invert_xaxis()
     for axis in axes.flat:
