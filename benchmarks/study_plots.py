@@ -24,7 +24,7 @@ def is_stream(site: str) -> bool:
 
 
 def peaks(row: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Excess kurtosis at each step where it was measured: the largest of a cut, the last stream's."""
+    """Excess kurtosis where it was measured: the largest of a cut, and the last stream's."""
     streams = [
         [v["elements"] for name, v in sites.items() if is_stream(name)]
         for sites in row["kurtosis"].values()
