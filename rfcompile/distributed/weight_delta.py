@@ -62,12 +62,12 @@ class WeightDelta:
         return finish
 
     def _start_exactly(self, x: Tensor, group: Any) -> Callable[[], Tensor]:
-        rows = x.new_empty((group.size(), x.numel()))
-        work = dist.all_gather_into_tensor(rows, x.contiguous(), group=group, async_op=True)
+        rows = x.new_empty(group.size() * x.numel())
+        work = dist.all_gather_into_tensor(rows, x, group=group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()
-            return self._keep(rows, 1)
+            return self._keep(rows.view(group.size(), -1), 1)
 
         return finish
 

@@ -40,6 +40,7 @@ from rfcompile.distributed.fsdp_comms import (
     QuantizedReduceScatter,
     reduction_of,
 )
+from rfcompile.distributed.fsdp_units import units_of
 from rfcompile.errors import (
     HookError,
     NonFiniteError,
@@ -309,16 +310,16 @@ def check_asynchronous(rank: Rank) -> None:
 
 def check_several_groups(rank: Rank) -> None:
     """A module whose parameters FSDP shards over several meshes, and one group of two modules."""
-    plain = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
-    model = copy.deepcopy(plain)
-    fully_shard(list(model))  # type: ignore[call-overload]
+    model = Net(depth=2)
+    fully_shard(list(model.layers))  # type: ignore[call-overload]
+    fully_shard(model)
     handle = quantize_fsdp(model, policy("4b", "4b"))
-    model[1](model[0](torch.ones(2, 12))).sum().backward()
-    assert {s.source for s in handle.report().sites} == {"unit 0"}
+    backward(model, batch(rank, 0))
+    assert {s.source for s in handle.report().sites} == {"unit (root)", "unit layers.0"}
     for name, weight in full_weights(model).items():
         rank.assert_same(weight, name)
     one = Net(depth=0)
-    other = init_device_mesh("cpu", (rank.world,))
+    other = DeviceMesh.from_group(dist.new_group(), "cpu")
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
     except ImportError:  # torch 2.11
@@ -440,7 +441,7 @@ def recorded(owner: Any, name: str) -> Iterator[list[tuple[tuple[Any, ...], Any]
 
 
 def check_compiled(rank: Rank) -> None:
-    """What is sent is still what the eager collectives give; the whole model, and block by block."""
+    """What is sent is what the eager collectives give; the whole model, and block by block."""
     for whole in (False, True):
         plain = Net(depth=2)
         model = shard(copy.deepcopy(plain))
@@ -488,7 +489,8 @@ def check_nonfinite(rank: Rank) -> None:
         gradient = model.layers[0].up.weight.grad
         assert gradient is not None
         assert not local(gradient).isfinite().all()
-    for weights, gradients, what in (("8b:raise", "4b", "all-gather"), ("8b", "4b:raise", "reduce")):
+    bad_weights, bad_gradients = ("8b:raise", "4b", "all-gather"), ("8b", "4b:raise", "reduce")
+    for weights, gradients, what in (bad_weights, bad_gradients):
         model = shard(Net())
         quantize_fsdp(model, policy(weights, gradients))
         backward(model, batch(rank, 0))
@@ -558,7 +560,7 @@ def check_bytes(rank: Rank) -> None:
     small = quantize_fsdp(model := shard(Net()), policy(min_bytes=first + 1))
     backward(model, batch(rank, 0))
     root = [s for s in small.report().sites if s.source == "unit (root)"]
-    assert [s.format for s in root] == [None, "4b:g128:rise"]  # a rank's shard; all of its gradients
+    assert [s.format for s in root] == [None, "4b:g128:rise"]  # a shard; gradients of all shards
     assert f"bytes < min_bytes={first + 1}" in root[0].reason
     assert root[0].eligible
 
@@ -633,7 +635,8 @@ def check_four(rank: Rank) -> None:
     assert all_reduce.reason == "FSDP has no hook that replaces the all-reduce of HSDP"
     assert all_reduce.world_size == 2
     for odd in range(4):  # whoever it is, all ranks are told
-        error = error_of(lambda odd=odd: quantize_fsdp(shard(Net(), mesh), 8 if rank.index == odd else 4))
+        bits = 8 if rank.index == odd else 4
+        error = error_of(lambda bits=bits: quantize_fsdp(shard(Net(), mesh), bits))
         assert isinstance(error, RankMismatchError)
 
 
@@ -732,7 +735,8 @@ def check_delta(rank: Rank) -> None:
     direct = rf.all_gather(x, 4).view(rank.world, -1)
     assert error < (x - direct[rank.index]).abs().max() / 4
 
-    with recorded(wire, "_all_gather") as gathered, recorded(dist, "all_gather_into_tensor") as ages:
+    counted = recorded(dist, "all_gather_into_tensor")
+    with recorded(wire, "_all_gather") as gathered, counted as ages:
         backward(model, batch(rank, 9))
     sent = sum(sent_bytes("all_gather", args[0].nbytes, rank.world) for args, _ in gathered)
     sent += sum(sent_bytes("all_gather", args[1].nbytes, rank.world) for args, _ in ages)
@@ -794,24 +798,25 @@ def error_of(f: Callable[[], object]) -> RFCompileError:
 
 def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
     twice = shard(Net())
-    quantize_fsdp(twice, 4)
+    exact, _ = units_of(twice)[0].comms
 
-    class Own(type(twice.layers[0]._get_fsdp_state()._fsdp_param_groups[0]._all_gather_comm)):  # type: ignore[misc]
+    class Own(type(exact)):  # type: ignore[misc]
         pass
 
     own = shard(Net())
     own.layers[2].set_custom_all_gather(Own())
+    quantize_fsdp(twice, 4)
     modules = [error_of(lambda m=m: quantize_fsdp(m, 4)) for m in (Net(), twice, own)]
 
     me = rank.index
     model = shard(Net())
-    comms = model._get_fsdp_state()._fsdp_param_groups[0]._all_gather_comm
+    comms = [unit.comms for unit in units_of(model)]
     mismatches = [
         error_of(lambda: quantize_fsdp(model, 4 + 4 * me)),
         error_of(lambda: quantize_fsdp(model, policy(sites={"*.bias": None} if me else {}))),
         error_of(lambda: quantize_fsdp(model, 4, weight_delta=bool(me))),
     ]
-    assert model._get_fsdp_state()._fsdp_param_groups[0]._all_gather_comm is comms
+    assert [unit.comms for unit in units_of(model)] == comms
     quantize_fsdp(model, 4)  # nothing was registered
     backward(model, batch(rank, 0))
     return modules, mismatches
@@ -820,8 +825,8 @@ def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
 def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
     for modules, mismatches in ranks(2, wrong):
         patterns = [
-            r"Net cannot be quantized: apply torch\.distributed\.fsdp\.fully_shard to it first",
-            r"unit \(root\) has the custom communication 'QuantizedAllGather'.* remove\(\)",
+            r"^Net cannot be quantized: apply torch\.distributed\.fsdp\.fully_shard to it first",
+            r"unit \(root\) has the custom communication 'QuantizedAllGather'\. .* \(remove\(\) of",
             r"unit layers\.2 has the custom communication 'Own'",
         ]
         for error, pattern in zip(modules, patterns, strict=True):
