@@ -319,7 +319,7 @@ def check_several_groups(rank: Rank) -> None:
     for name, weight in full_weights(model).items():
         rank.assert_same(weight, name)
     one = Net(depth=0)
-    other = DeviceMesh.from_group(dist.new_group(), "cpu")
+    pair = DeviceMesh.from_group(dist.new_group(), "cpu")
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_common import ShardPlacementResult
     except ImportError:  # torch 2.11
@@ -327,10 +327,10 @@ def check_several_groups(rank: Rank) -> None:
     from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
     from torch.distributed.tensor import Shard
 
+    other = FSDPMeshInfo(pair, 0)
+
     def place(parameter: nn.Parameter) -> Any:
-        if parameter.dim() == 1:
-            return None
-        return ShardPlacementResult(Shard(0), FSDPMeshInfo(other, 0))
+        return ShardPlacementResult(Shard(0), other) if parameter.dim() == 2 else None
 
     fully_shard(one, shard_placement_fn=place)
     handle = quantize_fsdp(one, policy("4b", "4b"))
