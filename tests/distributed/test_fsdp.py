@@ -368,8 +368,8 @@ def check_unused_and_frozen(rank: Rank) -> None:
         block = model.layers[1]
         block.forward = lambda x, block=block: block.norm(x + block.up(x)[..., :13])
         backward(model, batch(rank, 0))
-        assert block.up.weight.grad is not None
-        assert block.down.weight.grad is None
+        assert model.get_parameter("layers.1.up.weight").grad is not None
+        assert model.get_parameter("layers.1.down.weight").grad is None
         assert model.first.weight.grad is None
         [site] = [
             s for s in handle.report().sites
@@ -477,16 +477,16 @@ def check_nonfinite(rank: Rank) -> None:
         quantize_fsdp(model, policy())
         if rank.index == 1:
             with torch.no_grad():
-                local(model.layers[0].up.weight)[0, 0] = value
-        weights = full_weights(model)
-        bad = weights["layers.0.up.weight"]
+                local(model.get_parameter("layers.0.up.weight"))[0, 0] = value
+        full = full_weights(model)
+        bad = full["layers.0.up.weight"]
         assert bad.isnan().any()
         assert bad.isfinite().any()  # other groups are as they were
-        assert weights["layers.1.up.weight"].isfinite().all()
-        for name, weight in weights.items():
+        assert full["layers.1.up.weight"].isfinite().all()
+        for name, weight in full.items():
             rank.assert_same(weight, name)
         backward(model, batch(rank, 0))
-        gradient = model.layers[0].up.weight.grad
+        gradient = model.get_parameter("layers.0.up.weight").grad
         assert gradient is not None
         assert not local(gradient).isfinite().all()
     bad_weights, bad_gradients = ("8b:raise", "4b", "all-gather"), ("8b", "4b:raise", "reduce")
@@ -500,7 +500,7 @@ def check_nonfinite(rank: Rank) -> None:
                 x[0, 0] = float("inf")
             else:
                 with torch.no_grad():
-                    local(model.layers[2].down.weight)[0, 0] = float("inf")
+                    local(model.get_parameter("layers.2.down.weight"))[0, 0] = float("inf")
         error = error_of(lambda model=model, x=x: backward(model, x))
         assert isinstance(error, NonFiniteError)
         assert error.ranks == (1,)
@@ -551,18 +551,15 @@ def check_bytes(rank: Rank) -> None:
         root = sum(size for _, size in handle._comms[0][0].unit.sizes(False))
         gathers = (2 * padded - root) * 4 * (world - 1)
         assert report.bytes_before == gathers + padded * 4 * (world - 1)
-    small = quantize_fsdp(model := shard(Net()), policy(min_bytes=500))
-    backward(model, batch(rank, 0))
-    root = [s for s in small.report().sites if s.source == "unit (root)"]
-    assert [s.format for s in root] == ["8b:g128:tread", "4b:g128:rise"]
-    first = root[0].bytes_before
-    assert first is not None
-    small = quantize_fsdp(model := shard(Net()), policy(min_bytes=first + 1))
-    backward(model, batch(rank, 0))
-    root = [s for s in small.report().sites if s.source == "unit (root)"]
-    assert [s.format for s in root] == [None, "4b:g128:rise"]  # a shard; gradients of all shards
-    assert f"bytes < min_bytes={first + 1}" in root[0].reason
-    assert root[0].eligible
+    input_bytes = 4 * root  # of the gather: a shard; that of the gradients is all shards
+    for min_bytes, expected in ((input_bytes, "8b:g128:tread"), (input_bytes + 1, None)):
+        small = quantize_fsdp(model := shard(Net()), policy(min_bytes=min_bytes))
+        backward(model, batch(rank, 0))
+        gather, reduction = (s for s in small.report().sites if s.source == "unit (root)")
+        assert gather.format == expected
+        assert gather.eligible
+        assert reduction.format == "4b:g128:rise"
+    assert gather.reason == f"{input_bytes} bytes < min_bytes={min_bytes}"
 
 
 def check_the_way_back(rank: Rank) -> None:
@@ -623,7 +620,7 @@ def check_four(rank: Rank) -> None:
         expected = rf.reduce_scatter(x, 4, mine, op="avg")
         dist.all_reduce(expected, op=dist.ReduceOp.AVG, group=mesh["replicate"].get_group())
         if unit == "layers.1":
-            got = local(model.layers[1].up.weight.grad).flatten()
+            got = local(model.get_parameter("layers.1.up.weight").grad).flatten()
             assert torch.equal(got, expected[: len(got)])
     for name, weight in full_weights(model).items():
         rank.assert_same(weight, name)
@@ -729,6 +726,7 @@ def check_delta(rank: Rank) -> None:
         assert delta.copy is not None
         assert torch.equal(delta.copy, copies)
         rank.assert_same(delta.copy)
+    assert copies is not None
     # Errors do not add up: that of the last gather is that of one step's difference.
     error = (x - copies[rank.index]).abs().max()
     assert error <= rf.QuantFormat(4).max_error() * difference.abs().max()
@@ -752,7 +750,7 @@ def check_delta(rank: Rank) -> None:
     for name, weight in full_weights(model).items():
         assert torch.equal(weight, exact[name]), name
     for value in (float("nan"), float("inf")):
-        weight = local(model.layers[1].up.weight)
+        weight = local(model.get_parameter("layers.1.up.weight"))
         before = weight.clone()
         with torch.no_grad():
             weight[0, 0] = value if rank.index == 0 else 0
