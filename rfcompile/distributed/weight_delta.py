@@ -9,7 +9,7 @@ Every rank keeps ``c`` of all shards: the size of the full weights in the dtype 
 That is the price: the shards of gradients and optimizer state still divide by the ranks, the
 weights no longer do. The backward pass takes that copy and gathers nothing.
 
-Source of the idea: SDP4Bit (Jia et al. 2024, arXiv 2410.15526), section 3.1.
+Source of the idea: SDP4Bit (arXiv 2410.15526).
 """
 
 from __future__ import annotations
