@@ -168,17 +168,18 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
         return None
     if c.kind == "all_reduce":
         return wire.all_reduce_sent_bytes(n, fmt, c.world)
-    if c.kind == "all_gather" or c.kind == "broadcast":
+    if c.kind == "all_gather":
+        return wire.all_gather_sent_bytes(n, fmt, c.world)
+    if c.kind == "reduce_scatter":
+        return wire.reduce_scatter_sent_bytes(n, fmt, c.world)
+    if c.kind == "broadcast":
         sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
-    elif c.kind == "all_to_all":
+    else:
         rows, inner = _rows_to_others(c), c.input.shape[1:].numel()
         if rows is None:
             return None
         sent = sum(fmt.row_bytes(number * inner) for number in rows)
-    else:
-        sent = sent_bytes("all_to_all", fmt.payload_bytes(n, c.world), c.world)
-    flag = sent_bytes("all_gather", 1, c.world) if fmt.nonfinite == "raise" else 0
-    return sent + flag
+    return sent + wire.flag_sent_bytes(fmt, c.world)
 
 
 def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tensor], Tensor]:

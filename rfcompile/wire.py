@@ -80,13 +80,22 @@ def all_reduce_wire(
 
 
 def reduce_scatter_wire(
-    x: Tensor, fmt: str, op: str, world: int, group: str, site: str = "reduce_scatter"
+    x: Tensor,
+    fmt: str,
+    op: str,
+    world: int,
+    group: str,
+    site: str = "reduce_scatter",
+    seed: int = 0,
 ) -> Tensor:
-    """Reduce along dim 0, ``[W d, ..]`` to ``[d, ..]``: quantize, all_to_all, dequantize_sum."""
+    """Reduce along dim 0, ``[W d, ..]`` to ``[d, ..]``: quantize, all_to_all, dequantize_sum.
+
+    ``seed`` is for the stochastic rounding of this rank.
+    """
     shape = (x.shape[0] // world, *x.shape[1:])
     m = x.numel() // world
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(world, m), fmt), flags, site)
+    payload = _checked(ops.quantize(x.reshape(world, m), fmt, seed), flags, site)
     received = _wait(_exchange(payload, world, group))
     total = ops.dequantize_sum(received, fmt, x.dtype, op == "avg")
     return _first(total, 0, m).reshape(shape)
@@ -97,12 +106,21 @@ def all_gather_wire(
 ) -> Tensor:
     """Gather along dim 0: quantize, all_gather, dequantize. ``[d, ...]`` to ``[W * d, ...]``."""
     shape = (world * x.shape[0], *x.shape[1:]) if x.dim() else (world,)
-    m = x.numel()
-    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(1, m), fmt), flags, site)
-    gathered = _wait(_all_gather(payload, world, group))
+    rows = finish_all_gather(start_all_gather(x, fmt, world, group, site), fmt, x.dtype, x.numel())
     # A view where rows have one element; results are contiguous, as the fake kernels promise.
-    return _first(ops.dequantize(gathered, fmt, x.dtype), 1, m).reshape(shape).contiguous()
+    return rows.reshape(shape).contiguous()
+
+
+def start_all_gather(x: Tensor, fmt: str, world: int, group: str, site: str) -> Tensor:
+    """Quantize and send; :func:`finish_all_gather` waits for the payloads and decodes them."""
+    flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
+    payload = _checked(ops.quantize(x.reshape(1, x.numel()), fmt), flags, site)
+    return _all_gather(payload, world, group)
+
+
+def finish_all_gather(sent: Tensor, fmt: str, dtype: torch.dtype, size: int) -> Tensor:
+    """What :func:`start_all_gather` sent of ``size`` elements, decoded: ``[W, size]``."""
+    return _first(ops.dequantize(_wait(sent), fmt, dtype), 1, size)
 
 
 def all_to_all_wire(
@@ -155,9 +173,26 @@ def all_reduce_sent_bytes(size: int, fmt: QuantFormat, world: int) -> int:
     segments = default_segments(size, fmt)
     unit = world * segments * fmt.group_elements(8)
     payload = fmt.payload_bytes(-(-size // unit) * unit, world * segments)
-    flag = sent_bytes("all_gather", 1, world) if fmt.nonfinite == "raise" else 0
     exchange = sent_bytes("all_to_all", payload, world)
-    return exchange + sent_bytes("all_gather", payload // world, world) + flag
+    gather = sent_bytes("all_gather", payload // world, world)
+    return exchange + gather + flag_sent_bytes(fmt, world)
+
+
+def reduce_scatter_sent_bytes(size: int, fmt: QuantFormat, world: int) -> int:
+    """Bytes one rank sends in :func:`reduce_scatter_wire` of ``size`` elements."""
+    payload = fmt.payload_bytes(size, world)
+    return sent_bytes("all_to_all", payload, world) + flag_sent_bytes(fmt, world)
+
+
+def all_gather_sent_bytes(size: int, fmt: QuantFormat, world: int) -> int:
+    """Bytes one rank sends in :func:`all_gather_wire` of ``size`` elements a rank."""
+    payload = fmt.payload_bytes(size)
+    return sent_bytes("all_gather", payload, world) + flag_sent_bytes(fmt, world)
+
+
+def flag_sent_bytes(fmt: QuantFormat, world: int) -> int:
+    """Bytes one rank sends to say that its values are finite, with nonfinite="raise"."""
+    return sent_bytes("all_gather", 1, world) if fmt.nonfinite == "raise" else 0
 
 
 def default_segments(size: int | torch.SymInt, fmt: QuantFormat) -> int:

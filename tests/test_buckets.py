@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rfcompile as rf
 from rfcompile.cost import sent_bytes
 from rfcompile.distributed.buckets import Part, parts_of, site_of
 from rfcompile.policy import Policy
@@ -45,6 +46,30 @@ def test_min_bytes_counts_what_no_pattern_names() -> None:
         assert parts(Policy(gradients=4, min_bytes=size + 1, sites=sites), buffer)[0] == (
             None, rest, f"{size} bytes < min_bytes={size + 1}",
         )  # fmt: skip
+
+
+def test_rows_of_shards_are_named_by_their_unit_too() -> None:
+    """FSDP: weights of a rank ``[14]``, gradients for all ranks ``[W, 14]``."""
+    sites = {"unit": 8}
+    policy = Policy(weights=4, gradients=3, min_bytes=57, sites=sites)
+    weights, gradients = torch.zeros(14), torch.zeros(2, 14)
+    for buffer, kind, bits in ((weights, "weights", None), (gradients, "gradients", 3)):
+        [part] = parts_of(policy, SIZES, buffer, 2, kind, "other")
+        assert (part.format and part.format.bits) == bits  # 56 bytes a row
+        [part] = parts_of(policy, SIZES, buffer, 2, kind, "unit")
+        assert part.format == rf.QuantFormat(8)
+
+
+def test_the_columns_of_a_part() -> None:
+    rows = torch.arange(28.0).view(2, 14)
+    policy = Policy(gradients=4, min_bytes=0, sites={"*.bias": None})
+    exact, quantized = parts_of(policy, SIZES, rows, 2)
+    columns = [0, 1, 2, 8, 9]
+    assert torch.equal(exact.gather(rows), rows[:, columns])
+    assert torch.equal(torch.cat([p.gather(rows) for p in (exact, quantized)], 1).sum(), rows.sum())
+    exact.scatter(torch.zeros(2, 5), rows)
+    assert not rows[:, columns].any()
+    assert rows[:, 3:8].all()
 
 
 @pytest.mark.parametrize(

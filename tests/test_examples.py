@@ -215,6 +215,30 @@ def test_the_pipeline_example_trains_with_4_bits_in_both_directions(root: Path) 
     assert "backward send  stages.1" in run.stdout
 
 
+# ---- sharded -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_fsdp2_example_trains_with_weight_differences(root: Path) -> None:
+    script = root / "examples" / "train_fsdp2.py"
+    assert len(script.read_text().splitlines()) < 60
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--bits", "4", "--weight-delta", "--steps", "20"]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={RANKS}", str(script), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+    assert run.returncode == 0, run.stderr
+    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
+    assert second < first < 5
+    assert "8 of 8 sites quantized, 722.69 kB -> 68.00 kB sent by each rank" in run.stdout
+
+
 # ---- the network of the benchmark ----------------------------------------------------------------
 
 PROC_NET_DEV = """\

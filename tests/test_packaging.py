@@ -116,9 +116,11 @@ def test_the_public_names_of_distributed_are_exactly_these() -> None:
 
     assert sorted(distributed.__all__) == [
         "DDPHandle",
+        "FSDPHandle",
         "QuantizedPipelineStage",
         "broadcast_states",
         "quantize_ddp",
+        "quantize_fsdp",
         "quantize_pipeline_stage",
         "split_at_boundaries",
     ]

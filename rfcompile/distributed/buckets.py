@@ -1,6 +1,7 @@
-"""Which parameters of a gradient bucket travel together, and in which format; nothing is sent here.
+"""Which parameters of a flat buffer travel together, and in which format; nothing is sent here.
 
-A bucket is the flat buffer in which DDP lays the gradients of several parameters side by side.
+DDP and FSDP lay the values of several parameters side by side and send them at once: DDP gradients,
+``[elements]``, FSDP shards of weights, ``[elements]``, and of gradients, ``[ranks, elements]``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rfcompile.wire import all_reduce_sent_bytes
 
 @dataclass(frozen=True)
 class Span:
-    """A parameter's place in the bucket: ``buffer[start : start + size]``."""
+    """A parameter's place in the buffer: ``buffer[..., start : start + size]``."""
 
     name: str
     start: int
@@ -31,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of a bucket that one collective carries.
+    """Parameters of a buffer that one collective carries.
 
     Args:
         spans: their places, in the order of the buffer; none is empty.
@@ -57,14 +58,15 @@ class Part:
         return list(values.split([span.size for span in self.spans]))
 
     def gather(self, buffer: Tensor) -> Tensor:
-        """Its gradients side by side ``[size]``: a view of the buffer where they are so there."""
+        """Its values side by side ``[..., size]``: a view of the buffer where they are so there."""
         views = self._views(buffer)
-        return views[0] if len(views) == 1 else torch.cat(views)
+        return views[0] if len(views) == 1 else torch.cat(views, -1)
 
     def scatter(self, values: Tensor, buffer: Tensor) -> None:
-        """Write ``values`` ``[size]`` of any dtype to their places."""
+        """Write ``values`` ``[..., size]`` of any dtype to their places."""
         views = self._views(buffer)
-        for view, new in zip(views, values.split([len(v) for v in views]), strict=True):
+        pieces = values.split([view.shape[-1] for view in views], -1)
+        for view, new in zip(views, pieces, strict=True):
             if view.data_ptr() != new.data_ptr():
                 view.copy_(new)
 
@@ -75,35 +77,44 @@ class Part:
                 runs[-1][1] += span.size
             else:
                 runs.append([span.start, span.start + span.size])
-        return [buffer.narrow(0, start, end - start) for start, end in runs]
+        return [buffer.narrow(-1, start, end - start) for start, end in runs]
 
 
 def parts_of(
-    policy: Policy, sizes: Sequence[tuple[str, int]], buffer: Tensor, world: int
+    policy: Policy,
+    sizes: Sequence[tuple[str, int]],
+    buffer: Tensor,
+    world: int,
+    kind: str = "gradients",
+    unit: str = "",
 ) -> tuple[Part, ...]:
-    """Group the parameters of a bucket by the format that the policy gives their gradients.
+    """Group the parameters of a buffer by the format that the policy gives their values.
 
-    A pattern of ``policy.sites`` is compared with a parameter's name and then with the path of its
-    module. ``min_bytes`` counts the bytes in this bucket of all parameters that no pattern names.
+    A pattern of ``policy.sites`` is compared with a parameter's name, then with the path of its
+    module, then with ``unit``. ``min_bytes`` counts the bytes in this buffer of all parameters that
+    no pattern names.
 
     Args:
         sizes: name and number of elements of each parameter, in the order of the buffer.
-        buffer: ``[sum of sizes]``, or sparse.
-        world: ranks that reduce it.
+        buffer: ``[..., sum of sizes]``, or sparse.
+        world: ranks of the collective.
+        kind: of the traffic, as in Policy.
+        unit: path of the module that the buffer belongs to, "" for none.
     """
     spans, start = [], 0
     for name, size in sizes:
         spans.append(Span(name, start, size))
         start += size
     spans = [span for span in spans if span.size]
-    paths = {span.name: _path(policy, span.name) for span in spans}
+    paths = {span.name: _path(policy, span.name, unit) for span in spans}
     unnamed = [span for span in spans if policy.override_for(paths[span.name]) is None]
-    unnamed_bytes = sum(span.size for span in unnamed) * buffer.element_size()
+    rows = buffer.shape[:-1].numel()
+    unnamed_bytes = rows * sum(span.size for span in unnamed) * buffer.element_size()
     nothing_to_do = _nothing_to_do(buffer, world)
 
     groups: dict[QuantFormat | None, list[tuple[Span, str]]] = {}
     for span in spans:
-        fmt, reason = policy.format_for("gradients", paths[span.name], unnamed_bytes)
+        fmt, reason = policy.format_for(kind, paths[span.name], unnamed_bytes)
         if nothing_to_do:
             fmt, reason = None, nothing_to_do
         groups.setdefault(fmt, []).append((span, reason))
@@ -118,8 +129,11 @@ def parts_of(
     )
 
 
-def _path(policy: Policy, name: str) -> str:
-    return name if policy.override_for(name) is not None else name.rpartition(".")[0]
+def _path(policy: Policy, name: str, unit: str) -> str:
+    """The first of a parameter's names that a pattern matches."""
+    module = name.rpartition(".")[0]
+    named = (path for path in (name, module, unit) if policy.override_for(path) is not None)
+    return next(named, module)
 
 
 def _nothing_to_do(buffer: Tensor, world: int) -> str:

@@ -1,0 +1,147 @@
+"""Quantized weights and gradients for FSDP2, ``torch.distributed.fsdp.fully_shard``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
+from rfcompile.distributed.fsdp_units import Unit, units_of
+from rfcompile.errors import HookError, RankMismatchError
+from rfcompile.policy import Formatish, Policy
+from rfcompile.process_groups import require_same
+from rfcompile.report import Report
+
+
+def quantize_fsdp(
+    module: nn.Module, policy: Policy | Formatish, *, weight_delta: bool = False
+) -> FSDPHandle:
+    """Let every FSDP2 unit of a module gather weights and reduce gradients as the policy says.
+
+    All-gathers take ``policy.weights``: each rank's shard ``w`` becomes ``C(w)``, ``C`` the codec's
+    round trip, on every rank alike, its owner included. Optimizers keep updating the exact shards.
+    Reduce-scatters take ``policy.gradients`` and give what :func:`rfcompile.reduce_scatter` gives,
+    averaged or divided as FSDP asks. Ranks of every mesh of the module must call this, after
+    ``fully_shard`` and between two steps.
+
+    Args:
+        module: a module with ``fully_shard`` applied to it or to modules inside, in any nesting.
+        policy: a Policy, or what one takes for a kind: bits, a QuantFormat, a text, None; then for
+            weights and gradients both. ``sites`` takes names of parameters, of their modules, or of
+            the units. Parameters of a unit that share a format travel together; ``min_bytes``
+            counts the input of a unit's collective, as far as ``sites`` does not name it.
+        weight_delta: send the quantized difference of each shard to what was last sent, so that
+            errors do not add up and 4 bits suffice. Each rank then keeps a copy of the decoded
+            weights, in the dtype they are gathered in, and backward gathers nothing. The first
+            gather is exact. See ``weight_delta.py``.
+
+    Stochastic rounding of gradients takes another seed on each rank and in each step; that of
+    weights one seed, so that backward sees the weights of forward.
+
+    Forward and backward raise the errors of a collective: NonFiniteError as the format asks for,
+    and TransportError when a rank died or did not answer within the timeout of the process group.
+
+    Raises:
+        HookError: nothing in ``module`` is sharded by ``fully_shard``, or a unit has another custom
+            communication.
+        RankMismatchError: ranks use another policy or version; raised on every rank.
+        PolicyError, FormatError: the policy is not understood.
+    """
+    chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+    units = units_of(module)
+    _require_free(module, units)
+    _agree(units, f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}")
+    return FSDPHandle(module, units, chosen, weight_delta)
+
+
+class FSDPHandle:
+    """What :func:`quantize_fsdp` returns: the report, and the way back."""
+
+    def __init__(
+        self, module: nn.Module, units: tuple[Unit, ...], policy: Policy, weight_delta: bool
+    ) -> None:
+        self._policy = policy
+        self._weight_delta = weight_delta
+        self._comms: list[tuple[QuantizedAllGather, QuantizedReduceScatter]] = []
+        for unit in units:
+            all_gather, reduce_scatter = unit.comms
+            quantized = (
+                QuantizedAllGather(all_gather, unit, policy, weight_delta),
+                QuantizedReduceScatter(reduce_scatter, unit, policy),
+            )
+            unit.set_comms(*quantized)
+            self._comms.append(quantized)
+        self._hook: Any = module.register_load_state_dict_post_hook(lambda *_: self.reset())
+
+    def report(self) -> Report:
+        """A line for each part of a unit's collectives, with the bytes of one run of each.
+
+        A step runs each line once; with gradient accumulation, gathers once a pass. What a pass
+        needs is known when one has run: before, the report is empty.
+        """
+        sites = [
+            site
+            for comms in self._comms
+            for comm in comms
+            for sent in comm.seen.values()
+            for site in sent.sites(comm.unit)
+        ]
+        notes = [] if sites else ["no pass has run yet: what the units send is not known"]
+        if self._weight_delta:
+            notes.append("weight_delta: the first gather, and the first after a reset, is exact")
+        delta = " weight_delta" if self._weight_delta else ""
+        return Report(tuple(sites), self._policy.describe() + delta, tuple(notes))
+
+    def reset(self) -> None:
+        """With weight_delta: send the weights exactly in the next forward pass.
+
+        ``load_state_dict`` of the module does it. Without, weights that were replaced reach the
+        other ranks within a few steps, as differences do not accumulate errors, but training does
+        not go on exactly as from the checkpoint. A run that resets after saving one goes on as the
+        run that loads it.
+        """
+        for all_gather, _ in self._comms:
+            all_gather.reset()
+
+    def remove(self) -> None:
+        """Give the units their exact communication back; every rank must call, between steps."""
+        for all_gather, reduce_scatter in self._comms:
+            all_gather.unit.set_comms(all_gather.inner, reduce_scatter.inner)
+        self._comms = []
+        self._hook.remove()
+
+
+def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:
+    """Raise HookError unless every unit can be given other collectives."""
+    name = type(module).__name__
+    if not units:
+        raise HookError(name, "apply torch.distributed.fsdp.fully_shard to it first.")
+    for unit in units:
+        if unit.shard_group is None:
+            rule = f"unit {unit.label} is replicated, not sharded: it gathers nothing."
+            raise HookError(name, rule)
+        for comm in unit.comms:
+            if not type(comm).__module__.startswith("torch."):
+                rule = (
+                    f"unit {unit.label} has the custom communication {type(comm).__name__!r}. Set "
+                    "torch's default again (remove() of an earlier handle does), then call this."
+                )
+                raise HookError(name, rule)
+
+
+def _agree(units: tuple[Unit, ...], plan: str) -> None:
+    """Compare plans over all meshes of the units, so that either every rank raises or none.
+
+    A mesh has up to two dimensions: those who disagree in the first tell the second about it.
+    """
+    groups = [unit.shard_group for unit in units] + [unit.replicate_group for unit in units]
+    failure: RankMismatchError | None = None
+    for group in dict.fromkeys(group for group in groups if group is not None):
+        try:
+            require_same(group, plan)
+        except RankMismatchError as error:
+            failure = failure or error
+            plan += f" (ranks of {error.group!r} disagree)"
+    if failure is not None:
+        raise failure

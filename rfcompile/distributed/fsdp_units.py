@@ -1,0 +1,115 @@
+"""FSDP2's parameter groups; the one file that touches what torch keeps private about them.
+
+Private torch symbols used here, tried on torch 2.13 and 2.11:
+
+- ``torch.distributed.fsdp._fully_shard._fsdp_api``: ``AllGather``, ``ReduceScatter`` (the protocol
+  of ``FSDPModule.set_custom_all_gather`` and ``set_custom_reduce_scatter``);
+- ``..._fsdp_common.TrainingState``;
+- ``FSDPModule._get_fsdp_state()._fsdp_param_groups`` (``_fsdp_param_group`` in 2.11);
+- of such a group: ``modules``, ``mesh_info.shard_process_group`` and ``replicate_process_group``,
+  ``_training_state``, ``all_reduce_grads``, ``_all_gather_comm``, ``_reduce_scatter_comm`` (the
+  public setters refuse a module with several groups), and ``fsdp_params``;
+- of each of these: ``_module_info.module``, ``.param_name``, ``sharded_param``,
+  ``padded_sharded_param_size``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+__all__ = ["AllGather", "ReduceScatter", "Unit", "units_of"]
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What torch.compile and activation checkpointing put into the path of a module."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters that one all-gather and one reduce-scatter of FSDP carry.
+
+    Args:
+        path: of the module that was wrapped, "" for the root.
+        label: the path for people, different for each unit.
+    """
+
+    path: str
+    label: str
+    _group: Any = field(repr=False)
+    _modules: Mapping[nn.Module, str] = field(repr=False)
+
+    def sizes(self, trainable: bool) -> tuple[tuple[str, int], ...]:
+        """Name and elements of a rank's shard, padding included, in the order of the buffers.
+
+        Gradients come only from ``trainable`` parameters.
+        """
+        found = []
+        for p in self._group.fsdp_params:
+            if p.sharded_param.requires_grad or not trainable:
+                path, name = self._modules[p._module_info.module], p._module_info.param_name
+                found.append(
+                    (f"{path}.{name}" if path else name, p.padded_sharded_param_size.numel())
+                )
+        return tuple(found)
+
+    @property
+    def in_backward(self) -> bool:
+        """FSDP gathers weights for the backward pass now."""
+        return bool(self._group._training_state == TrainingState.PRE_BACKWARD)
+
+    @property
+    def shard_group(self) -> Any:
+        """The process group that the parameters are sharded over, None if they are not."""
+        return getattr(self._group.mesh_info, "shard_process_group", None)
+
+    @property
+    def replicate_group(self) -> Any:
+        """The process group that FSDP all-reduces the gradients of shards over, None if there is
+        none."""
+        return getattr(self._group.mesh_info, "replicate_process_group", None)
+
+    @property
+    def all_reduces(self) -> bool:
+        """The next reduce-scatter is followed by an all-reduce."""
+        return self.replicate_group is not None and bool(self._group.all_reduce_grads)
+
+    @property
+    def comms(self) -> tuple[AllGather, ReduceScatter]:
+        return self._group._all_gather_comm, self._group._reduce_scatter_comm
+
+    def set_comms(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> None:
+        """What ``set_custom_all_gather`` and ``set_custom_reduce_scatter`` do, for one group."""
+        self._group._all_gather_comm = all_gather
+        self._group._reduce_scatter_comm = reduce_scatter
+
+
+def units_of(root: nn.Module) -> tuple[Unit, ...]:
+    """Every unit of ``root`` and of the modules inside, in the order of ``root.modules()``."""
+    modules = {module: _clean(path) for path, module in root.named_modules()}
+    found: dict[int, Unit] = {}
+    for module, path in modules.items():
+        if not isinstance(module, FSDPModule):
+            continue
+        groups = _groups_of(module)
+        for index, group in enumerate(groups):
+            label = path or "(root)"
+            label += f" group {index}" if len(groups) > 1 else ""
+            found.setdefault(id(group), Unit(path, label, group, modules))
+    return tuple(found.values())
+
+
+def _groups_of(module: FSDPModule) -> list[Any]:
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _clean(path: str) -> str:
+    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
