@@ -12,9 +12,11 @@ each kind of parallelism two tasks, every wire in the same processes:
   by step; median and interquartile range of the slowest rank's time, and the bytes that left rank
   0's interface (TCP and IP headers included) beside the bytes that the report predicts.
 
-Wires: "float32" is plain torch. "bf16" casts before and after. "powersgd" is torch's PowerSGD hook
-of rank 4, "torch int8" torch's quantization_pertensor_hook, "torch bf16" its bf16_compress_hook;
-where one of them fails, its error stands in the row. "int8" and "int4" are this package's.
+Wires: "float32" is plain torch. "bf16" casts before and after. "torch int8" is torch's
+quantization_pertensor_hook, "torch bf16" its bf16_compress_hook; where one of them fails, its error
+stands in the row. "int8" and "int4" are this package's. ``--also powersgd`` adds torch's PowerSGD
+hook of rank 4 at the end: it starts collectives in callbacks of others, which gloo's threads may
+run in another order on another rank, and then the processes abort.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).parents[1]
 WIRES = {
     "ddp": [
-        *("float32", "bf16", "torch bf16", "powersgd", "torch int8"),
+        *("float32", "bf16", "torch bf16", "torch int8"),
         *("int8", "int4", "int4 feedback", "int4 stochastic"),
     ],
 }
@@ -58,6 +60,7 @@ class Job:
     kind: str
     task: str
     steps: int
+    wires: list[str]
     seed: int = 0
 
 
@@ -87,7 +90,7 @@ def worker() -> None:
 
 def train(job: Job) -> list[dict[str, Any]]:
     rows = []
-    for wire in WIRES[job.kind]:
+    for wire in job.wires:
         start = time.perf_counter()
         try:
             trainer = TRAINERS[job.kind](wire, job)
@@ -105,7 +108,7 @@ def train(job: Job) -> list[dict[str, Any]]:
 
 def clock(job: Job) -> list[dict[str, Any]]:
     trainers, rows = {}, []
-    for wire in WIRES[job.kind]:
+    for wire in job.wires:
         try:
             trainer = TRAINERS[job.kind](wire, job)
             for _ in range(WARM_UP):
@@ -254,6 +257,7 @@ def measure(world: int, rate: str, jobs: list[Job]) -> Iterator[list[dict[str, A
             if not answer:
                 raise RuntimeError(f"a rank stopped during {job}; its error is above.")
             place = {"world": world, "rate": network.rate or "none", **asdict(job)}
+            del place["wires"]
             yield [place | row for row in json.loads(answer)]
         for process in workers:
             process.communicate()
@@ -326,6 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kinds", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     parser.add_argument("--worlds", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--also", nargs="+", choices=["powersgd"], default=[])
     parser.add_argument("--rate", default="200mbit", help="of the links in the task time")
     parser.add_argument("--steps", type=int, default=200, help="of the task loss; 0 skips it")
     parser.add_argument("--runs", type=int, default=9, help="timed steps; 0 skips them")
@@ -340,7 +345,7 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the namespaces go
     jobs = [
-        Job(kind, task, steps)
+        Job(kind, task, steps, WIRES[kind] + args.also)
         for kind in args.kinds
         for task, steps in (("loss", args.steps), ("time", args.runs))
         if steps

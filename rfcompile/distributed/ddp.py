@@ -51,6 +51,7 @@ def quantize_ddp(
             4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
         compile: code with kernels that Inductor generates, once a format for all sizes: many times
             faster than eager torch, after half a minute or less in the first step. Same bytes.
+            Stochastic rounding stays eager.
 
     Stochastic rounding takes another seed on each rank, for each bucket and in each step.
 
@@ -168,11 +169,12 @@ class DDPHandle:
             gradients, live = self._feedback.corrected(part.names, part.pieces(gradients))
             residual = torch.empty_like(gradients)
         self._num_sent += 1
-        seed = 0  # a number that changes would be compiled anew
-        if part.format.rounding == "stochastic":
-            # Coding a sum adds one to the seed: steps of two keep all of them apart.
-            seed = 2 * (self._num_sent * self._world + self._rank)
-        mean = self._all_reduce(
+        is_stochastic = part.format.rounding == "stochastic"
+        # A seed that changes would be compiled anew each time.
+        all_reduce = all_reduce_wire if is_stochastic else self._all_reduce
+        # Coding a sum adds one to the seed: steps of two keep all of them apart.
+        seed = 2 * (self._num_sent * self._world + self._rank) if is_stochastic else 0
+        mean = all_reduce(
             gradients,
             part.format.spec,
             "avg",
