@@ -158,3 +158,14 @@ class Policy:
         parts.append(f"min_bytes={self.min_bytes}")
         parts += [f"sites[{pattern!r}]={fmt or 'exact'}" for pattern, fmt in self.sites.items()]
         return " ".join(parts)
+
+
+def as_policy(policy: Policy | Formatish, **options: Any) -> Policy:
+    """A policy from what users write: a Policy, or one format for every kind of traffic.
+
+    ``options`` are those of Policy, for the latter.
+
+    Raises:
+        PolicyError, FormatError: it is none of these.
+    """
+    return policy if isinstance(policy, Policy) else Policy.of(bits=policy, **options)

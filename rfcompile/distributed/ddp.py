@@ -20,7 +20,7 @@ from rfcompile.distributed.buckets import Part, parts_of, site_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, StateError
-from rfcompile.policy import Formatish, Policy
+from rfcompile.policy import Formatish, Policy, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
 from rfcompile.wire import all_reduce_wire
@@ -63,7 +63,7 @@ def quantize_ddp(
         RankMismatchError: ranks use another policy or version; raised on every rank.
         PolicyError, FormatError: the policy is not understood.
     """
-    chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+    chosen = as_policy(policy)
     _require_free(ddp)
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
     require_same(ddp.process_group, plan)

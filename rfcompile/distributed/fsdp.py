@@ -9,7 +9,7 @@ from torch import nn
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError
-from rfcompile.policy import Formatish, Policy
+from rfcompile.policy import Formatish, Policy, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
 
@@ -48,7 +48,7 @@ def quantize_fsdp(
         RankMismatchError: ranks use another policy or version; raised on every rank.
         PolicyError, FormatError: the policy is not understood.
     """
-    chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+    chosen = as_policy(policy)
     units = units_of(module)
     _require_free(module, units)
     _agree(units, f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}")

@@ -7,9 +7,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import require_same
-from rfcompile.training.packing import as_policy, pack_state_dict, unpack_state_dict
+from rfcompile.training.packing import pack_state_dict, unpack_state_dict
 
 
 def broadcast_states(

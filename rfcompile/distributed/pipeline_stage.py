@@ -27,7 +27,7 @@ from torch.distributed.pipelining.stage import (
 
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ShapeError
-from rfcompile.policy import Formatish, Policy
+from rfcompile.policy import Formatish, Policy, as_policy
 from rfcompile.process_groups import name_of, require_same, resolve
 from rfcompile.report import Report
 
@@ -51,7 +51,7 @@ class _QuantizedStage(_PipelineStageBase):
 
     def _quantize(self, policy: Policy | Formatish) -> None:
         """Every rank of the group is here at the same time."""
-        chosen = policy if isinstance(policy, Policy) else Policy.of(bits=policy)
+        chosen = as_policy(policy)
         plan = f"pipeline of {self.num_stages} stages {chosen.describe()}"
         require_same(resolve(self.group), plan)
         self._wire = StageWire(chosen, self.stage_index, self.num_stages)

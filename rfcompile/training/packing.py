@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from rfcompile import codec, ops
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, as_policy
 
 Packed = dict[str, Any]
 """``payload`` (uint8), ``format``, ``shape`` and ``dtype`` of the tensor, and ``root``: 1 or 4."""
@@ -130,10 +130,6 @@ def unpack_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         for index, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
-
-
-def as_policy(policy: Policy | int | str) -> Policy:
-    return policy if isinstance(policy, Policy) else Policy.of(bits=policy)
 
 
 def _names(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:

@@ -12,12 +12,11 @@ from torch.optim import Optimizer
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, as_policy
 from rfcompile.report import Report, Site
 from rfcompile.training.optimizers import Optimizers
 from rfcompile.training.packing import (
     Packed,
-    as_policy,
     format_of,
     is_packed,
     pack,
@@ -50,9 +49,7 @@ def quantize_states(
         StateError: the optimizer's states are quantized already.
         PolicyError, FormatError: the policy is not understood.
     """
-    chosen = as_policy(policy)
-    if isinstance(policy, int | str):
-        chosen = Policy.of(bits=policy, min_bytes=4096)
+    chosen = as_policy(policy, min_bytes=4096)
     parts = optimizer.optimizers if isinstance(optimizer, Optimizers) else (optimizer,)
     for part in parts:
         if _ATTRIBUTE in part.__dict__:
