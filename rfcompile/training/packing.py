@@ -10,7 +10,7 @@ The codec is that of the wire; the fourth root is our rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeGuard
 
@@ -57,7 +57,8 @@ def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
 
 
 def unpack(packed: Packed, like: Tensor | None = None) -> Tensor:
-    """Decode what :func:`pack` returned; with the mesh and placements of ``like`` if a DTensor.
+    """Decode what :func:`pack` returned: on the device of ``like``, and with its mesh and
+    placements if it is a DTensor.
 
     Raises:
         PayloadError: the payload does not fit the shape and format.
@@ -65,9 +66,12 @@ def unpack(packed: Packed, like: Tensor | None = None) -> Tensor:
     fmt, shape = QuantFormat.parse(packed["format"]), tuple(packed["shape"])
     dtype = getattr(torch, packed["dtype"])
     numel = torch.Size(shape).numel()
-    codec.check_payload(packed["payload"], fmt, numel, 1)
+    payload: Tensor = packed["payload"]
+    if like is not None:
+        payload = payload.to(like.device, non_blocking=True)
+    codec.check_payload(payload, fmt, numel, 1)
     decoded = torch.float32 if packed["root"] == 4 else dtype
-    values = ops.dequantize(packed["payload"].reshape(1, -1), fmt.spec, decoded)
+    values = ops.dequantize(payload.reshape(1, -1), fmt.spec, decoded)
     x = values.narrow(1, 0, numel).reshape(shape)
     x = x.square().square().to(dtype) if packed["root"] == 4 else x
     if isinstance(like, DTensor):
@@ -113,8 +117,14 @@ def pack_state_dict(
     return {**state_dict, "state": state}
 
 
-def unpack_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def unpack_state_dict(
+    state_dict: Mapping[str, Any], parameters: Sequence[Tensor] = ()
+) -> dict[str, Any]:
     """Undo :func:`pack_state_dict`: what ``optimizer.load_state_dict`` takes.
+
+    Args:
+        parameters: of the optimizer in order, to put the states where they are: on their devices,
+            sharded as they are. Without them states stay on the payloads' device.
 
     Raises:
         StateError: it is no state_dict of an optimizer. PayloadError: a payload is damaged.
@@ -125,8 +135,9 @@ def unpack_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             list(state_dict),
             "Pass what pack_state_dict returned.",
         )
+    likes = dict(enumerate(parameters))
     state = {
-        index: {key: unpack(v) if is_packed(v) else v for key, v in entries.items()}
+        index: {k: unpack(v, likes.get(index)) if is_packed(v) else v for k, v in entries.items()}
         for index, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}

@@ -21,6 +21,7 @@ from rfcompile.training.packing import (
     is_packed,
     pack,
     unpack,
+    unpack_state_dict,
 )
 
 
@@ -130,7 +131,7 @@ class QuantizedStates:
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if is_packed(value):
-                    state[key] = _decoded(value, parameter)
+                    state[key] = unpack(value, parameter)
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._loading = state_dict["state"]
@@ -181,22 +182,9 @@ class QuantizedStates:
         )
 
 
-def _decoded(packed: Packed, parameter: Tensor) -> Tensor:
-    payload = packed["payload"].to(parameter.device, non_blocking=True)
-    return unpack({**packed, "payload": payload}, parameter)
-
-
 def _plain(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state_dict of decoded tensors; the optimizer's own states stay as they are."""
-    parameters = dict(enumerate(parameter for _, parameter in _parameters(optimizer)))
-    state = {
-        index: {
-            key: _decoded(value, parameters[index]) if is_packed(value) else value
-            for key, value in entries.items()
-        }
-        for index, entries in state_dict["state"].items()
-    }
-    return {**state_dict, "state": state}
+    return unpack_state_dict(state_dict, [parameter for _, parameter in _parameters(optimizer)])
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
