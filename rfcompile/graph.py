@@ -215,7 +215,8 @@ def read_statements(text: str) -> Iterator[Statement]:
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _ROOT = re.compile(r"^(?:[LG]\[['\"][^'\"]*['\"]\]|L__self__)")
 _ITEM = re.compile(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]")
-_WRAPPERS = {"", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Where torch.compile, activation checkpointing and FSDP1 keep the module that they wrap."""
 
 
 def frames_of(node: fx.Node) -> list[tuple[str, int]]:
@@ -270,8 +271,12 @@ def module_calls(node: fx.Node) -> tuple[ModuleCall, ...]:
 
 
 def _module_path(path: str) -> str:
-    path = _ITEM.sub(r".\1", _ROOT.sub("", path))
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+    return without_wrappers_in(_ITEM.sub(r".\1", _ROOT.sub("", path)))
+
+
+def without_wrappers_in(path: str) -> str:
+    """A module's path as the user wrote it: without the modules that torch wraps around others."""
+    return ".".join(part for part in path.split(".") if part and part not in WRAPPERS)
 
 
 @lru_cache(maxsize=4096)

@@ -105,14 +105,15 @@ def _input_and_weight(node: fx.Node) -> tuple[int, int] | None:
     target = node.target
     # A kernel that torch does not know, of the shapes of a product with a stack of matrices.
     if isinstance(target, torch._ops.OpOverload) and target.namespace not in ("aten", "prims"):
-        shapes = [_shape(argument) for argument in node.args[:2]]
-        if len(shapes) == 2 and len(shapes[1]) == 3 and shapes[0] and _shape(node):
+        shapes = [shape_of(argument) for argument in node.args[:2]]
+        if len(shapes) == 2 and len(shapes[1]) == 3 and shapes[0] and shape_of(node):
             x, (_, inner, outer) = shapes[0], shapes[1]
-            return (0, 1) if (x[-1], _shape(node)[-1]) == (inner, outer) else None
+            return (0, 1) if (x[-1], shape_of(node)[-1]) == (inner, outer) else None
     return None
 
 
-def _shape(argument: object) -> tuple[int, ...]:
+def shape_of(argument: object) -> tuple[int, ...]:
+    """Of the tensor that a node gives; () for all else."""
     value = argument.meta.get("val") if isinstance(argument, fx.Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
@@ -124,7 +125,7 @@ def _parameter(node: object, names: Mapping[str, str]) -> tuple[str, int] | None
         if node.op == "get_attr":
             name = names.get(str(node.target))
             return None if name is None else (name, turns)
-        is_stack = len(_shape(node.args[0])) == 3 if node.args else False
+        is_stack = len(shape_of(node.args[0])) == 3 if node.args else False
         if node.target in _TRANSPOSE:
             turns += 1
         elif is_stack and node.target in _PART_OF_A_STACK:

@@ -53,6 +53,39 @@ class Part:
     def size(self) -> int:
         return sum(span.size for span in self.spans)
 
+    def site(
+        self,
+        collective: str,
+        size: int,
+        sent: tuple[int | None, int | None],
+        *,
+        kind: str,
+        source: str,
+        dtype: torch.dtype,
+        group: str,
+        world: int,
+        direction: str = "backward",
+    ) -> Site:
+        """Its line in a report: a ``collective`` of ``size`` elements, bytes ``sent`` exactly and
+        in its format."""
+        first, last = self.names[0], self.names[-1]
+        return Site(
+            collective=collective,
+            direction=direction,
+            kind=kind,
+            module=first if len(self.spans) == 1 else f"{first} ... {last}",
+            source=source,
+            shape=(size,),
+            dtype=dtype_text(dtype),
+            group=group,
+            world_size=world,
+            format=self.format.spec if self.format else None,
+            reason=self.reason,
+            eligible=self.eligible,
+            bytes_before=sent[0],
+            bytes_after=sent[1],
+        )
+
     def pieces(self, values: Tensor) -> list[Tensor]:
         """A view for each parameter of ``values`` ``[size]``, which :meth:`gather` returned."""
         return list(values.split([span.size for span in self.spans]))
@@ -148,25 +181,13 @@ def _nothing_to_do(buffer: Tensor, world: int) -> str:
 
 
 def site_of(part: Part, index: int, dtype: torch.dtype, group: str, world: int) -> Site:
-    """The line of a report on a part of bucket ``index``."""
-    first, last = part.names[0], part.names[-1]
+    """The line of a report on a part of DDP's bucket ``index``."""
     # What is sparse has no size before it is there.
     before = None
     if not part.reason.startswith("sparse"):
         before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
-    return Site(
-        collective="all_reduce",
-        direction="backward",
-        kind="gradients",
-        module=first if len(part.spans) == 1 else f"{first} ... {last}",
-        source=f"bucket {index}",
-        shape=(part.size,),
-        dtype=dtype_text(dtype),
-        group=group,
-        world_size=world,
-        format=part.format.spec if part.format else None,
-        reason=part.reason,
-        eligible=part.eligible,
-        bytes_before=before,
-        bytes_after=all_reduce_sent_bytes(part.size, part.format, world) if part.format else before,
-    )
+    after = all_reduce_sent_bytes(part.size, part.format, world) if part.format else before
+    return part.site(
+        "all_reduce", part.size, (before, after), kind="gradients", source=f"bucket {index}",
+        dtype=dtype, group=group, world=world,
+    )  # fmt: skip

@@ -22,7 +22,6 @@ from rfcompile.distributed.buckets import Part, Span, parts_of
 from rfcompile.distributed.fsdp_units import AllGather, ReduceScatter, Unit
 from rfcompile.distributed.weight_delta import WeightDelta, delta_sent_bytes
 from rfcompile.errors import RFCompileError, TransportError
-from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy
 from rfcompile.report import Site
 from rfcompile.wire import (
@@ -54,25 +53,13 @@ class Sent:
         return tuple(self._site(part, unit) for part in self.parts)
 
     def _site(self, part: Part, unit: Unit) -> Site:
-        first, last = part.names[0], part.names[-1]
         size = part.size * (self.world if self.collective == "reduce_scatter" else 1)
         before = sent_bytes(self.collective, size * self.dtype.itemsize, self.world)
-        return Site(
-            collective=self.collective,
-            direction=self.direction,
-            kind=self.kind,
-            module=first if len(part.spans) == 1 else f"{first} ... {last}",
-            source=f"unit {unit.label}",
-            shape=(size,),
-            dtype=dtype_text(self.dtype),
-            group=self.group,
-            world_size=self.world,
-            format=part.format.spec if part.format else None,
-            reason=part.reason,
-            eligible=part.eligible,
-            bytes_before=before,
-            bytes_after=before if part.format is None else self._bytes_after(part),
-        )
+        after = before if part.format is None else self._bytes_after(part)
+        return part.site(
+            self.collective, size, (before, after), kind=self.kind, source=f"unit {unit.label}",
+            dtype=self.dtype, group=self.group, world=self.world, direction=self.direction,
+        )  # fmt: skip
 
     def _bytes_after(self, part: Part) -> int:
         assert part.format is not None

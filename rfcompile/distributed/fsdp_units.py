@@ -24,10 +24,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-__all__ = ["AllGather", "ReduceScatter", "Unit", "units_of"]
+from rfcompile.graph import without_wrappers_in
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""What torch.compile and activation checkpointing put into the path of a module."""
+__all__ = ["AllGather", "ReduceScatter", "Unit", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Unit:
 
 def units_of(root: nn.Module) -> tuple[Unit, ...]:
     """Every unit of ``root`` and of the modules inside, in the order of ``root.modules()``."""
-    modules = {module: _clean(path) for path, module in root.named_modules()}
+    modules = {module: without_wrappers_in(path) for path, module in root.named_modules()}
     found: dict[int, Unit] = {}
     for module, path in modules.items():
         if not isinstance(module, FSDPModule):
@@ -109,7 +108,3 @@ def _groups_of(module: FSDPModule) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-
-
-def _clean(path: str) -> str:
-    return ".".join(part for part in path.split(".") if part not in _WRAPPERS)

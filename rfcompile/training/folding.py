@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from rfcompile.capture import Inputs, in_mode, inputs_of, plain_graph
 from rfcompile.errors import ResidualError
-from rfcompile.linears import Linear, linears_in
+from rfcompile.linears import Linear, linears_in, shape_of
 from rfcompile.models import uncompiled, without_wrappers
 from rfcompile.residual_site import ResidualSite
 
@@ -88,23 +88,18 @@ def _ends(
         raise _no_end(site, f"{node.name} is read elsewhere too")
     if linear is not None and linear.scale is None and not linear.is_computed:
         yield node
-    elif node.target is aten.add.Tensor and _shape(node.args[0]) == _shape(node.args[1]):
+    elif node.target is aten.add.Tensor and shape_of(node.args[0]) == shape_of(node.args[1]):
         for term in (node.args[0], node.args[1]):
             assert isinstance(term, fx.Node)
             yield from _ends(term, node, linears, site)
     elif isinstance(first, fx.Node) and (
         node.target in _ALONG
-        or (node.target in _RESHAPED and _shape(node)[-1:] == _shape(first)[-1:])
+        or (node.target in _RESHAPED and shape_of(node)[-1:] == shape_of(first)[-1:])
         or (node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)))
     ):
         yield from _ends(first, node, linears, site)
     else:
         raise _no_end(site, f"its last operation is {node.name}")
-
-
-def _shape(node: object) -> tuple[int, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 def _no_end(site: str, why: str) -> ResidualError:
