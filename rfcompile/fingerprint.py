@@ -10,12 +10,11 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Hash of the Python sources that decide what travels: 16 hex digits."""
+    """Hash of the package's Python sources, which decide what travels: 16 hex digits."""
     root = Path(__file__).resolve().parent
     digest = hashlib.sha256()
-    for folder in (root, root / "distributed", root / "passes"):
-        for path in sorted(folder.glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")]):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
