@@ -3,7 +3,7 @@
 import importlib
 
 from rfcompile import collectives, errors
-from rfcompile.api import dequantize, diff, quantize, transform
+from rfcompile.api import diff, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
@@ -16,6 +16,8 @@ from rfcompile.report import Report, Site
 from rfcompile.residual_free import ResidualFree
 from rfcompile.residual_report import ResidualReport, residual_report
 from rfcompile.residuals import find_residuals
+from rfcompile.rewrites import rewrites
+from rfcompile.tensors import dequantize, quantize
 
 __all__ = [
     "GraphDiff",
@@ -40,6 +42,7 @@ __all__ = [
     "reduce_scatter",
     "reports",
     "residual_report",
+    "rewrites",
     "transform",
 ]
 

@@ -1,24 +1,21 @@
-"""What users call on whole models: transform and diff; and the codec on any tensor."""
+"""What users call on whole models: transform and diff."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from rfcompile import codec, ops
 from rfcompile.boundaries import Boundaries, find_boundaries
-from rfcompile.capture import capture, copied, inputs_of
-from rfcompile.collectives import before_compiling
+from rfcompile.capture import Inputs, capture, copied, inputs_of
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
 from rfcompile.fake_wire import FakeWire
-from rfcompile.formats import QuantFormat, as_format
 from rfcompile.models import (
     check_module,
     copy_of,
@@ -33,62 +30,8 @@ from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.pipeline import Record, run
 from rfcompile.policy import Policy
 from rfcompile.report import Report
-from rfcompile.residual_free import ResidualFree, remove_graph_residuals, remove_residuals
-
-# ---- the codec -------------------------------------------------------------------------------
-
-
-def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tensor:
-    """Code a tensor: its payload, uint8 ``[fmt.payload_bytes(x.numel())]``.
-
-    Args:
-        x: float32, bfloat16 or float16, any shape and stride.
-        fmt: a :class:`~rfcompile.QuantFormat` (formula and error bound there), bits, or its text.
-        seed: added to the format's seed; matters for stochastic rounding only.
-
-    Raises:
-        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``.
-    """
-    if torch.compiler.is_compiling():
-        before_compiling()
-    ops.check_codec_input(x)
-    format = _required(fmt)
-    payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
-    if format.nonfinite == "raise":
-        payload = ops.require_finite(payload, ops.nonfinite_flag(x), "quantize")
-    return payload.reshape(-1)
-
-
-def dequantize(
-    payload: Tensor,
-    fmt: QuantFormat | str | int,
-    shape: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Decode what :func:`quantize` returned for a tensor of ``shape``.
-
-    Raises:
-        PayloadError: the payload's length or dtype does not fit the format and shape.
-        DtypeError, FormatError.
-    """
-    if torch.compiler.is_compiling():
-        before_compiling()
-    format = _required(fmt)
-    numel = math.prod(shape)
-    codec.check_payload(payload, format, numel, 1)
-    ops.check_codec_output(dtype)
-    values = ops.dequantize(payload.reshape(1, -1), format.spec, dtype)
-    return values.narrow(1, 0, numel).reshape(tuple(shape))
-
-
-def _required(fmt: QuantFormat | str | int) -> QuantFormat:
-    format = as_format(fmt)
-    if format is None:
-        raise PolicyError("fmt", fmt, "give a format; there is no payload of an exact tensor.")
-    return format
-
-
-# ---- transform -------------------------------------------------------------------------------
+from rfcompile.residual_free import ResidualFree
+from rfcompile.rewrites import Rewrite, add_report
 
 
 def transform(
@@ -127,7 +70,7 @@ def transform(
             attention; "anneal" gives each skip a gain that starts at 1. Or a
             :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
-            :func:`~rfcompile.residual_report` says what was done.
+            :func:`~rfcompile.rewrites` says what was done.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
     Raises:
@@ -137,26 +80,32 @@ def transform(
         DtypeError: what leaves a boundary is neither float32, bfloat16 nor float16.
     """
     check_module(model)
-    if residual == "keep":
-        return _with_wire(
-            copy_of(model, share=True), policy_of(bits, policy), boundaries, example_inputs
-        )
-    how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
-    with torch.inference_mode(False):
-        twin = _without_residuals(model, how, example_inputs)
-    if bits is None and policy is None:
-        return twin
-    return _with_wire(twin, policy_of(bits, policy), boundaries, example_inputs)
+    changes: list[Rewrite] = []
+    if residual != "keep":
+        how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
+        changes.append(how)
+    is_exact = bits is None and policy is None and changes
+    wanted = None if is_exact else policy_of(bits, policy)
+    with torch.inference_mode(False) if changes else nullcontext():
+        twin = _rewritten(model, changes, example_inputs)
+    return twin if wanted is None else _with_wire(twin, wanted, boundaries, example_inputs)
 
 
-def _without_residuals(model: nn.Module, how: ResidualFree, example_inputs: Any) -> nn.Module:
-    twin = copy_of(model, share=how.mode == "anneal")
-    if isinstance(twin, fx.GraphModule):
+def _rewritten(model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any) -> nn.Module:
+    """A copy of the model, changed in the given order."""
+    twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
+    if isinstance(twin, fx.GraphModule) and changes:
         twin = with_shapes(twin, example_inputs)
-        remove_graph_residuals(twin, how)
-    else:
-        inner = uncompiled(twin)
-        remove_residuals(inner, copied(inputs_of(inner, example_inputs)), how)
+    inner = uncompiled(twin)
+
+    def inputs() -> Inputs:
+        return copied(inputs_of(inner, example_inputs))
+
+    for change in changes:
+        if isinstance(inner, fx.GraphModule):
+            add_report(inner, change.on_graph(inner))
+        else:
+            add_report(inner, change.on_module(inner, inputs))
     return twin
 
 

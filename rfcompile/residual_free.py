@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,14 +18,14 @@ from rfcompile.models import without_wrappers
 from rfcompile.passes.find_residuals import Kind, ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
 from rfcompile.pipeline import run
-from rfcompile.residual_report import REPORT, ResidualReport
+from rfcompile.residual_report import ResidualReport
 from rfcompile.residual_site import Mode, ResidualSite
 from rfcompile.surgery import open_sites
 from rfcompile.training.initialization import Initialization, Initialized, initialize
 from rfcompile.training.temperature import Temperature, TemperatureRule, temper
 
-Rewrite = Literal["free", "mix", "anneal"]
-_SITE_MODES: dict[Rewrite, Mode] = {"free": "free", "mix": "mix", "anneal": "gain"}
+Change = Literal["free", "mix", "anneal"]
+_SITE_MODES: dict[Change, Mode] = {"free": "free", "mix": "mix", "anneal": "gain"}
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class ResidualFree:
         kinds: which residual adds; see :class:`~rfcompile.passes.find_residuals.ResidualAdd`.
     """
 
-    mode: Rewrite = "free"
+    mode: Change = "free"
     initialization: Initialization | Literal["auto"] | None = "auto"
     temperature: TemperatureRule | Literal["auto"] | None = "auto"
     kinds: tuple[Kind, ...] = ("block",)
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Rewrite):
+        if self.mode not in get_args(Change):
             rule = "choose 'keep', 'free', 'mix' or 'anneal', or give a ResidualFree."
             raise PolicyError("residual", self.mode, rule)
         fresh = self.mode != "anneal"
@@ -56,14 +56,42 @@ class ResidualFree:
         if self.temperature == "auto":
             object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
 
+    @property
+    def keeps_parameters(self) -> bool:
+        return self.mode == "anneal"
 
-def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
-    """Rewrite ``model`` in place.
+    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> ResidualReport:
+        """Rewrite ``model`` in place.
 
-    Raises:
-        ResidualError: there is nothing to rewrite, or something that cannot be. SourceError,
-        CaptureError.
-    """
+        Raises:
+            ResidualError: there is nothing to rewrite, or something that cannot be. SourceError,
+            CaptureError.
+        """
+        _check_parameters(model)
+        with without_wrappers(model):
+            return _removed(model, inputs(), self)
+
+    def on_graph(self, gm: fx.GraphModule) -> ResidualReport:
+        """Rewrite a graph in place; its parameters stay as they are.
+
+        Raises:
+            ResidualError: as :meth:`on_module`.
+        """
+        facts = run(gm, [OpenResiduals(self.kinds)]).facts
+        opened = tuple(fact for fact in facts if isinstance(fact, OpenedSite))
+        left = tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
+        if not opened:
+            kinds = ", ".join(self.kinds)
+            raise ResidualError(f"the graph has no residual add of kind {kinds}.", left)
+        for site in opened:
+            _become(gm, site, _SITE_MODES[self.mode])
+        note = (
+            "a graph: parameters and temperatures stay as they are; transform the module for those"
+        )
+        return ResidualReport(self.mode, opened, left, notes=(note,))
+
+
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise ResidualError(
@@ -71,8 +99,6 @@ def remove_residuals(model: nn.Module, inputs: Inputs, how: ResidualFree) -> Res
             )
         if parameter.is_meta:
             raise ResidualError(f"{name} is on the meta device: give the model values first.")
-    with without_wrappers(model):
-        return _reported(model, _removed(model, inputs, how))
 
 
 def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
@@ -114,28 +140,6 @@ def _not_initialized(
             if parameter.dim() > 1 and parameter not in known:
                 known.add(parameter)
                 yield f"{path}.{name}".lstrip(".")
-
-
-def remove_graph_residuals(gm: fx.GraphModule, how: ResidualFree) -> ResidualReport:
-    """Rewrite a graph in place; its parameters stay as they are.
-
-    Raises:
-        ResidualError: as :func:`remove_residuals`.
-    """
-    facts = run(gm, [OpenResiduals(how.kinds)]).facts
-    opened = tuple(fact for fact in facts if isinstance(fact, OpenedSite))
-    left = tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
-    if not opened:
-        raise ResidualError(f"the graph has no residual add of kind {', '.join(how.kinds)}.", left)
-    for site in opened:
-        _become(gm, site, _SITE_MODES[how.mode])
-    note = "a graph: parameters and temperatures stay as they are; transform the module for those"
-    return _reported(gm, ResidualReport(how.mode, opened, left, notes=(note,)))
-
-
-def _reported(model: nn.Module, report: ResidualReport) -> ResidualReport:
-    setattr(model, REPORT, report)
-    return report
 
 
 def _has_channels_first(model: nn.Module, add: ResidualAdd) -> bool:

@@ -13,6 +13,7 @@ from rfcompile.errors import ResidualError
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite
 from rfcompile.report import table
+from rfcompile.rewrites import rewrites
 
 if TYPE_CHECKING:  # these import this module's users
     from rfcompile.training.initialization import Initialized
@@ -56,19 +57,16 @@ class ResidualReport:
         yield from self.notes
 
 
-REPORT = "_rfcompile_residual_report"
-
-
 def residual_report(model: nn.Module) -> ResidualReport:
     """What :func:`~rfcompile.transform` did to the residual connections of ``model``.
 
     Raises:
         ResidualError: nothing; it was not transformed so.
     """
-    report = getattr(model, REPORT, None)
-    if not isinstance(report, ResidualReport):
+    reports = [report for report in rewrites(model) if isinstance(report, ResidualReport)]
+    if not reports:
         raise ResidualError(
             f"{type(model).__name__} has no residual report: pass what "
             "rfcompile.transform(model, residual='free') returned."
         )
-    return report
+    return reports[-1]

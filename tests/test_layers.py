@@ -21,8 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
-    ("codec", "ops", "capture", "boundaries", "models", "linears"),
-    ("wire", "collectives", "fake_wire", "pipeline", "report", "journal"),
+    ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),

@@ -40,6 +40,7 @@ PUBLIC_NAMES = [
     "reduce_scatter",
     "reports",
     "residual_report",
+    "rewrites",
     "transform",
 ]
 

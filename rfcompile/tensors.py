@@ -1,0 +1,64 @@
+"""What users call on any tensor: the codec as plain functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rfcompile import codec, ops
+from rfcompile.collectives import before_compiling
+from rfcompile.errors import PolicyError
+from rfcompile.formats import QuantFormat, as_format
+
+
+def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tensor:
+    """Code a tensor: its payload, uint8 ``[fmt.payload_bytes(x.numel())]``.
+
+    Args:
+        x: float32, bfloat16 or float16, any shape and stride.
+        fmt: a :class:`~rfcompile.QuantFormat` (formula and error bound there), bits, or its text.
+        seed: added to the format's seed; matters for stochastic rounding only.
+
+    Raises:
+        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``.
+    """
+    if torch.compiler.is_compiling():
+        before_compiling()
+    ops.check_codec_input(x)
+    format = _required(fmt)
+    payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
+    if format.nonfinite == "raise":
+        payload = ops.require_finite(payload, ops.nonfinite_flag(x), "quantize")
+    return payload.reshape(-1)
+
+
+def dequantize(
+    payload: Tensor,
+    fmt: QuantFormat | str | int,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Decode what :func:`quantize` returned for a tensor of ``shape``.
+
+    Raises:
+        PayloadError: the payload's length or dtype does not fit the format and shape.
+        DtypeError, FormatError.
+    """
+    if torch.compiler.is_compiling():
+        before_compiling()
+    format = _required(fmt)
+    numel = math.prod(shape)
+    codec.check_payload(payload, format, numel, 1)
+    ops.check_codec_output(dtype)
+    values = ops.dequantize(payload.reshape(1, -1), format.spec, dtype)
+    return values.narrow(1, 0, numel).reshape(tuple(shape))
+
+
+def _required(fmt: QuantFormat | str | int) -> QuantFormat:
+    format = as_format(fmt)
+    if format is None:
+        raise PolicyError("fmt", fmt, "give a format; there is no payload of an exact tensor.")
+    return format
