@@ -12,7 +12,7 @@ from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
-from rfcompile.report import Report, Site
+from rfcompile.report import Report, Site, merge_reports
 from rfcompile.residual_free import ResidualFree
 from rfcompile.residual_report import ResidualReport, residual_report
 from rfcompile.residuals import find_residuals
@@ -38,6 +38,7 @@ __all__ = [
     "errors",
     "explain",
     "find_residuals",
+    "merge_reports",
     "quantize",
     "reduce_scatter",
     "reports",

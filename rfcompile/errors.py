@@ -162,6 +162,17 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
         self.sites = tuple(sites)
 
 
+class ReportError(RFCompileError, TypeError):
+    """:func:`~rfcompile.merge_reports` was given something that has no report."""
+
+    def __init__(self, source: object) -> None:
+        super().__init__(
+            f"{type(source).__name__} has no report: give reports, or what quantize_ddp, "
+            "quantize_fsdp, quantize_pipeline_stage or quantize_states returned."
+        )
+        self.source = source
+
+
 class BoundaryError(RFCompileError, ValueError):
     """``transform`` found no place to put the wire."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from rfcompile.models import (
 from rfcompile.pipeline import Record
 from rfcompile.policy import Policy
 from rfcompile.report import GraphChange, Report, Site, merge_reports
+from rfcompile.rewrites import rewrites
 
 
 def explain(
@@ -66,14 +67,21 @@ def explain(
         if has_collectives(model) or is_in_process_group():
             report = _explain_compiled(model, args, kwargs, wanted)
             if report.sites:
-                return report
+                return replace(report, notes=(*_first_lines(model), *report.notes))
         twin = with_fake_wire(copy_of(model, share=True), wanted, boundaries)
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
             with watch() as crossings:
                 outputs = twin(*args, **kwargs)
             _backward(twin, outputs)
     sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
-    return Report(tuple(sites), wanted.describe(), tuple(_idle_boundaries(twin, crossings)))
+    notes = (*_first_lines(model), *_idle_boundaries(twin, crossings))
+    return Report(tuple(sites), wanted.describe(), notes)
+
+
+def _first_lines(model: nn.Module) -> Iterator[str]:
+    """Of the reports on how the model was rewritten."""
+    for report in rewrites(model):
+        yield str(report).partition("\n")[0]
 
 
 @contextmanager

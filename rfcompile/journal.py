@@ -58,7 +58,7 @@ def reports(*, clear: bool = False) -> list[Report]:
     The newest :data:`KEPT` are kept.
 
     ``clear=True`` forgets them afterwards. A function that Dynamo split or compiled again for
-    another shape has several; :func:`~rfcompile.report.merge_reports` joins them.
+    another shape has several; :func:`~rfcompile.merge_reports` joins them.
     """
     result = [entry.report() for entry in _ENTRIES]
     if clear:

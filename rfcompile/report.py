@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from rfcompile.errors import UnquantizedSiteError
+from rfcompile.errors import ReportError, UnquantizedSiteError
+
+AT_REST = "at rest"
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Site:
     Args:
         collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, send or boundary,
             or the operator's own name where it is none of these.
-        direction: "forward", "backward", or "at rest" for what is kept and not sent.
+        direction: "forward", "backward", or :data:`AT_REST` for what is kept and not sent.
         kind: the kind of traffic, as in :class:`~rfcompile.Policy`.
         module: dotted path of the module it belongs to, "" where unknown.
         source: "file.py:123", the user's line, "" where unknown.
@@ -60,6 +62,23 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """The sites of one kind, added up; ``is_kept``: their bytes are stored, not sent."""
+
+    kind: str
+    is_kept: bool
+    num_sites: int
+    num_quantized: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def ratio(self) -> float:
+        """Bytes before / bytes after; 1.0 when there are none."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+
+
+@dataclass(frozen=True)
 class GraphChange:
     """A graph before and after the passes, as :func:`~rfcompile.graph.graph_text`."""
 
@@ -70,7 +89,9 @@ class GraphChange:
 
 @dataclass(frozen=True)
 class Report:
-    """All sites of a compiled graph, or of several: ``print`` it, or read its fields."""
+    """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
+    read its fields; :func:`merge_reports` makes one of several.
+    """
 
     sites: tuple[Site, ...]
     policy: str = ""
@@ -96,13 +117,22 @@ class Report:
         return tuple(site for site in self.sites if site.format is None and not site.merged)
 
     @property
+    def kinds(self) -> tuple[Traffic, ...]:
+        """A line for each kind of traffic, then for what is kept, in order of the sites."""
+        found: dict[tuple[bool, str], list[Site]] = {}
+        for site in self.sites:
+            found.setdefault((site.direction == AT_REST, site.kind), []).append(site)
+        ordered = sorted(found.items(), key=lambda item: item[0][0])
+        return tuple(_traffic(kind, is_kept, sites) for (is_kept, kind), sites in ordered)
+
+    @property
     def bytes_before(self) -> int:
-        """Bytes one rank sends in the unmodified graph, sites of symbolic size left out."""
-        return sum(site.bytes_before or 0 for site in self.sites)
+        """Bytes one rank sends without quantization; sites of symbolic size are left out."""
+        return sum(line.bytes_before for line in self.kinds if not line.is_kept)
 
     @property
     def bytes_after(self) -> int:
-        return sum(site.bytes_after or 0 for site in self.sites)
+        return sum(line.bytes_after for line in self.kinds if not line.is_kept)
 
     @property
     def ratio(self) -> float:
@@ -112,16 +142,17 @@ class Report:
     def summary(self) -> str:
         """One line: N of M sites quantized, bytes before and after."""
         merged = f", {self.num_merged} merged into others" if self.num_merged else ""
-        text = (
-            f"{self.num_quantized} of {self.num_sites} sites quantized{merged}, "
-            f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)} sent by each "
-            f"rank ({self.ratio:.2f}x less)"
-        )
+        text = f"{self.num_quantized} of {self.num_sites} sites quantized{merged}"
+        kept = [line for line in self.kinds if line.is_kept]
+        if len(kept) < len(self.kinds) or not kept:
+            text += _change(self.bytes_before, self.bytes_after, "sent by each rank")
+        for line in kept:
+            text += _change(line.bytes_before, line.bytes_after, f"of {line.kind} kept")
         symbolic = sum(site.bytes_before is None for site in self.sites)
         return text + (f"; {symbolic} sites of symbolic size not counted" if symbolic else "")
 
     def text(self) -> str:
-        """The summary, the policy, and a table with a line a site."""
+        """The summary, the policy, a table with a line a kind, and one with a line a site."""
         measured = any(site.sqnr_db is not None for site in self.sites)
         header = ["", "site", "place", "tensor", "format", "bytes before", "after"]
         rows = [header + (["SQNR dB", "kurtosis"] if measured else [])]
@@ -139,6 +170,8 @@ class Report:
         lines = [self.summary()]
         if self.policy:
             lines.append(f"policy: {self.policy}")
+        if len(self.kinds) > 1:
+            lines += [*table([*_rows(self.kinds)]), ""]
         lines += table(rows) if self.sites else []
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -154,6 +187,7 @@ class Report:
                 if site[name] is not None and not math.isfinite(site[name]):
                     site[name] = None
         return plain | {
+            "kinds": [asdict(line) for line in self.kinds],
             "num_sites": self.num_sites,
             "num_quantized": self.num_quantized,
             "bytes_before": self.bytes_before,
@@ -174,15 +208,46 @@ class Report:
             raise UnquantizedSiteError(left)
 
 
-def merge_reports(reports: Iterable[Report]) -> Report:
-    """One report with the sites of several."""
-    reports = list(reports)
+class HasReport(Protocol):
+    """What :func:`~rfcompile.distributed.quantize_ddp` and its like return, and stages."""
+
+    def report(self) -> Report: ...
+
+
+Source = Report | HasReport | Iterable["Source"]
+
+
+def merge_reports(*sources: Source) -> Report:
+    """One report with the sites of several: of a whole training step, graphs and hooks alike.
+
+    ``merge_reports(rfcompile.reports(), ddp_handle, stage, states_handle)``: reports, whatever has
+    a ``report()``, or iterables of these.
+
+    Raises:
+        ReportError: a source is none of these.
+    """
+    reports = [report for source in sources for report in _reports_of(source)]
     return Report(
         sites=tuple(site for report in reports for site in report.sites),
-        policy=reports[0].policy if reports else "",
+        policy="; ".join(dict.fromkeys(report.policy for report in reports if report.policy)),
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
         graphs=tuple(graph for report in reports for graph in report.graphs),
     )
+
+
+def _reports_of(source: Source) -> Iterator[Report]:
+    if isinstance(source, Report):
+        yield source
+    elif callable(report := getattr(source, "report", None)):
+        yield report()
+    elif isinstance(source, Iterable) and not isinstance(source, str):
+        for item in source:
+            yield from _reports_of(item)
+    else:
+        raise ReportError(source)
+
+
+# ---- text --------------------------------------------------------------------------------------
 
 
 def format_bytes(count: int) -> str:
@@ -199,6 +264,34 @@ def _count(value: int | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def _traffic(kind: str, is_kept: bool, sites: Sequence[Site]) -> Traffic:
+    return Traffic(
+        kind,
+        is_kept,
+        sum(not site.merged for site in sites),
+        sum(site.format is not None for site in sites),
+        sum(site.bytes_before or 0 for site in sites),
+        sum(site.bytes_after or 0 for site in sites),
+    )
+
+
+def _change(before: int, after: int, what: str) -> str:
+    ratio = before / after if after else 1.0
+    return f", {format_bytes(before)} -> {format_bytes(after)} {what} ({ratio:.2f}x less)"
+
+
+def _rows(kinds: Iterable[Traffic]) -> Iterator[list[str]]:
+    yield ["kind", "quantized", "bytes before", "after", "ratio"]
+    for line in kinds:
+        yield [
+            line.kind + (" (kept)" if line.is_kept else ""),
+            f"{line.num_quantized} of {line.num_sites}",
+            f"{line.bytes_before:,}",
+            f"{line.bytes_after:,}",
+            f"{line.ratio:.2f}x",
+        ]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

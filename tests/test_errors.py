@@ -18,6 +18,7 @@ from rfcompile.errors import (
     PayloadError,
     PolicyError,
     RankMismatchError,
+    ReportError,
     RFCompileError,
     ShapeError,
     StateError,
@@ -53,6 +54,13 @@ CASES: dict[str, Case] = {
         ValueError,
         "the input has shape (3, 4): give one dimension.",
         {"what": "the input", "shape": (3, 4), "rule": "give one dimension."},
+    ),
+    "ReportError": (
+        lambda: ReportError(3.5),
+        TypeError,
+        "float has no report: give reports, or what quantize_ddp, quantize_fsdp, "
+        "quantize_pipeline_stage or quantize_states returned.",
+        {"source": 3.5},
     ),
     "PayloadError": (
         lambda: PayloadError("65 bytes", "66 bytes", "4b:g128:rise", "pass it whole."),

@@ -223,6 +223,25 @@ def test_an_empty_batch_and_constants_make_valid_json() -> None:
     assert report.sites[0].sqnr_db == math.inf
 
 
+def test_a_rewritten_model_says_so() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(x).relu())
+
+    model = nn.Sequential(*(Block() for _ in range(3)))
+    x = torch.randn(4, 16)
+    free = rf.transform(model, residual="free", example_inputs=(x,))
+    report = rf.explain(free, x, bits=4)
+    assert report.notes == ("3 of 3 residual adds rewritten: free",)
+    assert rf.explain(model, x, bits=4).notes == ()
+    (rewrite,) = rf.rewrites(free)
+    assert rewrite is rf.residual_report(free)
+
+
 def test_a_graph_is_explained_without_running() -> None:
     exported = torch.export.export(Net().eval(), (X,)).module()
     for graph, args in ((exported, ()), (fx.symbolic_trace(Net()), (X,))):

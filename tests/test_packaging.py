@@ -36,6 +36,7 @@ PUBLIC_NAMES = [
     "errors",
     "explain",
     "find_residuals",
+    "merge_reports",
     "quantize",
     "reduce_scatter",
     "reports",

@@ -7,8 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from rfcompile.errors import UnquantizedSiteError
-from rfcompile.report import GraphChange, Report, Site, format_bytes, merge_reports
+import rfcompile as rf
+from rfcompile.errors import ReportError, UnquantizedSiteError
+from rfcompile.report import (
+    AT_REST,
+    GraphChange,
+    Report,
+    Site,
+    Traffic,
+    format_bytes,
+    merge_reports,
+)
 
 QUANTIZED = Site(
     collective="all_reduce",
@@ -34,6 +43,12 @@ SYMBOLIC = replace(QUANTIZED, shape=("s0", 64), bytes_before=None, bytes_after=N
 MERGED = replace(
     SMALL, module="up", reason="merged: added to a later site's tensor", eligible=False,
     bytes_after=0, merged=True,
+)  # fmt: skip
+
+GRADIENT = replace(QUANTIZED, direction="backward", kind="gradients", bytes_after=512)
+STATE = replace(
+    QUANTIZED, collective="exp_avg", direction=AT_REST, kind="optimizer_state", group="",
+    world_size=1, bytes_before=1000, bytes_after=500,
 )  # fmt: skip
 
 
@@ -83,12 +98,47 @@ def test_strict_names_eligible_sites_only() -> None:
     assert caught.value.sites == (("forward all_reduce at norm model.py:12", SMALL.reason),)
 
 
-def test_merging_keeps_sites_graphs_and_each_note_once() -> None:
+def test_kinds_are_added_up_and_what_is_kept_is_not_sent() -> None:
+    report = Report((QUANTIZED, STATE, SMALL, GRADIENT))
+    assert report.kinds == (
+        Traffic("activations", False, 2, 1, 2 * 2048, 264 + 2048),
+        Traffic("gradients", False, 1, 1, 2048, 512),
+        Traffic("optimizer_state", True, 1, 1, 1000, 500),
+    )
+    assert (report.bytes_before, report.bytes_after) == (3 * 2048, 264 + 2048 + 512)
+    summary, header, *lines = report.text().splitlines()
+    assert summary == (
+        "3 of 4 sites quantized, 6.14 kB -> 2.82 kB sent by each rank (2.18x less), "
+        "1.00 kB -> 500 bytes of optimizer_state kept (2.00x less)"
+    )
+    assert header.split() == ["kind", "quantized", "bytes", "before", "after", "ratio"]
+    assert lines[1].split() == ["gradients", "1", "of", "1", "2,048", "512", "4.00x"]
+    assert lines[2].split()[:2] == ["optimizer_state", "(kept)"]
+    assert json.loads(report.json())["kinds"][1]["bytes_after"] == 512
+    assert Report((STATE,)).summary() == (
+        "1 of 1 sites quantized, 1.00 kB -> 500 bytes of optimizer_state kept (2.00x less)"
+    )
+
+
+class Handle:
+    def report(self) -> Report:
+        return Report((GRADIENT,), "gradients=4b", notes=("n",))
+
+
+def test_merging_keeps_sites_graphs_and_each_note_and_policy_once() -> None:
     graph = GraphChange("forward", "a", "b")
     one = Report((QUANTIZED,), "p", notes=("n",), graphs=(graph,))
     both = merge_reports([one, replace(one, sites=(SMALL,))])
     assert both == Report((QUANTIZED, SMALL), "p", notes=("n",), graphs=(graph, graph))
-    assert merge_reports([]) == Report(())
+    step = rf.merge_reports(iter([one]), Handle(), [[Report((STATE,))]])
+    assert step == Report((QUANTIZED, GRADIENT, STATE), "p; gradients=4b", ("n",), (graph,))
+    assert merge_reports() == merge_reports([]) == Report(())
+
+
+@pytest.mark.parametrize("source", ["report", 3, None, [3]])
+def test_what_has_no_report_is_an_error(source: object) -> None:
+    with pytest.raises(ReportError, match=r"has no report: give reports, or what quantize_ddp"):
+        merge_reports(source)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ class _QuantizedStage(_PipelineStageBase):
 
         What a schedule hands to a stage on the same rank is listed by the stage that has it in
         hand: activations by the one that gets them, gradients by the one that made them.
-        ``rfcompile.report.merge_reports`` joins the reports of a rank's stages.
+        :func:`~rfcompile.merge_reports` joins the reports of a rank's stages.
         """
         return self._wire.report(name_of(resolve(self.group)), self.group_size)
 

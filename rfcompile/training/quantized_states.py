@@ -13,7 +13,7 @@ from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy, as_policy
-from rfcompile.report import Report, Site
+from rfcompile.report import AT_REST, Report, Site
 from rfcompile.training.optimizers import Optimizers
 from rfcompile.training.packing import (
     Packed,
@@ -150,11 +150,11 @@ class QuantizedStates:
 
     def _sites(self) -> Iterator[Site]:
         for optimizer in self._optimizers:
-            for name, parameter in _parameters(optimizer):
+            for index, (name, parameter) in enumerate(_parameters(optimizer)):
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    yield self._site(name, key, value)
+                    yield self._site(name, index, key, value)
 
-    def _site(self, name: str, key: str, value: Any) -> Site:
+    def _site(self, name: str, index: int, key: str, value: Any) -> Site:
         _, reason = ("", "") if is_packed(value) else format_of(self._policy, name, key, value)
         before = after = value.nbytes if isinstance(value, Tensor) else 0
         shape = tuple(value.shape) if isinstance(value, Tensor) else ()
@@ -166,9 +166,9 @@ class QuantizedStates:
             after = value["payload"].nbytes
         return Site(
             collective=key,
-            direction="at rest",
+            direction=AT_REST,
             kind="optimizer_state",
-            module=name,
+            module=name or f"parameter {index}",
             source="",
             shape=shape,
             dtype=dtype,
