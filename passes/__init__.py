@@ -12,6 +12,7 @@ from rfcompile.passes.find_residuals import FindResiduals
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
+from rfcompile.passes.quantize_transfers import QuantizeTransfers
 from rfcompile.pipeline import GraphPass
 from rfcompile.policy import Policy
 
@@ -25,8 +26,12 @@ def wire_pipeline(
     merge: bool = True,
 ) -> tuple[GraphPass, ...]:
     """The passes on a forward or backward graph, in order: merge, then quantize what is left."""
-    quantize = QuantizeCollectives(policy, direction, parameters, decompositions or {})
-    return (MergeCollectives(direction, policy), quantize) if merge else (quantize,)
+    known = decompositions or {}
+    return (
+        *([MergeCollectives(direction, policy)] if merge else []),
+        QuantizeCollectives(policy, direction, parameters, known),
+        QuantizeTransfers(policy, direction, known),
+    )
 
 
 def boundary_pipeline(

@@ -24,7 +24,9 @@ KNOWN: dict[Any, str] = {
     c10d.broadcast.default: "broadcast",
 }
 WAIT = c10d.wait_tensor.default
-_NOT_SENDING = {"wait_tensor", "_wrap_tensor_autograd"}
+TRANSFERS = {"isend", "irecv", "batch_p2p_ops"}
+"""Between two ranks: ``quantize_transfers.py``."""
+_NOT_COLLECTIVE = {"wait_tensor", "_wrap_tensor_autograd", *TRANSFERS}
 
 aten = torch.ops.aten
 _KEEPS_A_WEIGHT = frozenset(
@@ -74,18 +76,19 @@ def find_collectives(gm: fx.GraphModule) -> tuple[Collective, ...]:
     Graphs inside the graph (``torch.cond``, ``nested_compile_region``) are searched where they are
     first referred to.
     """
-    return tuple(_find(gm, set()))
+    return tuple(_describe(node) for node in all_nodes(gm) if _is_collective(node))
 
 
-def _find(gm: fx.GraphModule, seen: set[fx.GraphModule]) -> Iterator[Collective]:
+def all_nodes(gm: fx.GraphModule, seen: set[fx.GraphModule] | None = None) -> Iterator[fx.Node]:
+    """Of the graph and of those inside it, each once."""
+    seen = set() if seen is None else seen
     for node in gm.graph.nodes:
-        if _is_collective(node):
-            yield _describe(node)
-        elif node.op == "get_attr":
+        yield node
+        if node.op == "get_attr":
             inner = operator.attrgetter(str(node.target))(gm)
             if isinstance(inner, fx.GraphModule) and inner not in seen:
                 seen.add(inner)
-                yield from _find(inner, seen)
+                yield from all_nodes(inner, seen)
 
 
 def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = frozenset()) -> str:
@@ -117,7 +120,7 @@ def _is_collective(node: fx.Node) -> bool:
         return False
     if target.namespace == "_dtensor":
         return "alltoall" in target._opname
-    return target.namespace == "_c10d_functional" and target._opname not in _NOT_SENDING
+    return target.namespace == "_c10d_functional" and target._opname not in _NOT_COLLECTIVE
 
 
 def _describe(node: fx.Node) -> Collective:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rfcompile import ops, wire
@@ -25,6 +24,7 @@ from rfcompile.passes.find_collectives import (
     size_to_compare,
     traffic_kind,
 )
+from rfcompile.passes.splicing import Decompositions, splice
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.process_groups import resolve
@@ -56,7 +56,7 @@ class QuantizeCollectives:
     policy: Policy
     direction: str = "forward"
     parameters: frozenset[str] = frozenset()
-    decompositions: Mapping[Any, Callable[..., Any]] = field(default_factory=dict)
+    decompositions: Decompositions = field(default_factory=dict)
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -228,38 +228,25 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
     return exchange
 
 
-def _replace(
-    c: Collective, fmt: QuantFormat, place: str, decompositions: Mapping[Any, Callable[..., Any]]
-) -> None:
-    graph = c.node.graph
-    inputs = [c.node.args[0]]
+def _replace(c: Collective, fmt: QuantFormat, place: str, decompositions: Decompositions) -> None:
+    assert c.wait is not None
+    inputs: list[Any] = [c.node.args[0]]
     if c.kind == "all_to_all":
         sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
         inputs += [size for size in sizes if isinstance(size, fx.Node)]
-    values = [c.input, *(node.meta["val"] for node in inputs[1:])]  # type: ignore[union-attr]
-    fake_mode = c.input.fake_mode  # type: ignore[attr-defined]
-    with fake_mode:
-        body = make_fx(
-            _replacement(c, fmt, place),
-            decomposition_table=decompositions,
-            tracing_mode="symbolic" if fake_mode.shape_env is not None else "fake",
-        )(*values)
-    assert c.wait is not None
-    given = iter(inputs)
-    copies: dict[fx.Node, Any] = {}
     # Coding and sending start where the collective did, and the rest comes where it was waited
     # for: what was computed meanwhile still is.
     place_of_next = c.node
-    for node in body.graph.nodes:
-        if node.op == "placeholder":
-            copies[node] = next(given)
-        elif node.op == "output":
-            c.wait.replace_all_uses_with(copies[node.args[0]])
-        else:
-            if node.target is WAIT:
-                place_of_next = c.wait
-            with graph.inserting_before(place_of_next):
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {**c.node.meta, "val": node.meta.get("val")}
+
+    def before(node: fx.Node) -> fx.Node:
+        nonlocal place_of_next
+        if node.target is WAIT:
+            assert c.wait is not None
+            place_of_next = c.wait
+        return place_of_next
+
+    result = splice(_replacement(c, fmt, place), inputs, c.node, before, decompositions)
+    graph = c.node.graph
+    c.wait.replace_all_uses_with(result)
     graph.erase_node(c.wait)
     graph.erase_node(c.node)

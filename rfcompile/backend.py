@@ -156,7 +156,9 @@ class _Inner:
     def _agree(self, sites: Sequence[Site]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
         with _disable_current_modes():
-            for group in dict.fromkeys(site.group for site in sites if site.world_size > 1):
+            # Only two ranks take part in a transfer: the others may not be compiling.
+            shared = [s for s in sites if s.world_size > 1 and s.collective not in ("send", "recv")]
+            for group in dict.fromkeys(site.group for site in shared):
                 agree(group, plan)
 
 
