@@ -8,6 +8,7 @@ by its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -184,6 +185,19 @@ requantize = _define(
     _requantize,
     _requantize_fake,
 )
+
+
+@dataclass(frozen=True)
+class Coder:
+    """The codec operators as a wire calls them; ``distributed/coders.py`` has compiled ones."""
+
+    quantize: Callable[..., Tensor]
+    dequantize: Callable[..., Tensor]
+    dequantize_sum: Callable[..., Tensor]
+    requantize: Callable[..., Tensor]
+
+
+OPERATORS = Coder(quantize, dequantize, dequantize_sum, requantize)
 
 
 # ---- nonfinite="raise" -------------------------------------------------------------------------

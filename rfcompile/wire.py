@@ -1,7 +1,7 @@
 """What travels: each collective as codec operators and functional collectives, nothing else.
 
 The ``quantize_collectives`` pass traces these functions into graphs; ``collectives.py`` runs them
-eagerly and gives them a gradient.
+eagerly and gives them a gradient. ``coder`` is for who runs them eagerly with compiled operators.
 
 Every rank decodes the same bytes: the owner of a shard sends itself its payload through the
 collective and decodes that, never the values it still holds.
@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from rfcompile import ops
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
+from rfcompile.ops import OPERATORS, Coder
 
 c10d = torch.ops._c10d_functional
 _wait: Callable[..., Tensor] = c10d.wait_tensor
@@ -43,6 +44,7 @@ def all_reduce_wire(
     site: str = "all_reduce",
     seed: int = 0,
     residual: Tensor | None = None,
+    coder: Coder = OPERATORS,
 ) -> Tensor:
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
@@ -63,18 +65,18 @@ def all_reduce_wire(
     flags = _nonfinite_flags(x, format, world, group)
     sent, payloads = [], []
     for segment in [rows] if segments == 1 else rows.split(world):
-        payloads.append(_checked(ops.quantize(segment, fmt, seed), flags, site))
+        payloads.append(_checked(coder.quantize(segment, fmt, seed), flags, site))
         sent.append(_exchange(payloads[-1], world, group))
     if residual is not None:  # while the payloads travel
-        own = torch.cat([ops.dequantize(payload, fmt, torch.float32) for payload in payloads])
+        own = torch.cat([coder.dequantize(payload, fmt, torch.float32) for payload in payloads])
         residual.copy_((rows - own).view(-1).narrow(0, 0, n).view_as(x))
     gathered = []
     for received in sent:
-        total = ops.requantize(_wait(received), fmt, op == "avg", seed)
+        total = coder.requantize(_wait(received), fmt, op == "avg", seed)
         gathered.append(_all_gather(total, world, group))
     # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
     decoded = x.dtype if x.dtype != torch.float16 else torch.float32
-    parts = [ops.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
+    parts = [coder.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
     result = (parts[0] if segments == 1 else torch.cat(parts)).to(x.dtype)
     return (result if fits else result.reshape(-1).narrow(0, 0, n)).reshape(x.shape)
 
@@ -87,6 +89,7 @@ def reduce_scatter_wire(
     group: str,
     site: str = "reduce_scatter",
     seed: int = 0,
+    coder: Coder = OPERATORS,
 ) -> Tensor:
     """Reduce along dim 0, ``[W d, ..]`` to ``[d, ..]``: quantize, all_to_all, dequantize_sum.
 
@@ -95,9 +98,9 @@ def reduce_scatter_wire(
     shape = (x.shape[0] // world, *x.shape[1:])
     m = x.numel() // world
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(world, m), fmt, seed), flags, site)
+    payload = _checked(coder.quantize(x.reshape(world, m), fmt, seed), flags, site)
     received = _wait(_exchange(payload, world, group))
-    total = ops.dequantize_sum(received, fmt, x.dtype, op == "avg")
+    total = coder.dequantize_sum(received, fmt, x.dtype, op == "avg")
     return _first(total, 0, m).reshape(shape)
 
 
@@ -111,16 +114,20 @@ def all_gather_wire(
     return rows.reshape(shape).contiguous()
 
 
-def start_all_gather(x: Tensor, fmt: str, world: int, group: str, site: str) -> Tensor:
+def start_all_gather(
+    x: Tensor, fmt: str, world: int, group: str, site: str, coder: Coder = OPERATORS
+) -> Tensor:
     """Quantize and send; :func:`finish_all_gather` waits for the payloads and decodes them."""
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(ops.quantize(x.reshape(1, x.numel()), fmt), flags, site)
+    payload = _checked(coder.quantize(x.reshape(1, x.numel()), fmt), flags, site)
     return _all_gather(payload, world, group)
 
 
-def finish_all_gather(sent: Tensor, fmt: str, dtype: torch.dtype, size: int) -> Tensor:
+def finish_all_gather(
+    sent: Tensor, fmt: str, dtype: torch.dtype, size: int, coder: Coder = OPERATORS
+) -> Tensor:
     """What :func:`start_all_gather` sent of ``size`` elements, decoded: ``[W, size]``."""
-    return _first(ops.dequantize(_wait(sent), fmt, dtype), 1, size)
+    return _first(coder.dequantize(_wait(sent), fmt, dtype), 1, size)
 
 
 def all_to_all_wire(

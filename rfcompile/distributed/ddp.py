@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.collectives import before_compiling
 from rfcompile.distributed.buckets import Part, parts_of, site_of
+from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, StateError
@@ -49,9 +49,9 @@ def quantize_ddp(
             does not name.
         error_feedback: add to each step what the quantization of the last one left over. It costs
             4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
-        compile: code with kernels that Inductor generates, once a format for all sizes: many times
-            faster than eager torch, after half a minute or less in the first step. Same bytes.
-            Stochastic rounding stays eager.
+        compile: code with kernels that Inductor generates, once a format for all sizes: faster than
+            eager torch, after half a minute or less in the first step. Same bytes. Stochastic
+            rounding stays eager. See ``coders.py``.
 
     Stochastic rounding takes another seed on each rank, for each bucket and in each step.
 
@@ -106,10 +106,7 @@ class DDPHandle:
         if error_feedback:
             self._feedback = ErrorFeedback(parameters)
         self._buckets: dict[int, _Bucket] = {}
-        self._all_reduce = all_reduce_wire
-        if compile:
-            before_compiling()
-            self._all_reduce = torch.compile(all_reduce_wire, dynamic=True)
+        self._coder = coder_of(compile)
         self._num_sent = 0
         self._worker = Worker(self._group, next(iter(parameters.values())).device)
 
@@ -169,20 +166,17 @@ class DDPHandle:
             gradients, live = self._feedback.corrected(part.names, part.pieces(gradients))
             residual = torch.empty_like(gradients)
         self._num_sent += 1
-        is_stochastic = part.format.rounding == "stochastic"
-        # A seed that changes would be compiled anew each time.
-        all_reduce = all_reduce_wire if is_stochastic else self._all_reduce
-        # Coding a sum adds one to the seed: steps of two keep all of them apart.
-        seed = 2 * (self._num_sent * self._world + self._rank) if is_stochastic else 0
-        mean = all_reduce(
+        mean = all_reduce_wire(
             gradients,
             part.format.spec,
             "avg",
             self._world,
             self._worker.group_name,
             site=site,
-            seed=seed,
+            # Coding a sum adds one to the seed: steps of two keep all of them apart.
+            seed=2 * (self._num_sent * self._world + self._rank),
             residual=residual,
+            coder=self._coder,
         )
         if self._feedback is not None and residual is not None:
             self._feedback.keep(part.names, live, part.pieces(residual))

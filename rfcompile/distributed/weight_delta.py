@@ -23,6 +23,7 @@ from torch import Tensor
 
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
+from rfcompile.ops import Coder
 from rfcompile.wire import all_gather_sent_bytes, finish_all_gather, start_all_gather
 
 
@@ -33,9 +34,13 @@ class WeightDelta:
     they do not all have one of the same age (at first, after :meth:`reset` on any of them, after an
     error), the weights are sent exactly and all ranks start from these. So do they after a gather
     of NaN or Inf, which no difference could repair.
+
+    Args:
+        coder: what codes a difference.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, coder: Coder) -> None:
+        self._coder = coder
         self._copy: Tensor | None = None
         self._age = 0
 
@@ -53,10 +58,11 @@ class WeightDelta:
         if copy is None or age == 0 or any(other != age for other in others):
             return self._start_exactly(x, group)
         difference = x.float() - copy[group.rank()].float()
-        sent = start_all_gather(difference, fmt, group.size(), group.group_name, site)
+        world, name = group.size(), group.group_name
+        sent = start_all_gather(difference, fmt, world, name, site, self._coder)
 
         def finish() -> Tensor:
-            decoded = finish_all_gather(sent, fmt, torch.float32, x.numel())
+            decoded = finish_all_gather(sent, fmt, torch.float32, x.numel(), self._coder)
             return self._keep((copy.float() + decoded).to(x.dtype), age + 1)
 
         return finish

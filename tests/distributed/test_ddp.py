@@ -27,7 +27,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import rfcompile as rf
-from rfcompile import ops, process_groups, wire
+from rfcompile import codec, ops, process_groups, wire
 from rfcompile.cost import sent_bytes
 from rfcompile.distributed import DDPHandle, quantize_ddp
 from rfcompile.errors import (
@@ -476,7 +476,7 @@ def check_stochastic(rank: Rank) -> None:
         ddp = DDP(module, bucket_cap_mb=SMALL)
         quantize_ddp(ddp, policy(fmt))
         x = torch.randn(8, 48)  # the same on every rank and in every step
-        with recorded(ops, "quantize") as calls:
+        with recorded(codec, "quantize") as calls:
             for _ in range(3):
                 ddp.zero_grad()
                 backward(ddp, x)
@@ -633,11 +633,12 @@ def check_the_debt_is_paid(rank: Rank) -> None:
     roundings = torch.zeros(64, 64)
     for _ in range(steps):
         ddp.zero_grad()
-        with recorded(ops, "requantize") as coded:
+        with recorded(codec, "requantize") as coded:
             backward(ddp, x)
         assert module.weight.grad is not None
         applied += module.weight.grad
-        [((received, spec, *_), total)] = coded
+        [((received, *_), total)] = coded
+        spec = fmt.spec
         shard = ops.dequantize_sum(received, spec, torch.float32, True)
         rounding = shard - ops.dequantize(total, spec, torch.float32).view(-1)
         both = torch.zeros(2, 2048)
