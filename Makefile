@@ -17,7 +17,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
