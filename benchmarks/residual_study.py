@@ -182,10 +182,10 @@ def key_of(row: dict[str, Any]) -> str:
 
 
 def runs(options: argparse.Namespace) -> Iterator[tuple[str, Arm, int]]:
-    arms = SEARCH if options.search else ARMS
+    names = options.arms or (SEARCH if options.search else ARMS)
     for seed in range(options.seeds):
-        for name in options.arms or arms:
-            yield name, arms[name], seed
+        for name in names:
+            yield name, {**ARMS, **SEARCH}[name], seed
 
 
 def main() -> None:
