@@ -15,7 +15,7 @@ from rfcompile.pipeline import PassResult
 from rfcompile.polynomial import Scale
 
 GAIN = "attention_gain"
-"""Name of the parameter of shape (1,), 1 at first, of an attention with ``scale="learned"``."""
+"""Name of the parameter of shape (1,) of an attention with ``scale="learned"``."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class PolynomialAttention:
       that generates with a cache computes something else than the one that was trained.
     - "row": ``c_i = 1 / sqrt(n_i (2p - 1)!!)``: rows have the expected squared L2 norm 1 for scores
       of N(0, 1). For causal models: what a token gets does not depend on later ones.
-    - "learned": that times a parameter ``attention_gain`` of shape (1,), 1 at first, a module.
+    - "learned": that times a parameter ``attention_gain`` of shape (1,) a module. It starts where
+      the weights have the Frobenius norm that the softmax had on the example inputs (in a graph,
+      which does not run: at 1): the power makes small scores vanish and large ones explode.
 
     Args:
         power: p, 1 to 8. Odd powers keep the sign of the scores: weights are then negative too.
@@ -90,6 +92,9 @@ class PolynomialAttention:
             if left or _softmaxes(model, inputs()) != others or len(after) != len(before):
                 raise AttentionError(_why_left(left, places), left)
             _check_training(model, inputs())
+            if self.scale == "learned":
+                _match(model, places, after)
+                after = attention_matrices(model, inputs())
         pairs = zip(before, after, strict=True)
         rows = tuple(Frobenius.of(old, new) for old, new in pairs if old.kind == "softmax")
         replaced = tuple(ReplacedAttention(a.module, "", a.spelling) for a in places)
@@ -120,6 +125,18 @@ class PolynomialAttention:
             )
         note = "a graph: not run, so no norms; transform the module for those"
         return PolynomialReport(self.power, self.scale, replaced, notes=(note,))
+
+
+@torch.no_grad()
+def _match(
+    model: nn.Module, before: Sequence[AttentionMatrix], after: Sequence[AttentionMatrix]
+) -> None:
+    """Set each module's gain by the norms of its first attention."""
+    norms = {a.module: a.frobenius for a in reversed(after)}
+    for old in {a.module: a for a in reversed(before)}.values():
+        ratio = old.frobenius / norms[old.module] if norms[old.module] else math.nan
+        if math.isfinite(ratio):
+            getattr(model.get_submodule(old.module), GAIN).mul_(ratio)
 
 
 def _softmaxes(model: nn.Module, inputs: Inputs) -> Counter[str]:
