@@ -61,8 +61,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 SIZES = {
-    "language": (GPTConfig(width=128, layers=4, heads=4, context=128), 16, 400),
-    "digits": (GPTConfig(width=64, layers=6, heads=4, context=17), 64, 300),
+    "language": (GPTConfig(width=64, layers=3, heads=4, context=64), 16, 400),
+    "digits": (GPTConfig(width=64, layers=4, heads=4, context=17), 32, 250),
 }
 TINY = (GPTConfig(width=32, layers=2, heads=2, context=16), 4, 3)
 

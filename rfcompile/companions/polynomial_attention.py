@@ -14,10 +14,10 @@ from torch import fx, nn
 from rfcompile.attention_matrix import AttentionMatrix, attention_matrices
 from rfcompile.capture import Inputs, in_mode, plain_graph
 from rfcompile.companions.forwards import PolynomialForward
-from rfcompile.companions.torch_attention import become_polynomial
+from rfcompile.companions.torch_attention import PolynomialMultiheadAttention, become_polynomial
 from rfcompile.errors import AttentionError, CaptureError, PolicyError
 from rfcompile.graph import module_of
-from rfcompile.models import without_wrappers
+from rfcompile.models import without_nested_tensors, without_wrappers
 from rfcompile.passes.attention_cores import SOFTMAX, cores_of
 from rfcompile.passes.dataflow import operator_name
 from rfcompile.passes.polynomial_attention import GAIN, ReplacedAttention, ReplaceSoftmax
@@ -87,6 +87,7 @@ class PolynomialAttention:
             others = _softmaxes(model, example) - Counter(a.module for a in places)
             for path in dict.fromkeys(a.module for a in places):
                 self._install(model.get_submodule(path))
+            without_nested_tensors(model, lambda m: isinstance(m, PolynomialMultiheadAttention))
             after = attention_matrices(model, inputs())
             left = [a for a in after if a.kind == "softmax"]
             if left or _softmaxes(model, inputs()) != others or len(after) != len(before):

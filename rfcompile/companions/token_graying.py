@@ -17,7 +17,7 @@ from rfcompile.boundaries import find_boundaries
 from rfcompile.capture import Inputs, buffers_kept, copied, in_mode
 from rfcompile.companions.token_hook import TokenHook
 from rfcompile.errors import GrayingError, PolicyError
-from rfcompile.models import without_wrappers
+from rfcompile.models import without_nested_tensors, without_wrappers
 from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens, Where
 from rfcompile.pipeline import run
 from rfcompile.report import table
@@ -80,6 +80,8 @@ class TokenGraying:
             places, left = self._places(model, matrices)
             if not places:
                 raise GrayingError(_why_none(model, left), [module for module, _ in left])
+            grayed = {model.get_submodule(path) for path in places}
+            without_nested_tensors(model, grayed.__contains__)
             conditions = _install(model, places, self, inputs())
         rows = tuple(Conditioned(path, *conditions[path]) for path in places if path in conditions)
         idle = tuple((path, "it was not called") for path in places if path not in conditions)

@@ -34,6 +34,8 @@ class PolynomialMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise AttentionError("is_causal=True is a hint about attn_mask: give that as well.")
         is_batched = query.dim() == 3
         inputs = [query, key, value]
         if not is_batched:
