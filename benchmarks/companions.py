@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from common import RESULTS, machine  # noqa: E402
+from common import RESULTS, machine
 
 STUDIES = {"attention": "companions_attention"}
 """Name: module."""

@@ -66,14 +66,15 @@ def plot(rows: Rows, path: Path) -> None:
     (learned, conditioned), lengths = axes
     for number, (arm, mine) in enumerate(_by_arm(_part(rows, "language")).items()):
         for row in mine:
-            smooth = [mean(row["losses"][max(0, i - 20) : i + 1]) for i in range(len(row["losses"]))]
+            losses = row["losses"]
+            smooth = [mean(losses[max(0, i - 20) : i + 1]) for i in range(len(losses))]
             label = arm if row is mine[0] else None
             learned.plot(range(1, len(smooth) + 1), smooth, color=f"C{number}", label=label, lw=0.8)
     learned.set(title="Shakespeare: training loss, mean of 20 steps", xlabel="step", ylabel="nats")
     for number, (arm, mine) in enumerate(_by_arm(_part(rows, "digits")).items()):
         values = [mean(v) for v in zip(*(row["condition_in"] for row in mine), strict=True)]
         style = ":" if arm.startswith("free") else "-"
-        conditioned.plot(range(len(values)), values, style, marker="o", label=arm, color=f"C{number % 10}")
+        conditioned.plot(values, style, marker="o", label=arm, color=f"C{number % 10}")
     conditioned.set(
         title="Digits: log condition number of what enters each block, after training",
         xlabel="block",

@@ -41,7 +41,9 @@ _FUSED = words("scaled_dot_product_attention polynomial_attention")
 SOFTMAX = words("softmax _softmax Softmax")
 _WEIGHTS = SOFTMAX | {"polynomial_weights"}
 _PRODUCT = words("matmul bmm baddbmm einsum")
-_ELSEWHERE = _FUSED | words("linear addmm mm convolution conv2d layer_norm rms_norm topk _grouped_mm")
+_ELSEWHERE = _FUSED | words(
+    "linear addmm mm convolution conv2d layer_norm rms_norm topk _grouped_mm"
+)
 """What no attention has between its scores and its values."""
 
 

@@ -79,7 +79,9 @@ class ReplaceSoftmax:
     def _gain(self, owner: fx.GraphModule, graph: fx.Graph) -> fx.Node:
         number = sum(name.startswith(GAIN) for name in owner._parameters)
         like = next(owner.parameters(), torch.empty(0))
-        owner.register_parameter(f"{GAIN}_{number}", nn.Parameter(torch.ones(1, device=like.device)))
+        owner.register_parameter(
+            f"{GAIN}_{number}", nn.Parameter(torch.ones(1, device=like.device))
+        )
         return graph.get_attr(f"{GAIN}_{number}")
 
 

@@ -42,7 +42,8 @@ def condition_numbers(x: Tensor) -> Tensor:
     values = torch.linalg.svdvals(kept)
     if not values.numel():
         return values.new_full((len(matrices),), math.nan)
-    return torch.where(finite, values[:, 0] / values[:, -1], math.nan)
+    conditions: Tensor = torch.where(finite, values[:, 0] / values[:, -1], math.nan)
+    return conditions
 
 
 def condition_number(x: Tensor) -> float:

@@ -153,9 +153,10 @@ def _run(
     args, kwargs = copied(inputs)
     modes = in_mode(model, training=False)
     try:
-        with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
-            with torch.compiler.set_stance("force_eager"):
-                model(*args, **kwargs)
+        kept = buffers_kept(model)
+        eager = torch.compiler.set_stance("force_eager")  # compiled code runs no hooks
+        with modes, kept, eager, torch.no_grad(), torch.random.fork_rng():
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

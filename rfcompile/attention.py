@@ -7,7 +7,6 @@ gradients of the attention's operands say which feature of which linear feeds wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

@@ -55,9 +55,7 @@ def attention_matrices(model: nn.Module, inputs: Inputs) -> tuple[AttentionMatri
 def _matrices(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> Iterator[AttentionMatrix]:
     for core in cores_of(graph):
         spelling = str(core.weights.target)
-        yield AttentionMatrix(
-            module_of(core.weights), core.kind, spelling, matrix_of(core, values)
-        )
+        yield AttentionMatrix(module_of(core.weights), core.kind, spelling, matrix_of(core, values))
 
 
 def matrix_of(core: Core, values: Mapping[fx.Node, Any]) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfcompile.errors import DtypeError, ShapeError
+from rfcompile import polynomial_linear
+from rfcompile.errors import AttentionError, ShapeError
 from rfcompile.ops import LIBRARY
 from rfcompile.polynomial import (
     Problem,
@@ -23,6 +24,7 @@ from rfcompile.polynomial import (
     row_factors,
     visible_keys,
     weights_of,
+    wide,
 )
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -66,7 +68,7 @@ def polynomial_attention_formula(
         rows: see :class:`~rfcompile.companions.PolynomialAttention`, its ``scale``; gain: (1,).
         form: how it is computed; "linear" only has an effect where it is possible.
     Raises:
-        ShapeError, DtypeError.
+        ShapeError, AttentionError: a dtype.
     """
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
     if enable_gqa:
@@ -79,15 +81,16 @@ def polynomial_attention_formula(
         count = torch.full((1, 1), key.shape[-2], device=query.device)
     else:
         count = visible_keys(query, key, mask, is_causal)
-    factors = row_factors(count, power, rows)
+    factors = row_factors(count, power, rows, query)
     if gain is not None:
-        factors = factors * gain.float()
+        factors = factors * wide(gain)
     if dropout_p:
         problem = Problem(query, key, value, factors, mask, is_causal, scale, power)
         whole = slice(0, query.shape[-2]), slice(0, key.shape[-2])
         weights = F.dropout(problem.scores(*whole)[0].pow(power) * factors, dropout_p)
         return weights.to(value.dtype) @ value
-    return polynomial_sum(query, key, value, mask, factors, is_causal, scale, power, form)
+    y: Tensor = polynomial_sum(query, key, value, mask, factors, is_causal, scale, power, form)
+    return y
 
 
 def _with_sizes(mask: Tensor, keys: Any) -> Tensor:
@@ -99,15 +102,16 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool
 ) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise DtypeError(
-            "polynomial attention: query, key and value together",
-            f"{q.dtype}, {k.dtype}, {v.dtype}",
-            ["one floating-point type"],
+        raise AttentionError(
+            f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}: give one floating-point "
+            "type."
         )
     if q.dim() < 2 or k.dim() != q.dim() or v.dim() != q.dim() or q.shape[-1] != k.shape[-1]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ShapeError(
-            "polynomial attention", shapes, "give query [.., L, E], key [.., S, E] and value [.., S, V]"
+            "polynomial attention",
+            shapes,
+            "give query [.., L, E], key [.., S, E] and value [.., S, V]",
         )
     if gqa and (k.dim() < 3 or q.shape[-3] % k.shape[-3]):
         raise ShapeError(
@@ -117,11 +121,15 @@ def _check(
         return
     if is_causal:
         raise ShapeError(
-            "the mask", mask.shape, "give attn_mask or is_causal=True, not both; put the causal "
-            "part into the mask."
+            "the mask",
+            mask.shape,
+            "give attn_mask or is_causal=True, not both; put the causal part into the mask.",
         )
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise DtypeError("the attention mask", mask.dtype, ["torch.bool", "floating-point types"])
+        raise AttentionError(
+            f"the attention mask is {mask.dtype}: give bool, True where a key is seen, or a "
+            "floating-point mask that is added to the scores."
+        )
     wanted = (*q.shape[:-1], k.shape[-2])
     sizes = zip(reversed(mask.shape), reversed(wanted), strict=False)
     if mask.dim() > len(wanted) or any(a != b and a != 1 for a, b in sizes):
@@ -142,7 +150,9 @@ def _sum(
     power: int,
     form: str = "auto",
 ) -> Tensor:
-    return forward(Problem(q, k, v, factors, mask, is_causal, scale, power), form)
+    problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
+    is_linear = polynomial_linear.is_linear(problem, form)
+    return polynomial_linear.forward(problem) if is_linear else forward(problem)
 
 
 def _sum_backward(
@@ -159,10 +169,12 @@ def _sum_backward(
     of_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
-    found = backward(problem, g, mask=of_mask, form=form)
-    narrow = (x.to(q.dtype) for x in (found.q, found.k, found.v))
+    if polynomial_linear.is_linear(problem, form):
+        found = polynomial_linear.backward(problem, g)
+    else:
+        found = backward(problem, g, mask=of_mask)
     bias = factors.new_empty(0) if found.mask is None or mask is None else found.mask.to(mask.dtype)
-    return *narrow, found.factors, bias
+    return found.q.to(q.dtype), found.k.to(q.dtype), found.v.to(q.dtype), found.factors, bias
 
 
 def _fake_sum(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -225,9 +237,7 @@ LIBRARY.define(
     "int power=3, str rows='row', Tensor? gain=None, str form='auto') -> Tensor",
     tags=_TAGS,
 )
-LIBRARY.impl(
-    "polynomial_attention", polynomial_attention_formula, "CompositeImplicitAutograd"
-)
+LIBRARY.impl("polynomial_attention", polynomial_attention_formula, "CompositeImplicitAutograd")
 LIBRARY.define(
     "polynomial_weights(Tensor scores, int power, str scale, Tensor? gain=None, "
     "ScalarType? dtype=None) -> Tensor",

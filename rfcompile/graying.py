@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile.errors import DtypeError, ShapeError
+from rfcompile.errors import GrayingError, ShapeError
 from rfcompile.ops import LIBRARY
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -39,7 +39,7 @@ def gray_tokens_formula(x: Tensor, visible: Tensor | None, epsilon: float, form:
         visible: ``[.., n]`` bool: the others are padding. They stay as they are, and the visible
             ones become what they would without them. None: all are visible.
     Raises:
-        ShapeError, DtypeError.
+        ShapeError, GrayingError: a dtype.
 
     Source: arXiv:2505.01996. Its DCT rule is not known to us: the one here is the SVD's, read
     elementwise. The factors s_max and c_max, which keep the size of the tokens, are ours (the
@@ -56,7 +56,7 @@ def gray_tokens_formula(x: Tensor, visible: Tensor | None, epsilon: float, form:
 
 def _check(x: Tensor, visible: Tensor | None) -> None:
     if not x.is_floating_point():
-        raise DtypeError("the token matrix", x.dtype, ["floating-point types"])
+        raise GrayingError(f"the token matrix is {x.dtype}: give a floating-point type.")
     if x.dim() < 2:
         raise ShapeError("the token matrix", x.shape, "give [.., tokens, features].")
     if visible is not None and (visible.dtype != torch.bool or visible.shape != x.shape[:-1]):
@@ -177,9 +177,7 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     return torch.ops.rfcompile.gray_svd_backward(g, *ctx.saved_tensors, ctx.epsilon), None
 
 
-torch.library.register_autograd(
-    "rfcompile::gray_svd", _gradients, setup_context=_keep, lib=LIBRARY
-)
+torch.library.register_autograd("rfcompile::gray_svd", _gradients, setup_context=_keep, lib=LIBRARY)
 
 LIBRARY.define(
     "gray_tokens(Tensor x, Tensor? visible, float epsilon, str form) -> Tensor", tags=_TAGS

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
-        *("polynomial", "attention_ops", "graying"),
+        *("polynomial", "polynomial_linear", "attention_ops", "graying"),
     ),
     ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),

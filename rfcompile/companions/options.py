@@ -39,7 +39,9 @@ def graying_of(graying: str | TokenGraying | None, epsilon: float | None) -> Tok
     if isinstance(graying, str):
         return TokenGraying(cast(Any, graying), epsilon)
     if graying is not None and not isinstance(graying, TokenGraying):
-        raise PolicyError("token_graying", graying, "choose 'dct' or 'svd', or give a TokenGraying.")
+        raise PolicyError(
+            "token_graying", graying, "choose 'dct' or 'svd', or give a TokenGraying."
+        )
     if epsilon is not None:
         raise PolicyError("epsilon", epsilon, "it goes with token_graying='dct' or 'svd'.")
     return graying

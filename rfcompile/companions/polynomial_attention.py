@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import fx, nn
@@ -109,7 +109,7 @@ class PolynomialAttention:
             become_polynomial(module, self.power, self.scale, self.form)
         else:
             forward = PolynomialForward(module, self.power, self.scale, self.form)
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward
 
     def on_graph(self, gm: fx.GraphModule) -> PolynomialReport:
         """Rewrite a graph in place.
@@ -179,7 +179,7 @@ def _why_left(left: Sequence[AttentionMatrix], places: Sequence[AttentionMatrix]
     if left:
         listing = ", ".join(sorted({a.module or "(the model)" for a in left}))
         return (
-            f"{len(places) - len(left)} of {len(places)} attentions can be replaced; still softmax: "
+            f"{len(places) - len(left)} of {len(places)} attentions can be replaced; not: "
             f"{listing}. In reach is what calls F.scaled_dot_product_attention, or a softmax over "
             "the last axis, from the forward of the attention's module."
         )

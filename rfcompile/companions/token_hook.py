@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfcompile.errors import DtypeError, ShapeError
+from rfcompile.errors import GrayingError, ShapeError
 from rfcompile.graying import gray_tokens
 from rfcompile.polynomial import is_masked
 
@@ -27,7 +27,7 @@ class TokenHook:
     ``[batch, heads, queries, tokens]`` (False or a masked score hides).
 
     Raises:
-        ShapeError, DtypeError: the tokens or the mask are something else.
+        ShapeError, GrayingError: the tokens or the mask are something else.
     """
 
     def __init__(self, module: str, form: str, epsilon: float, names: tuple[str, ...]) -> None:
@@ -95,7 +95,10 @@ def _seen(what: str, mask: Tensor, x: Tensor, *, hides: bool) -> Tensor:
     elif mask.dtype.is_floating_point and hides:
         seen = ~is_masked(mask)
     elif mask.dtype.is_floating_point:
-        raise DtypeError(f"{what}, [batch, tokens],", mask.dtype, ["torch.bool", "integers"])
+        raise GrayingError(
+            f"{what} is {mask.dtype} of shape {tuple(mask.shape)}: give bool or integers, 0 where "
+            "a token is padding."
+        )
     else:
         seen = ~mask if hides else mask != 0
     if seen.dim() != len(wanted) or any(
