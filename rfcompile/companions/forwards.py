@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from types import CodeType
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class PolynomialMode(TorchFunctionMode):
             return polynomial_attention(*args, **kwargs, **options, form=self.form)
         if func in _SOFTMAX:
             return self._weights(func, *args, **kwargs)
+        if getattr(func, "__name__", "") == "unflatten":
+            # Tensor's calls its super() in Python, which Dynamo does not trace from within a mode.
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _weights(
@@ -67,6 +71,10 @@ class PolynomialForward:
             if self.before is not None:
                 return self.before(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export asks the outermost module's forward
+        return type(self).__call__.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -131,7 +131,7 @@ def test_it_compiles_exports_copies_and_pickles(encoder: Encoder) -> None:
     expected = new(X)
     for same in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         assert torch.equal(same(X), expected)
-    program = torch.export.export(new, (X,), dynamic_shapes=({1: torch.export.Dim.AUTO}, None))
+    program = torch.export.export(new, (X,), dynamic_shapes=({1: torch.export.Dim.AUTO},))
     assert torch.equal(program.module()(X), expected)
     torch.testing.assert_close(program.module()(X[:, :5]), new(X[:, :5]))
     compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
