@@ -3,8 +3,10 @@
 import importlib
 
 from rfcompile import collectives, errors
+from rfcompile.analyze import Analysis, analyze
 from rfcompile.api import diff, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
+from rfcompile.companions import PolynomialAttention, TokenGraying
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
@@ -20,8 +22,10 @@ from rfcompile.rewrites import rewrites
 from rfcompile.tensors import dequantize, quantize
 
 __all__ = [
+    "Analysis",
     "GraphDiff",
     "Policy",
+    "PolynomialAttention",
     "QuantFormat",
     "RFCompileError",
     "Report",
@@ -29,9 +33,11 @@ __all__ = [
     "ResidualFree",
     "ResidualReport",
     "Site",
+    "TokenGraying",
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "analyze",
     "broadcast",
     "dequantize",
     "diff",

@@ -30,3 +30,22 @@ def sqnr_db(x: Tensor, decoded: Tensor) -> float:
     if noise == 0 and x.numel():
         return math.inf
     return float(10 * torch.log10(signal.square().sum() / noise))
+
+
+def condition_numbers(x: Tensor) -> Tensor:
+    """Largest over smallest of the min(n, d) singular values of each ``[n, d]`` in ``[.., n, d]``,
+    in float64; infinite where the smallest is 0, NaN where a value is not finite.
+    """
+    matrices = x.detach().to(torch.float64).flatten(0, -3) if x.dim() > 2 else x.detach()[None]
+    finite = matrices.isfinite().all(-1).all(-1)
+    kept = torch.where(finite[:, None, None], matrices, 0).to(torch.float64)
+    values = torch.linalg.svdvals(kept)
+    if not values.numel():
+        return values.new_full((len(matrices),), math.nan)
+    conditions: Tensor = torch.where(finite, values[:, 0] / values[:, -1], math.nan)
+    return conditions
+
+
+def condition_number(x: Tensor) -> float:
+    """The geometric mean of :func:`condition_numbers`: of a batch of token matrices."""
+    return float(condition_numbers(x).log().mean().exp())

@@ -12,6 +12,8 @@ from torch import fx, nn
 
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import Inputs, capture, copied, inputs_of
+from rfcompile.companions import PolynomialAttention, TokenGraying
+from rfcompile.companions.options import attention_of, graying_of
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
@@ -40,11 +42,16 @@ def transform(
     *,
     example_inputs: Any = None,
     residual: str | ResidualFree = "keep",
+    attention: str | PolynomialAttention = "softmax",
+    power: int | None = None,
+    scale: str | None = None,
+    token_graying: str | TokenGraying | None = None,
+    epsilon: float | None = None,
     boundaries: Boundaries = "auto",
     policy: Policy | None = None,
 ) -> nn.Module:
-    """A model like ``model``, its traffic quantized, its residual connections rewritten; ``model``
-    itself stays as it is.
+    """A model like ``model``, its traffic quantized, its residual connections or attentions
+    rewritten; ``model`` itself stays as it is.
 
     The new model has the same state_dict names, and trains, copies, compiles and exports like the
     old one. It shares every parameter and buffer with it, unless ``residual`` starts it anew.
@@ -63,20 +70,26 @@ def transform(
     Args:
         bits: bits an element for all traffic; or give a ``policy``. Neither: nothing is quantized.
         example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
-            ``model.dummy_inputs``. Used to rewrite residual connections, and for an
-            ``fx.GraphModule`` without shapes in its metadata.
+            ``model.dummy_inputs``. Used by every rewrite, and for an ``fx.GraphModule`` without
+            shapes in its metadata.
         residual: "keep"; "free" drops every skip, "mix" puts a trainable orthogonal matrix in its
             place, and both start the blocks' parameters anew, with a temperature in each
             attention; "anneal" gives each skip a gain that starts at 1. Or a
             :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
             :func:`~rfcompile.rewrites` says what was done.
+        attention: "softmax"; "polynomial": a ``power`` (3) of the scores in its place, the rows
+            scaled by ``scale``, "row", "sequence" or "learned" (``attention_gain`` in the
+            state_dict). Or a :class:`~rfcompile.companions.PolynomialAttention`.
+        token_graying: "dct" or "svd": the tokens' spectrum is raised to ``epsilon`` before the
+            first block. Or a :class:`~rfcompile.companions.TokenGraying`.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
     Raises:
         PolicyError, FormatError: options. BoundaryError: nowhere to put the wire. CaptureError: the
         model cannot be copied or captured, or the graph has no shapes. ResidualError: there is no
-        residual connection, or one cannot be rewritten. And when the new model is called,
+        residual connection, or one cannot be rewritten. AttentionError, GrayingError: likewise for
+        these. And when the new model is called,
         DtypeError: what leaves a boundary is neither float32, bfloat16 nor float16.
     """
     check_module(model)
@@ -84,6 +97,10 @@ def transform(
     if residual != "keep":
         how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
         changes.append(how)
+    if (polynomial := attention_of(attention, power, scale)) is not None:
+        changes.append(polynomial)
+    if (graying := graying_of(token_graying, epsilon)) is not None:
+        changes.append(graying)
     is_exact = bits is None and policy is None and changes
     wanted = None if is_exact else policy_of(bits, policy)
     with torch.inference_mode(False) if changes else nullcontext():

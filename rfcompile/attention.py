@@ -7,8 +7,6 @@ gradients of the attention's operands say which feature of which linear feeds wh
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +17,7 @@ from torch.utils import _pytree as pytree
 from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.graph import module_of
 from rfcompile.linears import Linear, fed_in, linears_in
-
-aten = torch.ops.aten
+from rfcompile.passes.attention_cores import Core, cores_of
 
 
 @dataclass(frozen=True)
@@ -67,78 +64,6 @@ def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
     return Anatomy(tuple(run.linears.values()), tuple(attentions))
-
-
-# ---- attentions --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Core:
-    """The nodes of an attention: its operands [.., head, token, feature], and the result.
-
-    ``weights`` is where probabilities are made: the fused attention or the softmax. The key may be
-    transposed: ``key_axes`` are those of its tokens and features.
-    """
-
-    weights: fx.Node
-    query: fx.Node
-    key: fx.Node
-    value: fx.Node
-    result: fx.Node
-    key_axes: tuple[int, int] = (-2, -1)
-
-
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_PRODUCT = {aten.matmul.default, aten.bmm.default, aten.baddbmm.default}
-_ELSEWHERE = {
-    aten.linear.default,
-    aten.addmm.default,
-    aten.mm.default,
-    aten.convolution.default,
-    aten.conv2d.default,
-    aten.layer_norm.default,
-    aten.rms_norm.default,
-    aten.scaled_dot_product_attention.default,
-    aten.topk.default,
-    aten._grouped_mm.default,
-}
-"""What no attention has between its scores and its values."""
-
-
-def cores_of(graph: fx.Graph) -> Iterator[Core]:
-    """The attentions of an exported graph, fused or written out, in order."""
-    for node in graph.nodes:
-        if node.target is aten.scaled_dot_product_attention.default:
-            q, k, v = _nodes(node.args[:3])
-            yield Core(node, q, k, v, node)
-        elif node.target in _SOFTMAX:
-            scores = _nearest_product(node, lambda n: n.all_input_nodes)
-            result = _nearest_product(node, lambda n: n.users)
-            if scores is not None and result is not None:
-                q, k = _nodes(scores.args[-2:])
-                (v,) = _nodes(result.args[-1:])
-                yield Core(node, q, k, v, result, key_axes=(-1, -2))
-
-
-def _nodes(arguments: Sequence[object]) -> list[fx.Node]:
-    return [argument for argument in arguments if isinstance(argument, fx.Node)]
-
-
-def _nearest_product(
-    start: fx.Node, neighbours: Callable[[fx.Node], Iterable[fx.Node]]
-) -> fx.Node | None:
-    """The product of two tensors that is reached in the fewest steps."""
-    reached = [start]
-    for node in itertools.islice(reached, REACH):  # grows while it runs
-        if node is not start and node.target in _PRODUCT:
-            return node
-        if node is start or node.target not in _SOFTMAX | _ELSEWHERE:
-            reached += [n for n in neighbours(node) if n not in reached]
-    return None
-
-
-REACH = 64
-"""How many nodes (masks, casts, dropout) may lie around a softmax before its products."""
 
 
 # ---- the question ------------------------------------------------------------------------------

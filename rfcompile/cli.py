@@ -1,4 +1,4 @@
-"""The command line: ``rfcompile explain``, ``diff`` and ``residuals`` on MODULE:FACTORY.
+"""The command line: ``rfcompile explain``, ``diff``, ``residuals``, ``analyze`` on MODULE:FACTORY.
 
 Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 
@@ -10,6 +10,8 @@ code explain                                        diff                      re
 2    the command line is wrong                      (the same)                (the same)
 3    an error, printed to stderr                    (the same)                (the same)
 ==== ============================================== ========================= ================
+
+``analyze`` has 0, 2 and 3.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 from torch import nn
 
 from rfcompile import api
+from rfcompile.analyze import analyze
 from rfcompile.capture import inputs_of
 from rfcompile.errors import RFCompileError, TargetError
 from rfcompile.explain import explain
@@ -63,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     diff.set_defaults(command=_diff)
     residuals = commands.add_parser("residuals", help="where the model adds what it skipped")
     residuals.set_defaults(command=_residuals)
-    for command in (explain, diff, residuals):
+    analysis = commands.add_parser("analyze", help="condition numbers, kurtosis, attention norms")
+    analysis.set_defaults(command=_analyze)
+    for command in (explain, diff, residuals, analysis):
         command.add_argument(
             "target",
             metavar="MODULE:FACTORY",
@@ -90,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
             help="for a model with collectives: simulate this many ranks while FACTORY and the "
             "model run; nothing is sent",
         )
+    for command in (explain, diff, analysis):
         command.add_argument(
             "--boundaries", default="auto", help='"auto", "branches", or module paths with commas'
         )
@@ -140,6 +146,14 @@ def _residuals(args: argparse.Namespace) -> int:
         found = find_residuals(model, inputs, kwargs)
     print(as_json(found) if args.json else as_text(found))
     return 0 if found else 1
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):
+        model, inputs, kwargs = _load(args.target)
+        found = analyze(model, *inputs, kwargs=kwargs, boundaries=_boundaries(args))
+    print(found.json() if args.json else found)
+    return 0
 
 
 def _ranks(args: argparse.Namespace) -> AbstractContextManager[None]:

@@ -40,6 +40,22 @@ class ResidualError(RFCompileError, ValueError):
         self.left = tuple(left)
 
 
+class AttentionError(RFCompileError, ValueError):
+    """A model's attentions cannot be rewritten as asked; ``left`` are those that remain."""
+
+    def __init__(self, message: str, left: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.left = tuple(left)
+
+
+class GrayingError(RFCompileError, ValueError):
+    """Tokens cannot be grayed as asked; ``modules`` are the places that it is about."""
+
+    def __init__(self, message: str, modules: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.modules = tuple(modules)
+
+
 class FormatError(RFCompileError, ValueError):
     """A field of a :class:`~rfcompile.QuantFormat` has a value outside its rule."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -85,6 +85,15 @@ def _inner(module: nn.Module | None) -> nn.Module | None:
             return module
         module = inner
     return None
+
+
+def without_nested_tensors(model: nn.Module, changed: Callable[[nn.Module], bool]) -> None:
+    """Encoders of torch that hold a changed module pass on no tensors that only torch's own kernel
+    for whole layers takes.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor &= not any(map(changed, module.modules()))
 
 
 def has_collectives(model: nn.Module) -> bool:

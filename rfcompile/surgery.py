@@ -21,6 +21,7 @@ from rfcompile.candidates import Owner
 from rfcompile.capture import Inputs, buffers_kept, capture, copied, in_mode
 from rfcompile.errors import CaptureError, ResidualError
 from rfcompile.graph import ModuleCall, frames_of, module_calls, module_of
+from rfcompile.models import without_nested_tensors
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
 from rfcompile.passes.open_residuals import OpenedSite
 from rfcompile.residual_site import ResidualSite
@@ -196,9 +197,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
         sites = [m for m in module.children() if isinstance(m, ResidualSite)]
         if sites and isinstance(module, nn.TransformerEncoderLayer):
             sites[0].register_forward_hook(_no_fast_path)
-        if isinstance(module, nn.TransformerEncoder):  # tensors that only that kernel takes
-            rewritten = any(isinstance(m, ResidualSite) for m in module.modules())
-            module.use_nested_tensor &= not rewritten
+    without_nested_tensors(model, lambda module: isinstance(module, ResidualSite))
 
 
 def _no_fast_path(*_: object) -> None:

@@ -112,6 +112,18 @@ CASES: dict[str, Case] = {
     "BoundaryError": (lambda: errors.BoundaryError("m"), ValueError, "m", {}),
     "CaptureError": (lambda: errors.CaptureError("m"), RuntimeError, "m", {}),
     "SourceError": (lambda: errors.SourceError("m"), RuntimeError, "m", {}),
+    "AttentionError": (
+        lambda: errors.AttentionError("m", ["an attention"]),
+        ValueError,
+        "m",
+        {"left": ("an attention",)},
+    ),
+    "GrayingError": (
+        lambda: errors.GrayingError("m", ["blocks.0"]),
+        ValueError,
+        "m",
+        {"modules": ("blocks.0",)},
+    ),
     "ResidualError": (
         lambda: errors.ResidualError("m", ["an add"]),
         ValueError,

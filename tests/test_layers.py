@@ -21,14 +21,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
-    ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
+    (
+        *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
+        *("polynomial", "polynomial_linear", "attention_ops", "graying"),
+    ),
     ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
-        *("residual_free", "residual_report"),
+        *("attention_matrix", "companions", "residual_free", "residual_report"),
     ),
-    ("backend", "diff", "api", "explain", "residuals"),
+    ("analyze", "backend", "diff", "api", "explain", "residuals"),
     ("cli", ""),  # "" is rfcompile/__init__.py, which lists the public names
 )
 PRIVATE_TORCH = ("torch._inductor", "torch._functorch")

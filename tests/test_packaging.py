@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 PUBLIC_NAMES = [
+    "Analysis",
     "GraphDiff",
     "Policy",
+    "PolynomialAttention",
     "QuantFormat",
     "RFCompileError",
     "Report",
@@ -27,9 +29,11 @@ PUBLIC_NAMES = [
     "ResidualFree",
     "ResidualReport",
     "Site",
+    "TokenGraying",
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "analyze",
     "broadcast",
     "dequantize",
     "diff",

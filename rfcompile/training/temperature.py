@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.attention import Attention, Core, anatomy, cores_of
+from rfcompile.attention import Attention, anatomy
+from rfcompile.attention_matrix import matrix_of
 from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.errors import ResidualError
 from rfcompile.graph import ModuleCall, module_calls, module_of
 from rfcompile.linears import Linear
+from rfcompile.passes.attention_cores import Core, cores_of
 from rfcompile.training.torch_attention import TemperedAttention
 
 NAME = "temperature"
@@ -139,7 +141,11 @@ class _Calibration(Interpreter):
         self.graph = module.graph
         self.cores = {core.weights: core for core in cores_of(module.graph)}
         pairs = zip(self.cores.values(), attentions, strict=True)
-        self.layers = {c: found for c, found in pairs if found.is_self and _is_square(c)}
+        self.layers = {
+            core: found
+            for core, found in pairs
+            if found.is_self and _is_square(core) and core.kind == "softmax"
+        }
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
         self.found: dict[Core, Temperature] = {}
         self.values: dict[Linear | None, float] = {}
@@ -197,8 +203,7 @@ class _Calibration(Interpreter):
         """Mean weight of a token on itself."""
         node = core.query
         values = {**self.env, **self.again(node, self.env[node] / temperature, core.weights)}
-        weights = torch.softmax(_scores(core, values).float(), -1)
-        return float(weights.diagonal(dim1=-2, dim2=-1).mean())
+        return float(matrix_of(core, values).diagonal(dim1=-2, dim2=-1).mean())
 
 
 LIMIT = 16.0
@@ -208,29 +213,6 @@ LIMIT = 16.0
 def _is_square(core: Core) -> bool:
     q, k = core.query.meta["val"], core.key.meta["val"]
     return bool(q.shape[-2] == k.shape[core.key_axes[0]])
-
-
-def _scores(core: Core, values: dict[fx.Node, Any]) -> Tensor:
-    """What an attention takes the softmax of."""
-
-    def load(argument: Any) -> Any:
-        return values[argument] if isinstance(argument, fx.Node) else argument
-
-    if core.weights is not core.result:
-        scores: Tensor = load(core.weights.args[0])
-        return scores
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, core.weights.args, strict=False)) | core.weights.kwargs
-    a = {name: load(value) for name, value in given.items()}
-    q, k = a["query"], a["key"]
-    scale = a.get("scale") or 1 / math.sqrt(q.shape[-1])
-    scores = q @ k.repeat_interleave(q.shape[-3] // k.shape[-3], -3).transpose(-1, -2) * scale
-    mask = a.get("attn_mask")
-    if a.get("is_causal"):
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is None:
-        return scores
-    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 # ---- where -----------------------------------------------------------------------------------
