@@ -173,8 +173,10 @@ def main() -> int:
             done = [row["wire"] for row in rows if job.is_of(row)]
             wires = wires_of(job.kind, job.task) + (options.also if job.kind == "ddp" else [])
             new = [wire for wire in wires if wire not in done]
-            if new:
-                missing.append((job, wires if job.task == "time" else new))
+            if job.task == "loss":  # each by itself: what is done stays when the script is stopped
+                missing += [(job, [wire]) for wire in new]
+            elif new:
+                missing.append((job, wires))
         if not missing:
             continue
         given = [
