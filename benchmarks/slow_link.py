@@ -14,8 +14,9 @@ Ranks are processes of this machine in network namespaces (``network.py``), join
   and ``bits=N``, block by block, as that compiles once for all blocks; "bf16" is the exact run with
   casts to bfloat16 around every all-reduce. The arithmetic stays float32 in all of them.
 
-A line of the result: median and interquartile range of the runs after warm-up, bytes that left rank
-0's interface (TCP and IP headers included) beside the predicted bytes, relative error of the sum.
+A line of the result: median and interquartile range of the runs after warm-up, bytes that left an
+interface (TCP and IP headers included, mean of the ranks) beside the predicted bytes, relative
+error of the sum.
 16 MB is far above the 128 kB that the rate limiter lets through at once. Without root or without
 the tools the script says so and exits with 0. Results: ``benchmarks/results/slow_link.jsonl`` and
 ``slow_link.png``.
@@ -24,32 +25,22 @@ the tools the script says so and exits with 0. Results: ``benchmarks/results/slo
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import signal
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from network import Network, available, sent_bytes
+from common import RESULTS, machine, write
+from ranks import Work, clock, measure, ready, serve
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import rfcompile as rf
 from rfcompile import cost
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "slow_link.jsonl"
 ELEMENTS = 4_194_304
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 WIRES = {
@@ -59,74 +50,18 @@ WIRES = {
 WARM_UP = 2
 
 
-@dataclass(frozen=True)
-class Job:
-    """A task to time over every wire, as sent to the ranks."""
-
-    task: str
-    runs: int
-
-
 # ---- on the ranks ------------------------------------------------------------------------------
 
-
-@dataclass
-class Work:
-    """Something to time: ``run`` is timed, ``prepare`` runs before it, untimed."""
-
-    run: Callable[[], object]
-    facts: dict[str, float]
-    prepare: Callable[[], object] = lambda: None
+_works: dict[str, dict[str, Work]] = {}
+"""By task: compiled once, for every rate."""
 
 
-def worker() -> None:
-    """Serve the jobs on stdin; rank 0 answers each with a line of JSON on stdout."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    tasks: dict[str, dict[str, Work]] = {}
-    for line in sys.stdin:
-        job = Job(**json.loads(line))
-        make = all_reduce if job.task == "all-reduce" else step
-        if job.task not in tasks:
-            tasks[job.task] = {wire: make(wire) for wire in WIRES[job.task]}
-        works = tasks[job.task]
-        timings: dict[str, list[tuple[float, int]]] = {wire: [] for wire in works}
-        for _ in range(WARM_UP + job.runs):
-            for wire, work in works.items():  # in turn: a busy moment hits every wire alike
-                timings[wire].append(timed(work))
-        if dist.get_rank() == 0:
-            answers = [
-                {"wire": wire, **summary(timings[wire][WARM_UP:]), **work.facts}
-                for wire, work in works.items()
-            ]
-            print(json.dumps(answers), flush=True)
-    dist.destroy_process_group()
-
-
-def timed(work: Work) -> tuple[float, int]:
-    """Run once: seconds of the slowest rank, and bytes this rank sent."""
-    work.prepare()
-    dist.barrier()
-    bytes_before, start = bytes_sent_here(), time.perf_counter()
-    work.run()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)  # also: from here on everything has been sent
-    return seconds.item(), bytes_sent_here() - bytes_before
-
-
-def summary(timings: list[tuple[float, int]]) -> dict[str, float]:
-    """Median and interquartile range of the times, median of the bytes."""
-    seconds, sent = zip(*timings, strict=True)
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return {
-        "median_ms": round(1e3 * median, 2),
-        "iqr_ms": round(1e3 * (high - low), 2),
-        "sent_bytes": statistics.median_low(sent),
-    }
-
-
-def bytes_sent_here() -> int:
-    return sent_bytes(Path("/proc/net/dev").read_text())
+def answer(job: dict[str, Any]) -> list[dict[str, Any]]:
+    task = job["task"]
+    if task not in _works:
+        make = all_reduce if task == "all-reduce" else step
+        _works[task] = {wire: make(wire) for wire in WIRES[task]}
+    return clock(_works[task], job["runs"], WARM_UP)
 
 
 def all_reduce(wire: str) -> Work:
@@ -213,40 +148,6 @@ def cast_linears(model: torch.nn.Module, dtype: torch.dtype) -> None:
 # ---- on the machine ----------------------------------------------------------------------------
 
 
-def measure(ranks: int, rates: list[str], jobs: list[Job]) -> Iterator[list[dict[str, Any]]]:
-    """Run the jobs on ``ranks`` hosts at every rate; the same processes serve all of them."""
-    env = {
-        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "examples"))),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # gloo warns that namespaces have no host names
-    }
-    command = [sys.executable, __file__, "--worker"]
-    with Network(ranks) as network:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        workers = [network.run(rank, command, env, **pipes) for rank in range(ranks)]
-        for rate in rates:
-            network.set_rate(None if rate == "none" else rate)
-            for job in jobs:
-                for process in workers:
-                    assert process.stdin is not None
-                    process.stdin.write(json.dumps(asdict(job)) + "\n")
-                    process.stdin.flush()
-                assert workers[0].stdout is not None
-                answer = workers[0].stdout.readline()
-                if not answer:
-                    raise RuntimeError(f"a rank stopped during {job}; its error is above.")
-                place = {"ranks": ranks, "rate": rate, **asdict(job)}
-                yield [place | row for row in json.loads(answer)]
-        for process in workers:
-            process.communicate()
-
-
-def machine() -> str:
-    """The processor and how many cores there are."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a measurement; "x exact" and "x bf16" say how many times faster it is than those."""
     lines = [
@@ -310,38 +211,31 @@ def main() -> int:
     parser.add_argument("--rates", help="comma-separated tc rates (default none,1gbit,200mbit)")
     parser.add_argument("--tasks", help="all-reduce, step or both (default)")
     parser.add_argument("--runs", type=int, default=9, help="timed runs of each, at least 2")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the JSON lines to write")
+    parser.add_argument("--out", type=Path, default=RESULTS / "slow_link.jsonl")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker()
+        serve(answer)
         return 0
-    if reason := available():
-        print(f"slow_link: skipped: {reason}.")
+    if not ready("slow_link"):
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the namespaces go
     ranks = [int(n) for n in (args.ranks or ("2" if args.quick else "2,4")).split(",")]
     rates = (args.rates or ("200mbit" if args.quick else "none,1gbit,200mbit")).split(",")
     tasks = (args.tasks or ("all-reduce" if args.quick else "all-reduce,step")).split(",")
-    jobs = [Job(task, args.runs) for task in tasks]
-    facts = {"machine": machine(), "torch": torch.__version__, "date": date.today().isoformat()}
+    places = [{"rate": rate, "task": task, "runs": args.runs} for rate in rates for task in tasks]
+    jobs = [(None if place["rate"] == "none" else place["rate"], place) for place in places]
     rows: list[dict[str, Any]] = []
-    total = len(ranks) * len(rates) * len(jobs)
-    done = 0
     started = time.perf_counter()
     print("compiling first, for each number of ranks ...", file=sys.stderr, flush=True)
     for n in ranks:
-        for answer in measure(n, rates, jobs):
-            rows += [row | facts for row in answer]
-            done += 1
+        for place, found in zip(places, measure(__file__, n, jobs), strict=True):
+            rows += [{"ranks": n} | place | row | machine() for row in found]
             seconds = time.perf_counter() - started
-            text = f"{n} ranks, {rows[-1]['rate']}, {rows[-1]['task']}, after {seconds:.0f} s"
-            print(f"[{done}/{total}] {text}", file=sys.stderr, flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            text = f"{n} ranks, {place['rate']}, {place['task']}, after {seconds:.0f} s"
+            print(text, file=sys.stderr, flush=True)
+    write(args.out, rows)
     plot(rows, args.out.with_suffix(".png"))
     print(table(rows))
-    print(f"written: {args.out} and its .png")
     return 0
 
 

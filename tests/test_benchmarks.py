@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +77,22 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
     assert [row["arm"] for row in rows] == ["kept", "annealed", "dropped", "fresh"]
     kept, annealed, dropped, fresh = (row["course"][0][1] for row in rows)  # type: ignore[index]
     assert kept == annealed != dropped != fresh
+
+
+def test_traffic(root: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("NOT TESTED HERE: network namespaces need root, ip and tc")
+    out = tmp_path / "traffic.jsonl"
+    command = ["benchmarks/traffic.py", "--kinds", "states adamw", "--worlds", "2"]
+    command += ["--steps", "1", "--runs", "2", "--rate", "1gbit"]
+    first = rows_of(root, out, *command)
+    assert [(row["task"], row["wire"]) for row in first] == [
+        (task, wire) for task in ("loss", "time") for wire in ("float32", "int8", "int4")
+    ]
+    assert rows_of(root, out, *command) == first  # nothing was left to do
+    for row in first[3:]:
+        sent, predicted = row["sent_bytes"], row["predicted_bytes"]
+        assert isinstance(sent, float)
+        assert isinstance(predicted, float)
+        assert predicted <= sent <= 1.03 * predicted
+    assert out.with_suffix(".png").stat().st_size > 10_000
