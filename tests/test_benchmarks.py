@@ -75,3 +75,14 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
     assert [row["arm"] for row in rows] == ["kept", "annealed", "dropped", "fresh"]
     kept, annealed, dropped, fresh = (row["course"][0][1] for row in rows)  # type: ignore[index]
     assert kept == annealed != dropped != fresh
+
+
+def test_companions(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "companions.jsonl"
+    command = ["benchmarks/companions.py", "attention", "--tiny", "--seeds", "1"]
+    rows = rows_of(root, out, *command, "--only", "length", "language")
+    assert {row["part"] for row in rows} == {"length", "language"}
+    again = rows_of(root, out, *command, "--only", "length", "language")
+    assert len(again) == len(rows)  # nothing is left to do
+    assert out.with_suffix(".png").stat().st_size > 10_000
