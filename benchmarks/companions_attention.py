@@ -137,7 +137,7 @@ def _step_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A training step of two ViTs in turn: as it is, grayed, polynomial."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 6, 2)}
+    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 4, 2)}
     for name, (image, patch, channels, width, layers, batch) in shapes.items():
         if f"time {name}" in options.done or (options.tiny and name != "digits"):
             continue
@@ -163,7 +163,7 @@ def _step_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             model.zero_grad()
 
         tasks = {arm: (lambda m=model: step(m)) for arm, model in models.items()}
-        times = alternate(tasks, 2 if options.tiny else 25)
+        times = alternate(tasks, 2 if options.tiny else 15)
         ratios = {a: t["median_ms"] / times["none"]["median_ms"] for a, t in times.items()}
         yield {"key": f"time {name}", "part": "time", "times": times, "ratios": ratios}
 
@@ -190,6 +190,6 @@ def _lengths(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for power, form in PAIRS
             }
             tasks = {name: partial(both, function) for name, function in arms.items()}
-            runs = 2 if options.tiny else 15 if length < 2000 else 5
+            runs = 2 if options.tiny else 15 if length < 2000 else 3
             times = alternate(tasks, runs, warm_up=1)
             yield {"key": key, "part": "length", "width": width, "length": length, "times": times}

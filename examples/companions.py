@@ -23,8 +23,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.inputs = nn.Linear(8, 32)
         self.position = nn.Parameter(torch.randn(16, 32))
-        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        self.blocks = nn.ModuleList([layer, type(layer)(32, 4, 64, 0.0, batch_first=True)])
+        layers = (nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True) for _ in range(2))
+        self.blocks = nn.ModuleList(layers)
         self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,6 @@ def waves(n: int) -> tuple[Tensor, Tensor]:
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=200)
 steps = parser.parse_args().steps
-
 torch.manual_seed(0)
 model = rf.transform(
     Classifier(), bits=4, residual="free", attention="polynomial", power=3, scale="learned",

@@ -95,4 +95,14 @@ def test_traffic(root: Path, tmp_path: Path) -> None:
         assert isinstance(sent, float)
         assert isinstance(predicted, float)
         assert predicted <= sent <= 1.03 * predicted
+
+
+def test_companions(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    out = tmp_path / "companions.jsonl"
+    command = ["benchmarks/companions.py", "attention", "--tiny", "--seeds", "1"]
+    rows = rows_of(root, out, *command, "--only", "length", "language")
+    assert {row["part"] for row in rows} == {"length", "language"}
+    again = rows_of(root, out, *command, "--only", "length", "language")
+    assert len(again) == len(rows)  # nothing is left to do
     assert out.with_suffix(".png").stat().st_size > 10_000

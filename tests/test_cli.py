@@ -123,6 +123,19 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     return call
 
 
+# ---- analyze ----------------------------------------------------------------------------------
+
+
+def test_analyze(run: Run) -> None:
+    result = run("analyze", "net")
+    assert result.code == 0
+    assert "layers.1" in result.out
+    assert "excess kurtosis" in result.out
+    found = json.loads(run("analyze", "net", "--json", "--boundaries", "layers.*.up").out)
+    assert [block["module"] for block in found["blocks"]] == ["layers.0.up", "layers.1.up"]
+    assert found["attentions"] == []
+
+
 # ---- explain ----------------------------------------------------------------------------------
 
 

@@ -276,6 +276,18 @@ def test_slow_link_without_its_tools_says_so_and_succeeds(root: Path, tmp_path: 
     assert not out.exists()
 
 
+def test_the_companions_example_asks_for_all_of_them_at_once(root: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "examples/companions.py", "--steps", "3"],
+        cwd=root, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "4 of 4 residual adds rewritten: free" in run.stdout
+    assert "2 attentions: s^3, scale learned" in run.stdout
+    assert "tokens grayed at 1 of 1 places: dct, 0.9" in run.stdout
+    assert "after 3 steps" in run.stdout
+
+
 def test_a_network_carries_bytes_at_its_rate_and_leaves_nothing(network: ModuleType) -> None:
     if reason := network.available():
         pytest.skip(f"NOT TESTED HERE: {reason}")

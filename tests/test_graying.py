@@ -88,7 +88,11 @@ def test_the_gradient_at_repeated_values_is_the_slope() -> None:
     step, direction = 1e-6, torch.randn(5, 5, dtype=torch.float64)
     (g,) = torch.autograd.grad(gray_svd(x, 0.6), x, direction)
     e = torch.randn_like(x)
-    high, low = (float((gray_svd(x.detach() + s * e, 0.6) * direction).sum()) for s in (step, -step))
+
+    def along(size: float) -> float:
+        return float((gray_svd(x.detach() + size * e, 0.6) * direction).sum())
+
+    high, low = along(step), along(-step)
     assert float((g * e).sum()) == pytest.approx((high - low) / (2 * step), rel=1e-6)
 
 

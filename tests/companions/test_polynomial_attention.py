@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tests.zoo import ZOO, NanoGPT, tokens
 
 import rfcompile as rf
 from rfcompile.attention_matrix import attention_matrices
 from rfcompile.companions import PolynomialReport
 from rfcompile.errors import AttentionError, PolicyError
+from tests.zoo import ZOO, NanoGPT, tokens
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -77,7 +77,8 @@ def test_sdpa_and_eager_compute_the_same() -> None:
     outputs = []
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
-        outputs.append(output_of(polynomial(model, inputs).eval(), inputs)[inputs["attention_mask"] > 0])
+        new = polynomial(model, inputs).eval()
+        outputs.append(output_of(new, inputs)[inputs["attention_mask"] > 0])
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
@@ -90,8 +91,8 @@ def test_generation_with_a_cache_gives_the_tokens_of_one_without() -> None:
     new: Any = polynomial(model, tokens()).eval()
     prompt = tokens()["input_ids"]
     made = [
-        new.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=use_cache, eos_token_id=None)
-        for use_cache in (True, False)
+        new.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=cached, eos_token_id=None)
+        for cached in (True, False)
     ]
     assert torch.equal(*made)
     assert made[0].shape[1] == 18

@@ -87,7 +87,8 @@ def test_other_places(encoder: Encoder) -> None:
         x = x + block.attention(gray_tokens(block.norm(x), None, 0.7, "dct"))
     assert torch.equal(new(X), x)
     named = grayed(encoder, rf.TokenGraying("svd", where=("blocks.1",)))
-    assert torch.equal(named(X), encoder.blocks[1](gray_tokens(encoder.blocks[0](X), None, 0.7, "svd")))
+    between = gray_tokens(encoder.blocks[0](X), None, 0.7, "svd")
+    assert torch.equal(named(X), encoder.blocks[1](between))
 
 
 def test_padding_does_not_matter(encoder: Encoder) -> None:
@@ -109,12 +110,14 @@ def test_padding_of_torch_layers(batch_first: bool) -> None:
     with torch.no_grad():
         y = new(x, src_key_padding_mask=padding)
         z = new(X[:1, :4] if batch_first else X[:1, :4].transpose(0, 1))
-    torch.testing.assert_close(y[0, :4] if batch_first else y[:4, 0], z[0] if batch_first else z[:, 0])
+    y, z = (y[0, :4], z[0]) if batch_first else (y[:4, 0], z[:, 0])
+    torch.testing.assert_close(y, z)
 
 
 def test_public_models() -> None:
     pytest.importorskip("transformers")
-    for name, place in (("bert", "encoder.layer.0"), ("vit", "layers.0"), ("t5", "encoder.block.0")):
+    places = {"bert": "encoder.layer.0", "vit": "layers.0", "t5": "encoder.block.0"}
+    for name, place in places.items():
         entry = ZOO[name]
         new = grayed(entry.build(), "dct", entry.inputs(), epsilon=0.7)
         assert [p.module for p in report_of(new).places] == [place]
