@@ -115,12 +115,17 @@ def _train(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[
         "task": vars(config) | {"batch": batch, "steps": steps},
         "validation_loss": validation_loss(task, model, 4),
         "accuracy": _accuracy(task, model) if isinstance(task, Digits) else None,
-        "condition_in": [math.log(b.condition_in) for b in facts.blocks],
-        "condition_out": [math.log(b.condition_out) for b in facts.blocks],
+        "condition_in": [_log(b.condition_in) for b in facts.blocks],
+        "condition_out": [_log(b.condition_out) for b in facts.blocks],
         "frobenius": [a.frobenius for a in facts.attentions],
         "bound": facts.attentions[0].bound,
         "seconds": seconds, "losses": losses,
     }  # fmt: skip
+
+
+def _log(condition: float) -> float | None:
+    """None where a token matrix is singular: a byte that is there twice, before any position."""
+    return math.log(condition) if math.isfinite(condition) else None
 
 
 @torch.no_grad()
