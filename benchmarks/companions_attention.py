@@ -142,7 +142,7 @@ def _step_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A training step of two ViTs in turn: as it is, grayed, polynomial."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 4, 2)}
+    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 6, 4)}
     for name, (image, patch, channels, width, layers, batch) in shapes.items():
         if f"time {name}" in options.done or (options.tiny and name != "digits"):
             continue
