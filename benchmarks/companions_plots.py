@@ -91,7 +91,8 @@ def plot(rows: Rows, path: Path) -> None:
             xs = [row["length"] for row in mine]
             axis.plot(xs, [row["times"][arm]["median_ms"] for row in mine], marker="o", label=arm)
         axis.set(title=f"Causal attention, 4 heads of {width}, forward and backward, one core")
-        axis.set(xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+        axis.set(xlabel="tokens", ylabel="ms", yscale="log")
+        axis.set_xscale("log", base=2)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
