@@ -115,12 +115,17 @@ def _train(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[
         "task": vars(config) | {"batch": batch, "steps": steps},
         "validation_loss": validation_loss(task, model, 4),
         "accuracy": _accuracy(task, model) if isinstance(task, Digits) else None,
-        "condition_in": [math.log(b.condition_in) for b in facts.blocks],
-        "condition_out": [math.log(b.condition_out) for b in facts.blocks],
+        "condition_in": [_log(b.condition_in) for b in facts.blocks],
+        "condition_out": [_log(b.condition_out) for b in facts.blocks],
         "frobenius": [a.frobenius for a in facts.attentions],
         "bound": facts.attentions[0].bound,
         "seconds": seconds, "losses": losses,
     }  # fmt: skip
+
+
+def _log(condition: float) -> float | None:
+    """None where a token matrix is singular: a byte that is there twice, before any position."""
+    return math.log(condition) if math.isfinite(condition) else None
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def _step_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A training step of two ViTs in turn: as it is, grayed, polynomial."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 4, 2)}
+    shapes = {"digits": (8, 2, 1, 64, 6, 64), "tokens 197": (224, 16, 3, 192, 6, 4)}
     for name, (image, patch, channels, width, layers, batch) in shapes.items():
         if f"time {name}" in options.done or (options.tiny and name != "digits"):
             continue

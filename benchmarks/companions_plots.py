@@ -20,9 +20,15 @@ def _by_arm(rows: Rows) -> dict[str, Rows]:
     return found
 
 
-def _spread(values: list[float], digits: int = 3) -> str:
+def _spread(values: list[float | None], digits: int = 3) -> str:
+    if None in values:
+        return "singular"
     deviation = stdev(values) if len(values) > 1 else 0.0
     return f"{mean(values):.{digits}f} ±{deviation:.{digits}f}"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    return None if None in values else mean(values)
 
 
 def table(rows: Rows) -> str:
@@ -43,7 +49,7 @@ def table(rows: Rows) -> str:
                 f"{arm:16} {len(seeds):5} {_spread([r['validation_loss'] for r in seeds]):>14} "
                 f"{_spread(accuracies, 1) if accuracies else '':>13} "
                 f"{_spread([r['condition_in'][0] for r in seeds], 2):>18} "
-                f"{_spread([mean(r['condition_in']) for r in seeds], 2):>14} "
+                f"{_spread([_mean(r['condition_in']) for r in seeds], 2):>14} "
                 f"{_spread([mean(r['frobenius']) / r['bound'] for r in seeds], 2):>18}"
             )
     for row in _part(rows, "time"):
@@ -85,7 +91,8 @@ def plot(rows: Rows, path: Path) -> None:
             xs = [row["length"] for row in mine]
             axis.plot(xs, [row["times"][arm]["median_ms"] for row in mine], marker="o", label=arm)
         axis.set(title=f"Causal attention, 4 heads of {width}, forward and backward, one core")
-        axis.set(xlabel="tokens", ylabel="ms", xscale="log", yscale="log")
+        axis.set(xlabel="tokens", ylabel="ms", yscale="log")
+        axis.set_xscale("log", base=2)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

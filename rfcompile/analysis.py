@@ -39,11 +39,10 @@ def condition_numbers(x: Tensor) -> Tensor:
     matrices = x.detach().to(torch.float64).flatten(0, -3) if x.dim() > 2 else x.detach()[None]
     finite = matrices.isfinite().all(-1).all(-1)
     kept = torch.where(finite[:, None, None], matrices, 0).to(torch.float64)
-    values = torch.linalg.svdvals(kept)
+    values: Tensor = torch.linalg.svdvals(kept)
     if not values.numel():
         return values.new_full((len(matrices),), math.nan)
-    conditions: Tensor = torch.where(finite, values[:, 0] / values[:, -1], math.nan)
-    return conditions
+    return torch.where(finite, values[:, 0] / values[:, -1], math.nan)
 
 
 def condition_number(x: Tensor) -> float:

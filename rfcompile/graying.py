@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -84,13 +85,27 @@ def dct_matrix(positions: Tensor, length: Tensor, n: Any, dtype: torch.dtype) ->
     return angle.cos() * norm.sqrt() * (k < N)
 
 
+def _whole_dct(n: Any, like: Tensor) -> Tensor:
+    if type(like) is Tensor:  # and nothing traces it, where its size may be a symbol
+        return _kept_dct(n, like.dtype, like.device)
+    return dct_matrix(*_all(n, like.device), n, like.dtype)
+
+
+@lru_cache(maxsize=16)
+def _kept_dct(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return dct_matrix(*_all(n, device), n, dtype)
+
+
+def _all(n: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.arange(n, device=device), torch.full((1,), n, device=device)
+
+
 def _by_dct(x: Tensor, visible: Tensor | None, epsilon: float) -> Tensor:
     n, d = x.shape[-2:]
-    places = torch.arange(d, device=x.device)
-    features = dct_matrix(places, torch.full((1,), d, device=x.device), d, x.dtype)
+    features = _whole_dct(d, x)
     if visible is None:
-        places = torch.arange(n, device=x.device)
-        tokens = dct_matrix(places, torch.full((1,), n, device=x.device), n, x.dtype)
+        tokens = _whole_dct(n, x)
     else:  # a matrix for each sample, for the number of tokens that it has
         tokens = dct_matrix(visible.cumsum(-1) - 1, visible.sum(-1, keepdim=True), n, x.dtype)
         tokens = tokens * visible.unsqueeze(-2)

@@ -42,7 +42,7 @@ class TokenGraying:
         epsilon: in (0, 1]; 1 changes nothing but rounding. The paper's: 0.95 for "dct", 0.6 to 0.7
             for "svd". Left out: 0.95 and 0.7.
         where: "input": before the first block of each list of blocks. "attention": before each
-            attention, as well. Or paths of modules (shell patterns): before each of these.
+            attention. Or paths of modules (shell patterns): before each of these.
     """
 
     form: GrayingForm = "dct"

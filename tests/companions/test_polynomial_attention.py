@@ -117,6 +117,7 @@ def test_it_compiles_exports_copies_and_pickles(gpt: NanoGPT) -> None:
     inputs = tokens()
     new = polynomial(gpt, inputs, scale="learned")
     expected = new(**inputs)
+    same: Any
     for same in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         assert torch.equal(same(**inputs), expected)
         with torch.no_grad():  # it has a gain of its own
