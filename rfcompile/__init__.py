@@ -2,9 +2,10 @@
 
 import importlib
 
-from rfcompile import collectives, errors
+from rfcompile import collectives, companions, errors
 from rfcompile.api import diff, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
+from rfcompile.companions import Rank
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
@@ -24,6 +25,7 @@ __all__ = [
     "Policy",
     "QuantFormat",
     "RFCompileError",
+    "Rank",
     "Report",
     "ResidualAdd",
     "ResidualFree",
@@ -33,6 +35,7 @@ __all__ = [
     "all_reduce",
     "all_to_all",
     "broadcast",
+    "companions",
     "dequantize",
     "diff",
     "errors",

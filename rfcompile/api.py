@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,6 +13,8 @@ from torch import fx, nn
 
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import Inputs, capture, copied, inputs_of
+from rfcompile.companions.low_rank import Rank
+from rfcompile.companions.targets import Modules
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
@@ -40,6 +43,8 @@ def transform(
     *,
     example_inputs: Any = None,
     residual: str | ResidualFree = "keep",
+    low_rank: int | Rank | None = None,
+    modules: Modules | None = None,
     boundaries: Boundaries = "auto",
     policy: Policy | None = None,
 ) -> nn.Module:
@@ -47,7 +52,8 @@ def transform(
     itself stays as it is.
 
     The new model has the same state_dict names, and trains, copies, compiles and exports like the
-    old one. It shares every parameter and buffer with it, unless ``residual`` starts it anew.
+    old one. It shares every parameter and buffer with it, unless ``residual`` or ``low_rank`` makes
+    some anew.
 
     With ``bits`` or a ``policy``:
 
@@ -71,6 +77,11 @@ def transform(
             :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
             :func:`~rfcompile.rewrites` says what was done.
+        low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices: linears
+            compute their weight as ``sin(omega U V) / g``. New names in the state_dict: ``left``
+            and ``right`` for ``weight``.
+        modules: which linears get a low rank: paths, shell patterns, or a function of
+            (path, module); left out, those of the repeated blocks.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
     Raises:
@@ -84,6 +95,11 @@ def transform(
     if residual != "keep":
         how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
         changes.append(how)
+    if low_rank is not None:
+        rank = low_rank if isinstance(low_rank, Rank) else Rank(low_rank)
+        changes.append(rank if modules is None else replace(rank, modules=modules))
+    elif modules is not None:
+        raise PolicyError("modules", modules, "it says which linears get a low_rank: give that too.")
     is_exact = bits is None and policy is None and changes
     wanted = None if is_exact else policy_of(bits, policy)
     with torch.inference_mode(False) if changes else nullcontext():

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     (
-        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
+        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint", "low_rank_weight"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
     ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
-        *("residual_free", "residual_report"),
+        *("residual_free", "residual_report", "companions"),
     ),
     ("backend", "diff", "api", "explain", "residuals"),
     ("cli", ""),  # "" is rfcompile/__init__.py, which lists the public names
