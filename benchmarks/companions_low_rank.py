@@ -52,7 +52,7 @@ class Picture:
         phases = grid @ torch.randn(2, width // 2, generator=generator) * 6
         self.features = torch.cat([phases.sin(), phases.cos()], dim=1)
         self.colors = small.flatten(1).t().contiguous()
-        self.width = width
+        self.width, self.generator = width, generator
 
     def model(self) -> nn.Module:
         sizes = [self.width] * 5
@@ -60,7 +60,8 @@ class Picture:
         return nn.Sequential(*layers, nn.Linear(self.width, 3))
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        return self.features, self.colors
+        chosen = torch.randint(len(self.colors), (2048,), generator=self.generator)
+        return self.features[chosen], self.colors[chosen]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.mse_loss(model(batch[0]), batch[1])
@@ -69,9 +70,9 @@ class Picture:
 def task_of(name: str, seed: int, tiny: bool) -> Any:
     small = GPTConfig(width=32, layers=2, heads=2, context=16)
     if name == "language":
-        return Language(small if tiny else GPTConfig(128, 3, 4, 64), 16, seed)
+        return Language(small if tiny else GPTConfig(128, 3, 4, 64), 8, seed)
     if name == "digits":
-        return Digits(small if tiny else GPTConfig(64, 4, 4, 16), 64, seed)
+        return Digits(small if tiny else GPTConfig(64, 4, 4, 16), 32, seed)
     return Picture(32 if tiny else 128, seed)
 
 
@@ -84,7 +85,7 @@ def quality(name: str, task: Any, model: nn.Module) -> float:
     """Validation loss in nats (lower is better), accuracy in %, or PSNR in dB (higher is)."""
     model.eval()
     if name == "picture":
-        return -10 * math.log10(float(task.loss(model, task.batch())))
+        return -10 * math.log10(float(task.loss(model, (task.features, task.colors))))
     if name == "digits":
         hits = [model(x).logits.argmax(-1) == y for x, y in task.validation(4)]
         return 100 * float(torch.cat(hits).float().mean())
@@ -272,7 +273,7 @@ def plot(rows: Rows, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=["language", "digits", "picture"])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 8, 24])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)

@@ -5,7 +5,7 @@ import importlib
 from rfcompile import collectives, companions, errors
 from rfcompile.api import diff, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
-from rfcompile.companions import Rank
+from rfcompile.companions import Adapters, Rank, add_adapters, quantize_adapters
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
@@ -21,6 +21,7 @@ from rfcompile.rewrites import rewrites
 from rfcompile.tensors import dequantize, quantize
 
 __all__ = [
+    "Adapters",
     "GraphDiff",
     "Policy",
     "QuantFormat",
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualFree",
     "ResidualReport",
     "Site",
+    "add_adapters",
     "all_gather",
     "all_reduce",
     "all_to_all",
@@ -42,6 +44,7 @@ __all__ = [
     "explain",
     "find_residuals",
     "quantize",
+    "quantize_adapters",
     "reduce_scatter",
     "reports",
     "residual_report",

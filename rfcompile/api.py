@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +10,8 @@ import torch
 from torch import fx, nn
 
 from rfcompile.boundaries import Boundaries, find_boundaries
-from rfcompile.capture import Inputs, capture, copied, inputs_of
+from rfcompile.capture import capture
+from rfcompile.companions.adapters import Adapters
 from rfcompile.companions.low_rank import Rank
 from rfcompile.companions.targets import Modules
 from rfcompile.diff import Graph, GraphDiff
@@ -34,7 +33,7 @@ from rfcompile.pipeline import Record, run
 from rfcompile.policy import Policy
 from rfcompile.report import Report
 from rfcompile.residual_free import ResidualFree
-from rfcompile.rewrites import Rewrite, add_report
+from rfcompile.rewrites import Rewrite, rewritten
 
 
 def transform(
@@ -44,6 +43,7 @@ def transform(
     example_inputs: Any = None,
     residual: str | ResidualFree = "keep",
     low_rank: int | Rank | None = None,
+    adapters: int | Adapters | None = None,
     modules: Modules | None = None,
     boundaries: Boundaries = "auto",
     policy: Policy | None = None,
@@ -80,7 +80,9 @@ def transform(
         low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices: linears
             compute their weight as ``sin(omega U V) / g``. New names in the state_dict: ``left``
             and ``right`` for ``weight``.
-        modules: which linears get a low rank: paths, shell patterns, or a function of
+        adapters: a rank, or :class:`~rfcompile.companions.adapters.Adapters` with all choices; see
+            :func:`~rfcompile.add_adapters`.
+        modules: which linears get a low rank or adapters: paths, shell patterns, or a function of
             (path, module); left out, those of the repeated blocks.
         boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
 
@@ -95,34 +97,25 @@ def transform(
     if residual != "keep":
         how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
         changes.append(how)
-    if low_rank is not None:
-        rank = low_rank if isinstance(low_rank, Rank) else Rank(low_rank)
-        changes.append(rank if modules is None else replace(rank, modules=modules))
-    elif modules is not None:
-        raise PolicyError("modules", modules, "it says which linears get a low_rank: give that too.")
+    changes += _of_linears(low_rank, adapters, modules)
     is_exact = bits is None and policy is None and changes
     wanted = None if is_exact else policy_of(bits, policy)
-    with torch.inference_mode(False) if changes else nullcontext():
-        twin = _rewritten(model, changes, example_inputs)
+    twin = rewritten(model, changes, example_inputs) if changes else copy_of(model, share=True)
     return twin if wanted is None else _with_wire(twin, wanted, boundaries, example_inputs)
 
 
-def _rewritten(model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any) -> nn.Module:
-    """A copy of the model, changed in the given order."""
-    twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
-    if isinstance(twin, fx.GraphModule) and changes:
-        twin = with_shapes(twin, example_inputs)
-    inner = uncompiled(twin)
-
-    def inputs() -> Inputs:
-        return copied(inputs_of(inner, example_inputs))
-
-    for change in changes:
-        if isinstance(inner, fx.GraphModule):
-            add_report(inner, change.on_graph(inner))
-        else:
-            add_report(inner, change.on_module(inner, inputs))
-    return twin
+def _of_linears(
+    low_rank: int | Rank | None, adapters: int | Adapters | None, modules: Modules | None
+) -> list[Rewrite]:
+    if modules is not None and (low_rank is None) == (adapters is None):
+        rule = "give it with one of low_rank and adapters, or to each: Rank(8, modules=...)."
+        raise PolicyError("modules", modules, rule)
+    changes: list[Rank | Adapters] = []
+    if low_rank is not None:
+        changes.append(low_rank if isinstance(low_rank, Rank) else Rank(low_rank))
+    if adapters is not None:
+        changes.append(adapters if isinstance(adapters, Adapters) else Adapters(adapters))
+    return [c if modules is None else replace(c, modules=modules) for c in changes]
 
 
 def _with_wire(
