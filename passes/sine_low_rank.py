@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -79,20 +79,25 @@ def _compute(gm: fx.GraphModule, new: FactoredWeight) -> None:
     first = reads[0]
     before = set(gm.graph.nodes)
     tracer = fx.proxy.GraphAppendingTracer(gm.graph)
-    with gm.graph.inserting_after(first), gm.graph.inserting_before(first.next):
+    with gm.graph.inserting_before(first.next):
         stem = target.removesuffix("weight")
-        left, right = (fx.Proxy(gm.graph.get_attr(stem + name), tracer) for name in new.names)
-        result = low_rank_weight(left, right, new.omega, new.gain)  # type: ignore[arg-type]
+        # The formula itself, on proxies: it writes its own nodes.
+        left, right = (_proxy(gm.graph.get_attr(stem + name), tracer) for name in new.names)
+        result: Any = low_rank_weight(left, right, new.omega, new.gain)
         result = torch.t(result) if new.is_transposed else result
-        result = torch.add(fx.Proxy(first, tracer), result) if new.is_added else result
+        result = torch.add(_proxy(first, tracer), result) if new.is_added else result
     made = [node for node in gm.graph.nodes if node not in before]
     for read in reads:
-        read.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in made)  # type: ignore[attr-defined]
+        read.replace_all_uses_with(result.node, delete_user_cb=lambda user: user not in made)
     for read in reads[1:] if new.is_added else reads:
         gm.graph.erase_node(read)
     _set_values(gm, made, first)
     if not new.is_added:
         del owner.weight
+
+
+def _proxy(node: fx.Node, tracer: fx.proxy.GraphAppendingTracer) -> Any:
+    return fx.Proxy(node, tracer)
 
 
 def _set_values(gm: fx.GraphModule, made: list[fx.Node], like: fx.Node) -> None:

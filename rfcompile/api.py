@@ -77,9 +77,9 @@ def transform(
             :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
             :func:`~rfcompile.rewrites` says what was done.
-        low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices: linears
-            compute their weight as ``sin(omega U V) / g``. New names in the state_dict: ``left``
-            and ``right`` for ``weight``.
+        low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices; the
+            weight of linears is computed as ``sin(omega U V) / g``. New names in the state_dict:
+            ``left`` and ``right`` for ``weight``.
         adapters: a rank, or :class:`~rfcompile.companions.adapters.Adapters` with all choices; see
             :func:`~rfcompile.add_adapters`.
         modules: which linears get a low rank or adapters: paths, shell patterns, or a function of

@@ -141,8 +141,8 @@ def _parameter(node: object, names: Mapping[str, str]) -> tuple[str, int] | None
 
 
 def _bias(node: fx.Node, names: Mapping[str, str]) -> str | None:
-    place = 2 if node.target in _LINEAR else 0 if node.target in _ADDS else None
-    found = _parameter(node.args[place], names) if place in range(len(node.args)) else None
+    place = 2 if node.target in _LINEAR else 0 if node.target in _ADDS else len(node.args)
+    found = _parameter(node.args[place], names) if place < len(node.args) else None
     return found[0] if found else None
 
 

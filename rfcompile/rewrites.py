@@ -47,7 +47,9 @@ def rewrites(model: nn.Module) -> tuple[object, ...]:
     return reports
 
 
-def rewritten(model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any = None) -> nn.Module:
+def rewritten(
+    model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any = None
+) -> nn.Module:
     """A copy of the model, changed in the given order; each change leaves its report there.
 
     Raises:

@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     (
-        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint", "low_rank_weight"),
+        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
+        "low_rank_weight",
     ),
     ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
     ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal"),

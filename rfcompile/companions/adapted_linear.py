@@ -66,7 +66,7 @@ class AdaptedLinear(nn.Module):
 
     def matrix(self) -> Tensor:
         """The weight with the adapter, [out, in]."""
-        weight = self.base() + self.delta()
+        weight: Tensor = self.base() + self.delta()
         if self.lora_magnitude is None:
             return weight
         return weight * (self.lora_magnitude / weight.detach().norm(dim=1)).unsqueeze(1)

@@ -46,7 +46,7 @@ def codebook_of(x: Tensor, bits: int, kind: Codebook = "kmeans") -> tuple[Tensor
         raise NonFiniteError("a codebook")
     levels = _levels(values, 2**bits, kind).float()
     middles = (levels[1:].double() + levels[:-1].double()) / 2
-    codes = torch.searchsorted(middles, values)
+    codes: Tensor = torch.searchsorted(middles, values)
     return codes.to(torch.uint8).view(x.shape), levels
 
 
@@ -102,7 +102,9 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     place = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = (codes.reshape(-1, 1) >> place & 1).flatten()
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
-    return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1).to(torch.uint8)
+    return (
+        (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1).to(torch.uint8)
+    )
 
 
 def unpack_codes(packed: Tensor, bits: int, numel: int) -> Tensor:

@@ -48,7 +48,9 @@ def broadcast_adapters(
         raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
     factors = [f for m in found.values() for f in (m.lora_A, m.lora_B)]
     if not all(isinstance(factor, Factor) for factor in factors):
-        raise PolicyError("model", name, "its adapters are quantized: send what save_adapters wrote.")
+        raise PolicyError(
+            "model", name, "its adapters are quantized: send what save_adapters wrote."
+        )
     used = group if group is not None else dist.group.WORLD
     described = [f"{p} {m.omega} {m.gain} {tuple(m.lora_A().shape)}" for p, m in found.items()]
     require_same(used, f"adapters {chosen.spec} src={src} {described}")

@@ -128,7 +128,9 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
 def _load(
     path: str, module: AdaptedLinear | None, described: list[Any], stored: Mapping[str, Tensor]
 ) -> None:
-    mine = {key[len(path) + 1 :]: value for key, value in stored.items() if key.startswith(f"{path}.")}
+    mine = {
+        key[len(path) + 1 :]: value for key, value in stored.items() if key.startswith(f"{path}.")
+    }
     if module is None:
         raise StateError("adapters of what is no linear", [path], "Load them into their own model.")
     base = module.base()
@@ -137,13 +139,21 @@ def _load(
         shapes = [tuple(factor().shape) for factor in made]
     except KeyError as error:
         rule = "Save them anew with save_adapters."
-        raise StateError("tensors of an adapter are missing", [f"{path}.{error.args[0]}"], rule) from error
+        raise StateError(
+            "tensors of an adapter are missing", [f"{path}.{error.args[0]}"], rule
+        ) from error
     (rank, inputs), (outputs, other) = shapes
     if (outputs, inputs) != tuple(base.shape) or rank != other:
         rule = f"The linear is {tuple(base.shape)}, the factors are {shapes}: it is another model."
         raise StateError("adapters of another shape", [path], rule)
     module.omega, module.gain = described[0], described[1]
-    module.lora_A, module.lora_B = (factor.to(base.device) for factor in made)
+    for factor in made:  # computed in the dtype of the weight; codes and levels stay as they are
+        factor.to(base.device)
+        if isinstance(factor, Factor):
+            factor.to(base.dtype)
+        else:
+            factor.dtype = base.dtype
+    module.lora_A, module.lora_B = made
     if module.lora_magnitude is not None:
         magnitude = mine["lora_magnitude_vector"].to(base)
         module.lora_magnitude = nn.Parameter(magnitude)

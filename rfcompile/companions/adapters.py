@@ -23,8 +23,6 @@ from rfcompile.pipeline import run
 from rfcompile.report import table
 from rfcompile.rewrites import rewritten
 
-OMEGA = 30.0
-
 
 @dataclass(frozen=True)
 class AdapterSite:
@@ -76,8 +74,9 @@ class Adapters:
         rank: rows of A, columns of B.
         alpha: None: ``2 * rank``.
         sine: the sine-activated adapter.
-        omega: of the sine. "auto": ``30 sqrt(n_in)``, at which a small adapter grows 30 times as
-            fast as a plain one, as in the authors' script, which has 2000 at n_in = 4096.
+        omega: of the sine. "auto": ``growth * sqrt(n_in)``.
+        growth: how many times as fast as a plain adapter a small one with a sine grows; 31 in the
+            authors' script (omega 2000 at n_in 4096). It matters for omega="auto" only.
         modules: which linears: paths, patterns, the last part of names (PEFT's
             ``target_modules=["q_proj", "v_proj"]``), or a function of (path, module).
         dora: a trained magnitude for each row of the weight, as in DoRA.
@@ -92,6 +91,7 @@ class Adapters:
     alpha: float | None = None
     sine: bool = False
     omega: float | Literal["auto"] = "auto"
+    growth: float = 30.0
     modules: Modules = "auto"
     dora: bool = False
     seed: int = 0
@@ -99,6 +99,7 @@ class Adapters:
     def __post_init__(self) -> None:
         check_positive_integer("rank", self.rank)
         check_scale("omega", self.omega)
+        check_scale("growth", self.growth)
         if self.alpha is not None:
             check_scale("alpha", self.alpha)
         if self.omega != "auto" and not self.sine:
@@ -122,6 +123,10 @@ class Adapters:
                 raise PolicyError("model", type(model).__name__, rule)
             found = find_linears(model, self.modules)
             scales = {path: self.scale(path, matrix_of(m)) for path, m in found.items()}
+            for path, module in found.items():
+                if self.dora and not bool(matrix_of(module).any(dim=1).all()):
+                    rule = f"the weight of {path} has rows of zeros, which have no direction."
+                    raise PolicyError("dora", True, rule)
             left = tuple(matrices_left(model, found)) if self.modules == "auto" else ()
             number = _freeze(model)
             sites = []
@@ -151,12 +156,8 @@ class Adapters:
                 omega, gain = self.scale(path, matrix)
                 sites.append(_site(path, matrix, self, omega, gain))
                 b, a = self._factors(matrix, place)
-                weights.append(
-                    FactoredWeight(
-                        path, b, a, omega, gain, linear.is_transposed,
-                        is_added=True, names=("lora_B", "lora_A"),
-                    )  # fmt: skip
-                )
+                turned, names = linear.is_transposed, ("lora_B", "lora_A")
+                weights.append(FactoredWeight(path, b, a, omega, gain, turned, True, names))
             number = _freeze(gm)
         run(gm, [SineLowRank(tuple(weights))])
         return AdapterReport(tuple(sites), number)
@@ -168,7 +169,7 @@ class Adapters:
         root = math.sqrt(matrix.shape[1])
         if not self.sine:
             return None, 1 / scaling
-        return (OMEGA * root if self.omega == "auto" else float(self.omega)), root / scaling
+        return (self.growth * root if self.omega == "auto" else float(self.omega)), root / scaling
 
     def _factors(self, matrix: Tensor, place: int) -> tuple[Tensor, Tensor]:
         outputs, inputs = matrix.shape
@@ -205,6 +206,7 @@ def add_adapters(
     alpha: float | None = None,
     sine: bool = False,
     omega: float | Literal["auto"] = "auto",
+    growth: float = 30.0,
     modules: Modules = "auto",
     dora: bool = False,
     seed: int = 0,
@@ -222,7 +224,7 @@ def add_adapters(
         are tied, sharded or on the meta device; the model has adapters. CaptureError: it cannot be
         copied.
     """
-    return rewritten(model, [Adapters(rank, alpha, sine, omega, modules, dora, seed)])
+    return rewritten(model, [Adapters(rank, alpha, sine, omega, growth, modules, dora, seed)])
 
 
 def merge_adapters(model: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rfcompile.errors import NonFiniteError
 from rfcompile.low_rank_weight import low_rank_weight
 
+
 @dataclass(frozen=True)
 class Factors:
     """``low_rank_weight(left, right, omega, gain)``; ``error`` and ``svd_error`` of a fit are
@@ -118,17 +119,16 @@ def _fitted(
     left, right, _ = _truncated(torch.asin((gain * weight).clamp(-1, 1)), rank)
     best = (math.inf, left, right)
     with torch.enable_grad():
-        factors = [left.clone().requires_grad_(), right.clone().requires_grad_()]
-        optimizer = torch.optim.Adam(factors, lr=0.02)
+        left, right = left.clone().requires_grad_(), right.clone().requires_grad_()
+        optimizer = torch.optim.Adam([left, right], lr=0.02)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         for step in range(steps + 1):
-            error = (low_rank_weight(*factors, 1.0, gain) - weight).norm() / weight.norm()
+            error = (low_rank_weight(left, right, 1.0, gain) - weight).norm() / weight.norm()
             if float(error.detach()) < best[0]:
-                best = (float(error.detach()), *(factor.detach().clone() for factor in factors))
+                best = (float(error.detach()), left.detach().clone(), right.detach().clone())
             if step < steps:
                 optimizer.zero_grad()
                 error.square().backward()
                 optimizer.step()
                 schedule.step()
-    error_, left, right = best
-    return error_, left / omega**0.5, right / omega**0.5, gain
+    return best[0], best[1] / omega**0.5, best[2] / omega**0.5, gain

@@ -44,7 +44,9 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
         rule = f"it chooses no linear of the graph; its linears are {', '.join(every) or '(none)'}."
         raise PolicyError("modules", modules, rule)
     for path in chosen:
-        names = [n for n, p in gm.named_parameters(remove_duplicate=False) if p is every[path].weight]
+        names = [
+            n for n, p in gm.named_parameters(remove_duplicate=False) if p is every[path].weight
+        ]
         if len(names) > 1:
             rule = f"the weight is tied, {' = '.join(names)}: leave it out, or untie it first."
             raise PolicyError("modules", path, rule)

@@ -72,18 +72,15 @@ class LowRankReport:
             f"{len(self.sites)} linears of low rank: {before:,} -> {after:,} parameters, "
             f"{nbytes:,} -> {fewer:,} bytes ({before / after:.2f}x less)"
         )
-        rows = [
-            ["linear", "shape", "rank", "omega", "gain", "phase", "stable rank", "numerical rank"]
-            + ["fit error", "of an SVD"]
-        ]
+        heads = "linear,shape,rank,omega,gain,phase,stable rank,numerical rank,fit error,of an SVD"
+        rows = [heads.split(",")]
         for site in self.sites:
             (stable, numerical), (stable_now, numerical_now) = site.ranks_before, site.ranks_after
-            rows.append(
-                [site.path, "x".join(map(str, site.shape)), str(site.rank)]
-                + ["none" if site.omega is None else f"{site.omega:.4g}", f"{site.gain:.4g}"]
-                + [f"{site.spread:.2f}", f"{stable:.1f} -> {stable_now:.1f}"]
-                + [f"{numerical} -> {numerical_now}", _number(site.error), _number(site.svd_error)]
-            )
+            row = [site.path, "x".join(map(str, site.shape)), str(site.rank)]
+            row += ["none" if site.omega is None else f"{site.omega:.4g}", f"{site.gain:.4g}"]
+            row += [f"{site.spread:.2f}", f"{stable:.1f} -> {stable_now:.1f}"]
+            row += [f"{numerical} -> {numerical_now}", _number(site.error), _number(site.svd_error)]
+            rows.append(row)
         yield from table(rows)
         if self.left:
             yield f"dense as they were: {', '.join(self.left)}"
@@ -171,10 +168,9 @@ class Rank:
                 matrix, path = linear.matrix, linear.path
                 new = self._factors(path, matrix, number)
                 sites.append(_site(path, matrix, new))
-                factors = (factor.to(matrix.device, matrix.dtype) for factor in (new.left, new.right))
-                weights.append(
-                    FactoredWeight(path, *factors, new.omega, new.gain, linear.is_transposed)
-                )
+                left, right = (f.to(matrix.device, matrix.dtype) for f in (new.left, new.right))
+                turned = linear.is_transposed
+                weights.append(FactoredWeight(path, left, right, new.omega, new.gain, turned))
         run(gm, [SineLowRank(tuple(weights))])
         return LowRankReport(tuple(sites))
 

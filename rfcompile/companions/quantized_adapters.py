@@ -68,17 +68,13 @@ class QuantizedReport:
         )
         rows = [["adapter", "rank", "phase error", "error of dW", "stable rank", "bytes"]]
         for site in self.sites:
-            rows.append(
-                [site.path, str(site.rank), f"{site.phase_error:.3f}", f"{site.error:.3f}"]
-                + [" -> ".join(f"{rank:.1f}" for rank in site.stable_ranks)]
-                + [" -> ".join(f"{size:,}" for size in site.nbytes)]
-            )
+            row = [site.path, str(site.rank), f"{site.phase_error:.3f}", f"{site.error:.3f}"]
+            row += [" -> ".join(f"{rank:.1f}" for rank in site.stable_ranks)]
+            rows.append([*row, " -> ".join(f"{size:,}" for size in site.nbytes)])
         yield from table(rows)
 
 
-def quantize_adapters(
-    model: nn.Module, bits: int, *, codebook: Codebooks = "kmeans"
-) -> nn.Module:
+def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kmeans") -> nn.Module:
     """A model like ``model`` whose adapters' factors are codes; ``model`` stays as it is.
 
     ``dW = scale * sin(omega Q(B) Q(A))``: the factors are quantized, the sine is applied to their
@@ -148,14 +144,14 @@ def _quantize(
         else:
             assert codebook == "kmeans" or codebook == "uniform"
             made.append(CodebookFactor.of(factor(), bits, codebook))
-    rank = product.new_tensor(factors[1]().shape[:1]).int().item()
+    rank = factors[1]().shape[0]
     module.lora_B, module.lora_A = made
     new_product, new = module.lora_B() @ module.lora_A(), module.delta()
     spread = float((new_product - product).float().std(correction=0))
     off, size = float((new - delta).float().norm()), float(delta.float().norm())
     return QuantizedSite(
         path,
-        int(rank),
+        rank,
         (module.omega or 0.0) * spread,
         off / size if size else off,
         (effective_ranks(delta)[0], effective_ranks(new)[0]),

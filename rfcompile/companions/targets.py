@@ -79,7 +79,9 @@ def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str
     """
     for pattern in patterns:
         if not any(_matches(path, pattern) for path in paths):
-            raise PolicyError("modules", pattern, f"no linear has this path. {_some(paths, pattern)}")
+            raise PolicyError(
+                "modules", pattern, f"no linear has this path. {_some(paths, pattern)}"
+            )
     return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
 
 
@@ -90,7 +92,9 @@ def _matches(path: str, pattern: str) -> bool:
 def _some(paths: Iterable[str], like: str = "") -> str:
     names = [path or "(the model itself)" for path in paths]
     listing = get_close_matches(like, names, n=3) or names[:3]
-    return f"Linears here are {', '.join(listing) or '(none)'}; patterns such as '*.mlp.*' are fine."
+    return (
+        f"Linears here are {', '.join(listing) or '(none)'}; patterns such as '*.mlp.*' are fine."
+    )
 
 
 def _check(model: nn.Module, found: dict[str, nn.Module]) -> None:
