@@ -69,7 +69,8 @@ class AdaptedLinear(nn.Module):
         weight: Tensor = self.base() + self.delta()
         if self.lora_magnitude is None:
             return weight
-        return weight * (self.lora_magnitude / weight.detach().norm(dim=1)).unsqueeze(1)
+        norm: Tensor = weight.detach().norm(dim=1)
+        return weight * (self.lora_magnitude / norm).unsqueeze(1)
 
     @property
     def weight(self) -> Tensor:

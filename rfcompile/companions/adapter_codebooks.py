@@ -56,7 +56,7 @@ def _levels(values: Tensor, number: int, kind: Codebook) -> Tensor:
     ordered = values.sort().values
     low, high = ordered[0], ordered[-1]
     steps = torch.linspace(0, 1, number, dtype=ordered.dtype, device=ordered.device)
-    even = low + (high - low) * steps
+    even: Tensor = low + (high - low) * steps
     if kind == "uniform":
         return even
     distinct = ordered.unique_consecutive()
@@ -102,13 +102,13 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     place = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = (codes.reshape(-1, 1) >> place & 1).flatten()
     stream = torch.nn.functional.pad(stream, (0, -stream.numel() % 8)).view(-1, 8)
-    return (
-        (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(1).to(torch.uint8)
-    )
+    place = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    return (stream << place).sum(1).to(torch.uint8)
 
 
 def unpack_codes(packed: Tensor, bits: int, numel: int) -> Tensor:
     """The codes, int64 [numel], of what :func:`pack_codes` returned."""
-    stream = packed.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    place = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = packed.unsqueeze(1) >> place & 1
     used = stream.flatten()[: numel * bits].view(numel, bits).long()
     return (used << torch.arange(bits, device=packed.device)).sum(1)
