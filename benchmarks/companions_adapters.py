@@ -40,8 +40,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "Sine-LoRA": {"sine": True},
     "DoRA": {"dora": True},
 }
-RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-GROWTHS = (10, 30, 100)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+GROWTHS = (10, 30)
 """Omega over the square root of the inputs: how much faster than a plain adapter one grows."""
 Rows = list[dict[str, Any]]
 
@@ -72,7 +72,7 @@ def train(task: Language, model: nn.Module, rate: float, steps: int) -> None:
 
 def base_model(args: Any) -> nn.Module:
     torch.manual_seed(0)
-    config = GPTConfig(32, 2, 2, 16) if args.tiny else GPTConfig(128, 3, 4, 64)
+    config = GPTConfig(32, 2, 2, 16) if args.tiny else GPTConfig(128, 2, 4, 64)
     model = GPT(config)
     train(Language(config, 16, 0), model, 3e-3, args.base_steps)
     return model.eval()
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--codebooks", nargs="+", default=["kmeans", "uniform", "wire"])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--growths", type=float, nargs="+", default=GROWTHS)
-    parser.add_argument("--base-steps", type=int, default=500)
+    parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a small model, for a dry run")

@@ -14,6 +14,7 @@ weights of the trained dense model; and what a training step costs. One JSON lin
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class Picture:
         return nn.Sequential(*layers, nn.Linear(self.width, 3))
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        chosen = torch.randint(len(self.colors), (2048,), generator=self.generator)
+        chosen = torch.randint(len(self.colors), (1024,), generator=self.generator)
         return self.features[chosen], self.colors[chosen]
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -72,7 +73,7 @@ def task_of(name: str, seed: int, tiny: bool) -> Any:
     if name == "language":
         return Language(small if tiny else GPTConfig(128, 3, 4, 64), 8, seed)
     if name == "digits":
-        return Digits(small if tiny else GPTConfig(64, 4, 4, 16), 32, seed)
+        return Digits(small if tiny else GPTConfig(64, 2, 4, 16), 64, seed)
     return Picture(32 if tiny else 128, seed)
 
 
@@ -214,9 +215,9 @@ UNITS = {"language": "validation loss, nats", "digits": "accuracy, %", "picture"
 
 def table(rows: Rows) -> str:
     lines = []
-    for name in dict.fromkeys(row["task"] for row in rows if "task" in row):
+    for name in sorted({row["task"] for row in rows} & UNITS.keys()):
         lines += ["", f"{name} ({UNITS[name]})", f"{'arm':16} {'parameters':>10} {'rate':>7}"]
-        mine = [row for row in rows if row.get("task") == name]
+        mine = [row for row in rows if row["task"] == name]
         main = [row for row in mine if row["kind"] == "main"]
         for arm in dict.fromkeys(row["arm"] for row in main):
             runs = [row for row in main if row["arm"] == arm]
@@ -248,10 +249,10 @@ def plot(rows: Rows, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = list(dict.fromkeys(row["task"] for row in rows if "task" in row))
+    names = sorted({row["task"] for row in rows} & UNITS.keys())
     figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4.2), layout="constrained")
     for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
-        main = [r for r in rows if r.get("task") == name and r["kind"] == "main"]
+        main = [r for r in rows if r["task"] == name and r["kind"] == "main"]
         for kind, marker in (("plain", "s"), ("sine", "o")):
             runs = [r for r in main if r["arm"].startswith(kind)]
             ranks = sorted({r["rank"] for r in runs})
@@ -272,7 +273,8 @@ def plot(rows: Rows, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=["language", "digits", "picture"])
+    every = ["cost", *UNITS]
+    parser.add_argument("--tasks", nargs="+", default=every, help="rows of the others stay")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--steps", type=int, default=300)
@@ -282,9 +284,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     facts = machine()
-    rows: Rows = [{**row, **facts} for row in costs(args)]
+    rows: Rows = []
+    if args.out.exists():
+        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+        rows = [row for row in rows if row["task"] not in args.tasks]
     for name in args.tasks:
-        rows += [{**row, **facts} for row in compare(name, args)]
+        made = costs(args) if name == "cost" else compare(name, args)
+        rows += [{"task": name, **row, **facts} for row in made]
         write(args.out, rows)
     plot(rows, args.out.with_suffix(".png"))
     print(table(rows))

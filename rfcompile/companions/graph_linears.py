@@ -44,9 +44,7 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
         rule = f"it chooses no linear of the graph; its linears are {', '.join(every) or '(none)'}."
         raise PolicyError("modules", modules, rule)
     for path in chosen:
-        names = [
-            n for n, p in gm.named_parameters(remove_duplicate=False) if p is every[path].weight
-        ]
+        names = _names(gm, every[path].weight)
         if len(names) > 1:
             rule = f"the weight is tied, {' = '.join(names)}: leave it out, or untie it first."
             raise PolicyError("modules", path, rule)
@@ -63,10 +61,15 @@ def _linears(gm: fx.GraphModule) -> dict[str, GraphLinear]:
             found[path] = GraphLinear(path, weight, is_conv1d(module))
     linears, _ = linears_in(gm.graph, gm)
     for linear in linears.values():
-        path, _, name = linear.weight.rpartition(".")
-        if linear.is_computed or name != "weight":
+        if linear.is_computed or linear.weight.rpartition(".")[2] != "weight":
             continue
         weight = gm.get_parameter(linear.weight)
         if weight.dim() == 2:
-            found[path] = GraphLinear(path, weight, linear.is_transposed)
+            for alias in _names(gm, weight):
+                path = alias.rpartition(".")[0]
+                found[path] = GraphLinear(path, weight, linear.is_transposed)
     return found
+
+
+def _names(gm: fx.GraphModule, weight: Tensor) -> list[str]:
+    return [n for n, p in gm.named_parameters(remove_duplicate=False) if p is weight]
