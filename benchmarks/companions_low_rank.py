@@ -5,7 +5,7 @@
 Three tasks, trained from scratch, their repeated linears dense, of low rank, and of low rank with a
 sine (``rfcompile.transform(model, low_rank=Rank(..., start="fresh"))``): a GPT on Shakespeare's
 bytes, the transformers package's ViT on scikit-learn's digits, and a network from pixel coordinates
-to colors, which learns one photograph that scikit-learn ships. Every arm is run at each of three
+to colors, which learns one photograph that scikit-learn ships. Every arm is run at each of some
 learning rates with the first seed, then with the other seeds at its best one, because omega acts
 much like a learning rate. Then, with one seed, other phase spreads than the default; the fit to the
 weights of the trained dense model; and what a training step costs. One JSON line a run.
@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 import rfcompile as rf
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = {"language": (1e-3, 3e-3, 1e-2), "digits": (1e-3, 3e-3), "picture": (3e-3, 1e-2)}
+STEPS = {"language": 300, "digits": 200, "picture": 200}
 SPREADS = (0.3, 1.0, 6.0, 20.0)
 Rows = list[dict[str, Any]]
 
@@ -73,7 +74,7 @@ def task_of(name: str, seed: int, tiny: bool) -> Any:
     if name == "language":
         return Language(small if tiny else GPTConfig(128, 3, 4, 64), 8, seed)
     if name == "digits":
-        return Digits(small if tiny else GPTConfig(64, 2, 4, 16), 64, seed)
+        return Digits(small if tiny else GPTConfig(64, 2, 4, 16), 32, seed)
     return Picture(32 if tiny else 128, seed)
 
 
@@ -101,7 +102,8 @@ def train(name: str, rank: rf.Rank | None, rate: float, seed: int, args: Any) ->
     torch.manual_seed(seed)
     task = task_of(name, seed, args.tiny)
     model = task.model()
-    row: dict[str, Any] = {"task": name, "rate": rate, "seed": seed, "steps": args.steps}
+    row: dict[str, Any] = {"task": name, "rate": rate, "seed": seed}
+    row["steps"] = steps = args.steps or STEPS[name]
     if rank is not None:
         model = rf.transform(model, low_rank=rank, modules=modules_of(name))
         report: Any = rf.rewrites(model)[0]
@@ -109,10 +111,10 @@ def train(name: str, rank: rf.Rank | None, rate: float, seed: int, args: Any) ->
         row["spread"] = report.sites[0].spread
     row["parameters"] = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, args.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     times = []
     model.train()
-    for _ in range(args.steps):
+    for _ in range(steps):
         start = time.perf_counter()
         loss = task.loss(model, task.batch())
         optimizer.zero_grad()
@@ -141,7 +143,7 @@ def arms(name: str, args: Any) -> Iterator[tuple[str, rf.Rank | None]]:
 
 def compare(name: str, args: Any) -> Iterator[dict[str, Any]]:
     for arm, rank in arms(name, args):
-        rows = [train(name, rank, rate, 0, args) for rate in args.rates]
+        rows = [train(name, rank, rate, 0, args) for rate in args.rates or RATES[name]]
         best = rows[0]
         for row in rows[1:]:
             best = row if is_better(name, row["quality"], best["quality"]) else best
@@ -276,8 +278,8 @@ def main() -> None:
     every = ["cost", *UNITS]
     parser.add_argument("--tasks", nargs="+", default=every, help="rows of the others stay")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rates", type=float, nargs="+", help="default: RATES")
+    parser.add_argument("--steps", type=int, help="default: STEPS")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="small models, for a dry run")
     parser.add_argument("--out", type=Path, default=RESULTS / "companions_low_rank.jsonl")

@@ -2,8 +2,8 @@
 
     python examples/adapters.py --bits 4
 
-A model of Shakespeare learns this file by sine-activated adapters of rank 4. They are quantized,
-saved, and loaded into the base model again, which stayed as it was.
+A model of Shakespeare learns this file by sine-activated adapters of rank 4, which are quantized,
+saved, and loaded into the base model again.
 """
 
 import argparse
@@ -47,8 +47,7 @@ def main() -> None:
     train(base, gzip.decompress(CORPUS.read_bytes()), args.steps)
     model = rf.add_adapters(base, 4, sine=True)
     print(f"loss: {train(model, Path(__file__).read_bytes(), args.steps):.3f}")
-    packed = rf.quantize_adapters(model, args.bits)
-    print(rf.rewrites(packed)[-1])
+    print(rf.rewrites(packed := rf.quantize_adapters(model, args.bits))[-1])
     with tempfile.TemporaryDirectory() as folder:
         file = save_adapters(packed, folder) / "adapter_model.safetensors"
         print(f"{file.stat().st_size} bytes on disk")

@@ -67,8 +67,8 @@ def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
 
 def test_companions_low_rank(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "companions.jsonl"
-    command = ["benchmarks/companions_low_rank.py", "--tiny", *"--steps 2 --ranks 2 --seeds 2".split()]
-    command += ["--rates", "1e-2", "--tasks"]
+    command = ["benchmarks/companions_low_rank.py", "--tiny", "--steps", "2", "--ranks", "2"]
+    command += ["--seeds", "2", "--rates", "1e-2", "--tasks"]
     rows_of(root, out, *command, "cost")
     rows = rows_of(root, out, *command, "language")  # the other's rows stay
     assert {row["kind"] for row in rows} == {"cost", "main", "spread", "fit"}

@@ -82,7 +82,8 @@ CASES: dict[str, Case] = {
     "MissingPackageError": (
         lambda: errors.MissingPackageError("safetensors", "adapters"),
         ImportError,
-        "safetensors is not installed: pip install 'rfcompile[adapters]', or safetensors by itself.",
+        "safetensors is not installed: pip install 'rfcompile[adapters]', or safetensors by "
+        "itself.",
         {"package": "safetensors", "extra": "adapters"},
     ),
     "RankMismatchError": (

@@ -59,7 +59,7 @@ def _levels(values: Tensor, number: int, kind: Codebook) -> Tensor:
     even: Tensor = low + (high - low) * steps
     if kind == "uniform":
         return even
-    distinct = ordered.unique_consecutive()
+    distinct: Tensor = ordered.unique_consecutive()
     if len(distinct) <= number:
         return distinct
     quantiles = ordered[((steps * (number - 1) + 0.5) / number * len(ordered)).long()]

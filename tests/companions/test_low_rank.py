@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -267,7 +268,8 @@ def test_compiled_models() -> None:
     new = rf.transform(compiled, low_rank=Rank(4, start="fresh"))
     assert isinstance(low(new, f"_orig_mod.{UP}"), LowRankLinear)
     inner = made()
-    inner.blocks[0] = torch.compile(inner.blocks[0], backend="eager")
+    compiled_block: Any = torch.compile(inner.blocks[0], backend="eager")
+    inner.blocks[0] = compiled_block
     sites = report_of(rf.transform(inner, low_rank=Rank(4, start="fresh"))).sites
     assert [site.path for site in sites][:2] == ["blocks.0.up", "blocks.0.down"]
 

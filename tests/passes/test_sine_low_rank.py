@@ -59,7 +59,7 @@ def test_all_reads_of_a_transposed_weight_share_one_sum() -> None:
     module = Twice()
     gm = fx.symbolic_trace(module)
     left, right = factors(3, 4)
-    new = FactoredWeight("", left, right, None, 0.5, is_transposed=True, is_added=True, names=("b", "a"))
+    new = FactoredWeight("", left, right, None, 0.5, True, True, names=("b", "a"))
 
     run(gm, [SineLowRank((new,))])
 
