@@ -7,10 +7,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rfcompile.companions.factor import AnyFactor
 from rfcompile.companions.targets import is_conv1d
+from rfcompile.errors import PolicyError
 from rfcompile.low_rank_weight import low_rank_weight
+from rfcompile.models import uncompiled, without_wrappers
 
 
 class AdaptedLinear(nn.Module):
@@ -38,21 +41,23 @@ class AdaptedLinear(nn.Module):
 
     @staticmethod
     def become(
-        linear: nn.Module, left: AnyFactor, right: AnyFactor, omega: float | None, gain: float
+        linear: nn.Module,
+        left: AnyFactor,
+        right: AnyFactor,
+        omega: float | None,
+        gain: float,
+        magnitude: Tensor | None = None,
     ) -> AdaptedLinear:
         """Change a linear in place: ``left`` is B, ``right`` is A."""
         dense_class, is_transposed = type(linear), is_conv1d(linear)
         module: Any = linear
         module.__class__ = AdaptedLinear
         module.lora_A, module.lora_B = right, left
-        module.register_parameter("lora_magnitude", None)
+        parameter = None if magnitude is None else nn.Parameter(magnitude)
+        module.register_parameter("lora_magnitude", parameter)
         module.omega, module.gain = omega, gain
         module.is_transposed, module.dense_class = is_transposed, dense_class
         return cast(AdaptedLinear, module)
-
-    @torch.no_grad()
-    def add_magnitude(self) -> None:
-        self.lora_magnitude = nn.Parameter(self.base().norm(dim=1))
 
     def base(self) -> Tensor:
         """The weight without the adapter, [out, in]."""
@@ -105,3 +110,22 @@ class AdaptedLinear(nn.Module):
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The linears of ``model`` that have an adapter, by path."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The same; wrappers of ``torch.compile`` are in no path.
+
+    Raises:
+        PolicyError: there are none, or they are sharded.
+    """
+    inner = uncompiled(model)
+    with without_wrappers(inner):
+        found = adapted(inner)
+    if not found:
+        name = type(inner).__name__
+        raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
+    for path, module in found.items():
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            rule = "the adapter is sharded: do this before, or gather its full_tensor() first."
+            raise PolicyError("model", path, rule)
+    return found

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 from rfcompile.collectives import broadcast
-from rfcompile.companions.adapted_linear import adapted
+from rfcompile.companions.adapted_linear import adapters_of
 from rfcompile.companions.factor import Factor
 from rfcompile.errors import PolicyError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.models import uncompiled, without_wrappers
 from rfcompile.process_groups import require_same
 
 
@@ -40,17 +39,11 @@ def broadcast_adapters(
     chosen = as_format(fmt)
     if chosen is None:
         raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
-    inner = uncompiled(model)
-    with without_wrappers(inner):
-        found = adapted(inner)
-    name = type(inner).__name__
-    if not found:
-        raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
+    found = adapters_of(model)
     factors = [f for m in found.values() for f in (m.lora_A, m.lora_B)]
     if not all(isinstance(factor, Factor) for factor in factors):
-        raise PolicyError(
-            "model", name, "its adapters are quantized: send what save_adapters wrote."
-        )
+        rule = "its adapters are quantized: send what save_adapters wrote."
+        raise PolicyError("model", type(model).__name__, rule)
     used = group if group is not None else dist.group.WORLD
     described = [f"{p} {m.omega} {m.gain} {tuple(m.lora_A().shape)}" for p, m in found.items()]
     require_same(used, f"adapters {chosen.spec} src={src} {described}")

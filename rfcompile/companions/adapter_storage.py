@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from rfcompile.companions.adapted_linear import AdaptedLinear, adapted
-from rfcompile.companions.adapters import Adapters
+from rfcompile.capture import Inputs
+from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
+from rfcompile.companions.adapters import AdapterReport, NewAdapter, attach
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor
+from rfcompile.companions.targets import find_linears, is_linear, matrix_of
 from rfcompile.errors import MissingPackageError, PolicyError, StateError
-from rfcompile.models import uncompiled, without_wrappers
+from rfcompile.models import without_wrappers
 from rfcompile.rewrites import rewritten
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_B")
+_MAGNITUDE = "lora_magnitude_vector"
 
 
 def save_adapters(model: nn.Module, folder: str | Path) -> Path:
@@ -34,15 +38,10 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
     so that it refuses them.
 
     Raises:
-        PolicyError: no adapters. MissingPackageError: safetensors is not installed.
+        PolicyError: no adapters, or sharded ones. MissingPackageError: no safetensors.
     """
     safetensors = _safetensors()
-    inner = uncompiled(model)
-    with without_wrappers(inner):
-        found = adapted(inner)
-    if not found:
-        name = type(inner).__name__
-        raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
+    found = adapters_of(model)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     for path, module in found.items():
@@ -51,13 +50,12 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
             for key, value in factor.state_dict().items():
                 tensors[f"{_PREFIX}{path}.{name}.{key}"] = value.contiguous()
         if module.lora_magnitude is not None:
-            tensors[f"{_PREFIX}{path}.lora_magnitude_vector"] = module.lora_magnitude.detach()
+            tensors[f"{_PREFIX}{path}.{_MAGNITUDE}"] = module.lora_magnitude.detach()
         modules[path] = [module.omega, module.gain, *(_described(module, n) for n in _FACTORS)]
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    described = json.dumps(modules, separators=(",", ":"))
-    metadata = {"format": "pt", "rfcompile": described}
-    safetensors.save_file(tensors, str(target / WEIGHTS), metadata=metadata)
+    metadata = {"format": "pt", "rfcompile": json.dumps(modules, separators=(",", ":"))}
+    safetensors.torch.save_file(tensors, str(target / WEIGHTS), metadata=metadata)
     (target / CONFIG).write_text(json.dumps(_peft_config(found), indent=2), encoding="utf-8")
     return target
 
@@ -67,10 +65,8 @@ def _described(module: AdaptedLinear, name: str) -> list[Any]:
     factor = getattr(module, name)
     if isinstance(factor, Factor):
         return []
-    dtype = str(factor.dtype).removeprefix("torch.")
-    if isinstance(factor, WireFactor):
-        return [factor.format, *factor.shape, dtype]
-    return [factor.bits, *factor.shape, dtype]
+    how = factor.format if isinstance(factor, WireFactor) else factor.bits
+    return [how, *factor.shape]
 
 
 def _peft_config(found: Mapping[str, AdaptedLinear]) -> dict[str, Any]:
@@ -97,77 +93,84 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
     """A model like ``model`` with the adapters that :func:`save_adapters`, or PEFT for plain
     adapters, wrote to a folder; as :func:`~rfcompile.add_adapters` otherwise.
 
+    They compute in the dtype of the weights that they are added to.
+
     Raises:
         StateError: tensors that fit no linear of the model, or do not make up adapters.
-        PolicyError: a configuration of PEFT that is not plain LoRA or DoRA with one rank.
-        MissingPackageError: safetensors is not installed.
+        PolicyError: a configuration of PEFT that is not plain LoRA or DoRA with one rank; a graph;
+        as :func:`~rfcompile.add_adapters`. MissingPackageError: safetensors is not installed.
     """
-    safetensors = _safetensors()
-    with safetensors.safe_open(str(Path(folder) / WEIGHTS), framework="pt") as file:
+    with _safetensors().safe_open(str(Path(folder) / WEIGHTS), framework="pt") as file:
         metadata = file.metadata() or {}
-        stored = {key.removeprefix(_PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    paths = dict.fromkeys(key.partition(".lora_")[0] for key in stored)
+        names = file.keys()
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
+    paths = dict.fromkeys(name.partition(".lora_")[0] for name in tensors)
     if "rfcompile" in metadata:
-        modules = json.loads(metadata["rfcompile"])
+        described = json.loads(metadata["rfcompile"])
     else:
-        modules = _of_peft(paths, json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")))
-    known = dict(uncompiled(model).named_modules())
-    strangers = [path for path in paths if path not in known or path not in modules]
-    if strangers or not paths:
-        raise StateError("adapters of no module here", strangers, "Load them into their own model.")
-    dora = any(key.endswith(".lora_magnitude_vector") for key in stored)
-    twin = rewritten(model, [Adapters(1, modules=lambda path, _: path in paths, dora=dora)])
-    inner = uncompiled(twin)
-    with without_wrappers(inner):
-        found = adapted(inner)
-    for path in paths:
-        _load(path, found.get(path), modules[path], stored)
-    return twin
+        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        described = _of_peft(paths, config)
+    if described.keys() != paths.keys():
+        odd = sorted(described.keys() ^ paths.keys())
+        raise StateError("tensors and their description differ", odd, "Save them anew.")
+    return rewritten(model, [_Stored(described, tensors)])
 
 
-def _load(
-    path: str, module: AdaptedLinear | None, described: list[Any], stored: Mapping[str, Tensor]
-) -> None:
-    mine = {
-        key[len(path) + 1 :]: value for key, value in stored.items() if key.startswith(f"{path}.")
-    }
-    if module is None:
-        raise StateError("adapters of what is no linear", [path], "Load them into their own model.")
-    base = module.base()
-    try:
-        made = [_factor(name, mine, how) for name, how in zip(_FACTORS, described[2:], strict=True)]
-        shapes = [tuple(factor().shape) for factor in made]
-    except KeyError as error:
-        rule = "Save them anew with save_adapters."
-        raise StateError(
-            "tensors of an adapter are missing", [f"{path}.{error.args[0]}"], rule
-        ) from error
-    (rank, inputs), (outputs, other) = shapes
-    if (outputs, inputs) != tuple(base.shape) or rank != other:
-        rule = f"The linear is {tuple(base.shape)}, the factors are {shapes}: it is another model."
-        raise StateError("adapters of another shape", [path], rule)
-    module.omega, module.gain = described[0], described[1]
-    for factor in made:  # computed in the dtype of the weight; codes and levels stay as they are
-        factor.to(base.device)
-        if isinstance(factor, Factor):
-            factor.to(base.dtype)
+@dataclass(frozen=True)
+class _Stored:
+    """The adapters of a file, as a change of a model."""
+
+    described: Mapping[str, list[Any]]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def keeps_parameters(self) -> bool:
+        return True
+
+    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> AdapterReport:
+        with without_wrappers(model), torch.no_grad():
+            linears = {path for path, module in model.named_modules() if is_linear(module)}
+            strangers = [path for path in self.described if path not in linears]
+            if strangers or not self.described:
+                rule = "Load them into the model that they were made for."
+                raise StateError("adapters of no linear here", strangers, rule)
+            found = find_linears(model, lambda path, _: path in self.described)
+            new = {path: self._adapter(path, matrix_of(m)) for path, m in found.items()}
+            return attach(model, found, new)
+
+    def on_graph(self, gm: fx.GraphModule) -> AdapterReport:
+        raise PolicyError("model", type(gm).__name__, "load adapters into the module.")
+
+    def _adapter(self, path: str, matrix: Tensor) -> NewAdapter:
+        omega, gain, *described = self.described[path]
+        try:
+            a, b = (
+                self._factor(f"{path}.{name}", how, matrix)
+                for name, how in zip(_FACTORS, described, strict=True)
+            )
+        except KeyError as error:
+            rule = "Save them anew with save_adapters."
+            raise StateError("missing tensors of an adapter", [str(error.args[0])], rule) from error
+        shapes = [tuple(factor().shape) for factor in (b, a)]
+        (outputs, rank), (other, inputs) = shapes
+        if (outputs, inputs) != tuple(matrix.shape) or rank != other:
+            rule = f"The linear is {tuple(matrix.shape)}, B and A are {shapes}: another model's."
+            raise StateError("adapters of another shape", [path], rule)
+        magnitude = self.tensors.get(f"{path}.{_MAGNITUDE}")
+        return NewAdapter(b, a, omega, gain, None if magnitude is None else magnitude.to(matrix))
+
+    def _factor(self, name: str, described: list[Any], like: Tensor) -> AnyFactor:
+        factor: AnyFactor
+        if not described:
+            return Factor(self.tensors[f"{name}.weight"].to(like))
+        how, rows, columns = described
+        size = (rows, columns)
+        if isinstance(how, str):
+            factor = WireFactor(self.tensors[f"{name}.payload"], how, size, like.dtype)
         else:
-            factor.dtype = base.dtype
-    module.lora_A, module.lora_B = made
-    if module.lora_magnitude is not None:
-        magnitude = mine["lora_magnitude_vector"].to(base)
-        module.lora_magnitude = nn.Parameter(magnitude)
-
-
-def _factor(name: str, mine: Mapping[str, Tensor], described: list[Any]) -> AnyFactor:
-    if not described:
-        return Factor(mine[f"{name}.weight"])
-    how, rows, columns, dtype_name = described
-    dtype = getattr(torch, dtype_name)
-    if isinstance(how, str):
-        return WireFactor(mine[f"{name}.payload"], how, (rows, columns), dtype)
-    codes, levels = mine[f"{name}.codes"], mine[f"{name}.levels"]
-    return CodebookFactor(codes, levels, how, (rows, columns), dtype)
+            codes, levels = (self.tensors[f"{name}.{part}"] for part in ("codes", "levels"))
+            factor = CodebookFactor(codes, levels, how, size, like.dtype)
+        return factor.to(like.device)
 
 
 def _of_peft(paths: Mapping[str, None], config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -188,6 +191,4 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError as error:
         raise MissingPackageError("safetensors", "adapters") from error
-    module = safetensors.torch
-    module.safe_open = safetensors.safe_open  # type: ignore[attr-defined]
-    return module
+    return safetensors

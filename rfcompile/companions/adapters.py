@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile.capture import Inputs
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapted
-from rfcompile.companions.factor import Factor
+from rfcompile.companions.factor import AnyFactor, Factor
 from rfcompile.companions.graph_linears import find_graph_linears
 from rfcompile.companions.low_rank import check_positive_integer, check_rank, check_scale
 from rfcompile.companions.targets import Modules, find_linears, matrices_left, matrix_of
@@ -118,27 +118,15 @@ class Adapters:
             adapters.
         """
         with without_wrappers(model), torch.no_grad():
-            if adapted(model):
-                rule = f"{type(model).__name__} has adapters: merge them first (merge_adapters)."
-                raise PolicyError("model", type(model).__name__, rule)
             found = find_linears(model, self.modules)
-            scales = {path: self.scale(path, matrix_of(m)) for path, m in found.items()}
-            for path, module in found.items():
-                if self.dora and not bool(matrix_of(module).any(dim=1).all()):
-                    rule = f"the weight of {path} has rows of zeros, which have no direction."
-                    raise PolicyError("dora", True, rule)
             left = tuple(matrices_left(model, found)) if self.modules == "auto" else ()
-            number = _freeze(model)
-            sites = []
+            new = {}
             for place, (path, module) in enumerate(found.items()):
                 matrix = matrix_of(module)
                 b, a = self._factors(matrix, place)
-                omega, gain = scales[path]
-                adapter = AdaptedLinear.become(module, Factor(b), Factor(a), omega, gain)
-                if self.dora:
-                    adapter.add_magnitude()
-                sites.append(_site(path, matrix, self, omega, gain))
-        return AdapterReport(tuple(sites), number, left)
+                norms = _row_norms(path, matrix) if self.dora else None
+                new[path] = NewAdapter(Factor(b), Factor(a), *self.scale(path, matrix), norms)
+            return attach(model, found, new, left)
 
     def on_graph(self, gm: fx.GraphModule) -> AdapterReport:
         """Add the adapters to a graph in place: parameters ``lora_B`` and ``lora_A`` beside each
@@ -154,7 +142,9 @@ class Adapters:
             for place, linear in enumerate(find_graph_linears(gm, self.modules)):
                 matrix, path = linear.matrix, linear.path
                 omega, gain = self.scale(path, matrix)
-                sites.append(_site(path, matrix, self, omega, gain))
+                parameters = self.rank * sum(matrix.shape)
+                shape = (matrix.shape[0], matrix.shape[1])
+                sites.append(AdapterSite(path, shape, self.rank, omega, gain, parameters))
                 b, a = self._factors(matrix, place)
                 turned, names = linear.is_transposed, ("lora_B", "lora_A")
                 weights.append(FactoredWeight(path, b, a, omega, gain, turned, True, names))
@@ -179,12 +169,51 @@ class Adapters:
         return b.to(matrix.device, matrix.dtype), a.to(matrix.device, matrix.dtype)
 
 
-def _site(
-    path: str, matrix: Tensor, how: Adapters, omega: float | None, gain: float
-) -> AdapterSite:
-    outputs, inputs = matrix.shape
-    parameters = how.rank * (outputs + inputs) + outputs * how.dora
-    return AdapterSite(path, (outputs, inputs), how.rank, omega, gain, parameters)
+@dataclass(frozen=True, eq=False)
+class NewAdapter:
+    """What :meth:`AdaptedLinear.become` takes: ``left`` is B, ``right`` is A."""
+
+    left: AnyFactor
+    right: AnyFactor
+    omega: float | None
+    gain: float
+    magnitude: Tensor | None = None
+
+
+def attach(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    new: Mapping[str, NewAdapter],
+    left: tuple[str, ...] = (),
+) -> AdapterReport:
+    """Freeze ``model`` and give the linears that were found their adapters, in place.
+
+    Raises:
+        PolicyError: the model has adapters.
+    """
+    if adapted(model):
+        name = type(model).__name__
+        raise PolicyError("model", name, "it has adapters: merge them first (merge_adapters).")
+    number = _freeze(model)
+    sites = []
+    for path, module in found.items():
+        shape = matrix_of(module).shape
+        how = new[path]
+        adapter = AdaptedLinear.become(
+            module, how.left, how.right, how.omega, how.gain, how.magnitude
+        )
+        trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+        rank = adapter.lora_A().shape[0]
+        sites.append(AdapterSite(path, (shape[0], shape[1]), rank, how.omega, how.gain, trained))
+    return AdapterReport(tuple(sites), number, left)
+
+
+def _row_norms(path: str, matrix: Tensor) -> Tensor:
+    if not bool(matrix.any(dim=1).all()):
+        rule = f"the weight of {path} has rows of zeros, which have no direction."
+        raise PolicyError("dora", True, rule)
+    norms: Tensor = matrix.norm(dim=1)
+    return norms
 
 
 def _freeze(model: nn.Module) -> int:

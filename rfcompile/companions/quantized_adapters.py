@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import nn
 
-from rfcompile.companions.adapted_linear import AdaptedLinear, adapted
+from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.adapter_codebooks import BITS
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor, nbytes_of
 from rfcompile.companions.ranks import effective_ranks
 from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.formats import QuantFormat
-from rfcompile.models import copy_of, uncompiled, without_wrappers
+from rfcompile.models import copy_of, uncompiled
 from rfcompile.report import table
 from rfcompile.rewrites import add_report
 
@@ -100,20 +100,15 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
     """
     fmt = _format(bits, codebook)
     twin = copy_of(model, share=True)
-    inner = uncompiled(twin)
-    with without_wrappers(inner), torch.no_grad():
-        found = adapted(inner)
-        name = type(inner).__name__
-        if not found:
-            raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
-        sites = []
-        for path, module in found.items():
+    sites = []
+    with torch.no_grad():
+        for path, module in adapters_of(twin).items():
             if not (isinstance(module.lora_A, Factor) and isinstance(module.lora_B, Factor)):
-                raise PolicyError("model", name, f"the adapter of {path} is quantized before.")
+                raise PolicyError("model", path, "the adapter is quantized before.")
             sites.append(_quantize(path, module, bits, codebook, fmt))
     _warn(sites, bits)
     kind = fmt.spec if fmt is not None else f"{bits} bits, {codebook}"
-    add_report(inner, QuantizedReport(kind, tuple(sites)))
+    add_report(uncompiled(twin), QuantizedReport(kind, tuple(sites)))
     return twin
 
 

@@ -24,7 +24,9 @@ def is_linear(module: nn.Module) -> bool:
     """
     weight = module._parameters.get("weight")
     is_known = isinstance(module, nn.Linear) or is_conv1d(module)
-    return is_known and weight is not None and weight.is_floating_point()
+    if not is_known or weight is None:
+        return False
+    return is_lazy(weight) or weight.is_floating_point()
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -114,7 +116,7 @@ def _check(model: nn.Module, found: dict[str, nn.Module]) -> None:
         if isinstance(weight, DTensor):
             rule = "the weight is a DTensor: rewrite the model first, then parallelize or shard it."
             raise PolicyError("modules", path, rule)
-        if weight.is_meta or is_lazy(weight):
+        if is_lazy(weight) or weight.is_meta:
             rule = "the weight is on the meta device or lazy: give the model values first."
             raise PolicyError("modules", path, rule)
 

@@ -319,11 +319,11 @@ def test_the_file_is_as_small_as_the_codes(tmp_path: Path, bits: int) -> None:
 
 def test_files_of_another_model(tmp_path: Path) -> None:
     save_adapters(moved(rf.add_adapters(made(), 4)), tmp_path)
-    with pytest.raises(StateError, match=r"no module here: 'blocks\.0\.down'"):
+    with pytest.raises(StateError, match=r"no linear here: 'blocks\.0\.down'"):
         load_adapters(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     wider = made()
     wider.blocks[0].up = nn.Linear(WIDTH, 8)  # type: ignore[union-attr]
-    with pytest.raises(StateError, match="it is another model"):
+    with pytest.raises(StateError, match="another model's"):
         load_adapters(wider, tmp_path)
     with pytest.raises(PolicyError, match="no adapters"):
         save_adapters(made(), tmp_path)
