@@ -7,8 +7,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rfcompile.capture import Inputs, copied, inputs_of
+from rfcompile.errors import PolicyError
 from rfcompile.models import check_module, copy_of, uncompiled, with_shapes
 
 REPORTS = "_rfcompile_rewrites"
@@ -53,9 +55,13 @@ def rewritten(
     """A copy of the model, changed in the given order; each change leaves its report there.
 
     Raises:
-        PolicyError: it is no module. CaptureError: it cannot be copied. And what the changes raise.
+        PolicyError: it is no module, or sharded by FSDP2. CaptureError: it cannot be copied. And
+        what the changes raise.
     """
     check_module(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        rule = "its parameters are DTensors of FSDP: rewrite the model first, then shard it."
+        raise PolicyError("model", type(model).__name__, rule)
     with torch.inference_mode(False):
         twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
         if isinstance(twin, fx.GraphModule):

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile.capture import Inputs
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
-from rfcompile.companions.adapters import AdapterReport, NewAdapter, attach
+from rfcompile.companions.adapters import AdapterReport, NewAdapter, attach, refuse_adapted
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor
 from rfcompile.companions.targets import find_linears, is_linear, matrix_of
 from rfcompile.errors import MissingPackageError, PolicyError, StateError
@@ -129,6 +129,7 @@ class _Stored:
 
     def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> AdapterReport:
         with without_wrappers(model), torch.no_grad():
+            refuse_adapted(model)
             linears = {path for path, module in model.named_modules() if is_linear(module)}
             strangers = [path for path in self.described if path not in linears]
             if strangers or not self.described:

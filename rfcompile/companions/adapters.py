@@ -118,6 +118,7 @@ class Adapters:
             adapters.
         """
         with without_wrappers(model), torch.no_grad():
+            refuse_adapted(model)
             found = find_linears(model, self.modules)
             left = tuple(matrices_left(model, found)) if self.modules == "auto" else ()
             new = {}
@@ -180,13 +181,8 @@ class NewAdapter:
     magnitude: Tensor | None = None
 
 
-def attach(
-    model: nn.Module,
-    found: Mapping[str, nn.Module],
-    new: Mapping[str, NewAdapter],
-    left: tuple[str, ...] = (),
-) -> AdapterReport:
-    """Freeze ``model`` and give the linears that were found their adapters, in place.
+def refuse_adapted(model: nn.Module) -> None:
+    """One adapter a linear.
 
     Raises:
         PolicyError: the model has adapters.
@@ -194,6 +190,15 @@ def attach(
     if adapted(model):
         name = type(model).__name__
         raise PolicyError("model", name, "it has adapters: merge them first (merge_adapters).")
+
+
+def attach(
+    model: nn.Module,
+    found: Mapping[str, nn.Module],
+    new: Mapping[str, NewAdapter],
+    left: tuple[str, ...] = (),
+) -> AdapterReport:
+    """Freeze ``model`` and give the linears that were found their adapters, in place."""
     number = _freeze(model)
     sites = []
     for path, module in found.items():

@@ -109,7 +109,9 @@ def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Balanced factors of the nearest matrix of this rank, and its distance."""
     u, values, v = torch.linalg.svd(matrix, full_matrices=False)
     root = values[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * v[:rank], values[rank:].norm()
+    left, right = u[:, :rank] * root, root[:, None] * v[:rank]
+    # FSDP2 takes no other parameters.
+    return left.contiguous(), right.contiguous(), values[rank:].norm()
 
 
 def _fitted(

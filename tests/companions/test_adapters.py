@@ -319,7 +319,7 @@ def test_the_file_is_as_small_as_the_codes(tmp_path: Path, bits: int) -> None:
 
 def test_files_of_another_model(tmp_path: Path) -> None:
     save_adapters(moved(rf.add_adapters(made(), 4)), tmp_path)
-    with pytest.raises(StateError, match=r"no linear here: 'blocks\.0\.down'"):
+    with pytest.raises(StateError, match=r"no linear here: 'blocks\.0\.up'"):
         load_adapters(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     wider = made()
     wider.blocks[0].up = nn.Linear(WIDTH, 8)  # type: ignore[union-attr]
@@ -327,6 +327,11 @@ def test_files_of_another_model(tmp_path: Path) -> None:
         load_adapters(wider, tmp_path)
     with pytest.raises(PolicyError, match="no adapters"):
         save_adapters(made(), tmp_path)
+    with pytest.raises(PolicyError, match="merge them first"):
+        load_adapters(rf.add_adapters(made(), 4), tmp_path)
+    with pytest.raises(PolicyError, match="into the module"):
+        load_adapters(graph_of(made(), "symbolic"), tmp_path)
+    assert rf.rewrites(load_adapters(made(), tmp_path))[0].sites[0].rank == 4
 
 
 def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import rfcompile as rf
 from rfcompile.companions import AdaptedLinear, broadcast_adapters
@@ -68,8 +73,14 @@ def check_sharded(rank: Rank) -> None:
     sharded = made()
     fully_shard(sharded, mesh=mesh)
     for options in ({"low_rank": 4}, {"adapters": 4}):
-        with pytest.raises(PolicyError, match="DTensor: rewrite the model first"):
+        with pytest.raises(PolicyError, match="DTensors of FSDP: rewrite the model first"):
             rf.transform(sharded, **options)  # type: ignore[arg-type]
+    parallel = made()
+    for block in parallel.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for options in ({"low_rank": 4}, {"adapters": 4}):
+        with pytest.raises(PolicyError, match="DTensor: rewrite the model first"):
+            rf.transform(parallel, **options)  # type: ignore[arg-type]
 
 
 def test_adapters_on_two_ranks(ranks: RunRanks) -> None:
