@@ -294,7 +294,8 @@ def main() -> None:
         made = costs(args) if name == "cost" else compare(name, args)
         rows += [{"task": name, **row, **facts} for row in made]
         write(args.out, rows)
-    plot(rows, args.out.with_suffix(".png"))
+    if any(row["task"] in UNITS for row in rows):
+        plot(rows, args.out.with_suffix(".png"))
     print(table(rows))
 
 

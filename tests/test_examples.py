@@ -201,10 +201,10 @@ def test_the_adapters_example_learns_and_stores_a_few_kilobytes(root: Path) -> N
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert len(script.read_text().splitlines()) <= 60
-    assert "8 adapters in 4 bits, kmeans: 40,960 ->" in result.stdout
+    assert "8 adapters in 4 bits, kmeans: 32,768 ->" in result.stdout
     size = re.search(r"(\d+) bytes on disk", result.stdout)
     assert size is not None
-    assert int(size[1]) < 40_960 / 3
+    assert int(size[1]) < 32_768 / 3
 
 
 def test_the_pipeline_example_trains_with_4_bits_in_both_directions(root: Path) -> None:
