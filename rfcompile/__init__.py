@@ -2,11 +2,18 @@
 
 import importlib
 
-from rfcompile import collectives, errors
+from rfcompile import collectives, companions, errors
 from rfcompile.analyze import Analysis, analyze
 from rfcompile.api import diff, transform
 from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
-from rfcompile.companions import PolynomialAttention, TokenGraying
+from rfcompile.companions import (
+    Adapters,
+    PolynomialAttention,
+    Rank,
+    TokenGraying,
+    add_adapters,
+    quantize_adapters,
+)
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
@@ -22,23 +29,27 @@ from rfcompile.rewrites import rewrites
 from rfcompile.tensors import dequantize, quantize
 
 __all__ = [
+    "Adapters",
     "Analysis",
     "GraphDiff",
     "Policy",
     "PolynomialAttention",
     "QuantFormat",
     "RFCompileError",
+    "Rank",
     "Report",
     "ResidualAdd",
     "ResidualFree",
     "ResidualReport",
     "Site",
     "TokenGraying",
+    "add_adapters",
     "all_gather",
     "all_reduce",
     "all_to_all",
     "analyze",
     "broadcast",
+    "companions",
     "dequantize",
     "diff",
     "errors",
@@ -46,6 +57,7 @@ __all__ = [
     "find_residuals",
     "merge_reports",
     "quantize",
+    "quantize_adapters",
     "reduce_scatter",
     "reports",
     "residual_report",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
 from rfcompile.boundaries import Boundaries, find_boundaries
-from rfcompile.capture import Inputs, capture, copied, inputs_of
-from rfcompile.companions import PolynomialAttention, TokenGraying
-from rfcompile.companions.options import attention_of, graying_of
+from rfcompile.capture import capture
+from rfcompile.companions import Adapters, PolynomialAttention, Rank, TokenGraying
+from rfcompile.companions.options import attention_of, graying_of, linears_of
+from rfcompile.companions.targets import Modules
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
@@ -33,7 +32,7 @@ from rfcompile.pipeline import Record, run
 from rfcompile.policy import Policy
 from rfcompile.report import Report
 from rfcompile.residual_free import ResidualFree
-from rfcompile.rewrites import Rewrite, add_report
+from rfcompile.rewrites import Rewrite, rewritten
 
 
 def transform(
@@ -42,6 +41,9 @@ def transform(
     *,
     example_inputs: Any = None,
     residual: str | ResidualFree = "keep",
+    low_rank: int | Rank | None = None,
+    adapters: int | Adapters | None = None,
+    modules: Modules | None = None,
     attention: str | PolynomialAttention = "softmax",
     power: int | None = None,
     scale: str | None = None,
@@ -54,7 +56,8 @@ def transform(
     rewritten; ``model`` itself stays as it is.
 
     The new model has the same state_dict names, and trains, copies, compiles and exports like the
-    old one. It shares every parameter and buffer with it, unless ``residual`` starts it anew.
+    old one. It shares every parameter and buffer with it, unless ``residual`` or ``low_rank`` makes
+    some anew.
 
     With ``bits`` or a ``policy``:
 
@@ -78,6 +81,13 @@ def transform(
             :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
             :func:`~rfcompile.rewrites` says what was done.
+        low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices; the
+            weight of linears is computed as ``sin(omega U V) / g``. New names in the state_dict:
+            ``left`` and ``right`` for ``weight``.
+        adapters: a rank, or :class:`~rfcompile.companions.adapters.Adapters` with all choices; see
+            :func:`~rfcompile.add_adapters`.
+        modules: which linears get a low rank or adapters: paths, shell patterns, or a function of
+            (path, module); left out, those of the repeated blocks.
         attention: "softmax"; "polynomial": a ``power`` (3) of the scores in its place, the rows
             scaled by ``scale``, "row", "sequence" or "learned" (``attention_gain`` in the
             state_dict). Or a :class:`~rfcompile.companions.PolynomialAttention`.
@@ -97,33 +107,13 @@ def transform(
     if residual != "keep":
         how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
         changes.append(how)
-    if (polynomial := attention_of(attention, power, scale)) is not None:
-        changes.append(polynomial)
-    if (graying := graying_of(token_graying, epsilon)) is not None:
-        changes.append(graying)
+    changes += linears_of(low_rank, adapters, modules)
+    changes += attention_of(attention, power, scale)
+    changes += graying_of(token_graying, epsilon)
     is_exact = bits is None and policy is None and changes
     wanted = None if is_exact else policy_of(bits, policy)
-    with torch.inference_mode(False) if changes else nullcontext():
-        twin = _rewritten(model, changes, example_inputs)
+    twin = rewritten(model, changes, example_inputs) if changes else copy_of(model, share=True)
     return twin if wanted is None else _with_wire(twin, wanted, boundaries, example_inputs)
-
-
-def _rewritten(model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any) -> nn.Module:
-    """A copy of the model, changed in the given order."""
-    twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
-    if isinstance(twin, fx.GraphModule) and changes:
-        twin = with_shapes(twin, example_inputs)
-    inner = uncompiled(twin)
-
-    def inputs() -> Inputs:
-        return copied(inputs_of(inner, example_inputs))
-
-    for change in changes:
-        if isinstance(inner, fx.GraphModule):
-            add_report(inner, change.on_graph(inner))
-        else:
-            add_report(inner, change.on_module(inner, inputs))
-    return twin
 
 
 def _with_wire(

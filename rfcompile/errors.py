@@ -131,6 +131,16 @@ class StateError(RFCompileError, ValueError):
         self.what, self.names, self.rule = what, tuple(names), rule
 
 
+class MissingPackageError(RFCompileError, ImportError):
+    """A package that only this feature needs is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed: pip install 'rfcompile[{extra}]', or {package} by itself."
+        )
+        self.package, self.extra = package, extra
+
+
 class RankMismatchError(RFCompileError, RuntimeError):
     """Ranks of one process group would speak different formats or package versions."""
 

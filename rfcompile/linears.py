@@ -31,8 +31,11 @@ class Linear:
     is_computed: bool = False
 
 
+_LINEAR = {aten.linear.default, nn.functional.linear}
 _INPUT_AND_WEIGHT = {
     aten.linear.default: (0, 1),
+    nn.functional.linear: (0, 1),  # of graphs that nobody exported
+    torch.addmm: (1, 2),
     aten.addmm.default: (1, 2),
     aten.baddbmm.default: (1, 2),
     aten.mm.default: (0, 1),
@@ -40,6 +43,7 @@ _INPUT_AND_WEIGHT = {
     aten.matmul.default: (0, 1),
     aten._grouped_mm.default: (0, 1),
 }
+_ADDS = {torch.addmm, aten.addmm.default, aten.baddbmm.default}
 _TRANSPOSE = {
     aten.t.default,
     aten.transpose.int,
@@ -65,7 +69,7 @@ def linears_in(
             continue
         x, weight = (node.args[place] for place in places)
         found = _parameter(weight, parameters)
-        is_computed = found is None and node.target is aten.linear.default and weight not in fed
+        is_computed = found is None and node.target in _LINEAR and weight not in fed
         if is_computed:
             found = f"{module_of(node)}.weight", 0
         if found is None or x not in fed:
@@ -75,7 +79,7 @@ def linears_in(
             name,
             _bias(node, parameters),
             module_of(node),
-            is_transposed=(turns % 2 == 0) != (node.target is aten.linear.default),
+            is_transposed=(turns % 2 == 0) != (node.target in _LINEAR),
             scale=_scale(node, parameters),
             is_computed=is_computed,
         )
@@ -137,10 +141,8 @@ def _parameter(node: object, names: Mapping[str, str]) -> tuple[str, int] | None
 
 
 def _bias(node: fx.Node, names: Mapping[str, str]) -> str | None:
-    place = {aten.linear.default: 2, aten.addmm.default: 0, aten.baddbmm.default: 0}.get(
-        node.target  # type: ignore[call-overload]
-    )
-    found = _parameter(node.args[place], names) if place in range(len(node.args)) else None
+    place = 2 if node.target in _LINEAR else 0 if node.target in _ADDS else len(node.args)
+    found = _parameter(node.args[place], names) if place < len(node.args) else None
     return found[0] if found else None
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
 
-from rfcompile.capture import Inputs
+from rfcompile.capture import Inputs, copied, inputs_of
+from rfcompile.errors import PolicyError
+from rfcompile.models import check_module, copy_of, uncompiled, with_shapes
 
 REPORTS = "_rfcompile_rewrites"
 
@@ -43,3 +47,33 @@ def rewrites(model: nn.Module) -> tuple[object, ...]:
     """
     reports: tuple[object, ...] = getattr(model, REPORTS, ())
     return reports
+
+
+def rewritten(
+    model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any = None
+) -> nn.Module:
+    """A copy of the model, changed in the given order; each change leaves its report there.
+
+    Raises:
+        PolicyError: it is no module, or sharded by FSDP2. CaptureError: it cannot be copied. And
+        what the changes raise.
+    """
+    check_module(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        rule = "its parameters are DTensors of FSDP: rewrite the model first, then shard it."
+        raise PolicyError("model", type(model).__name__, rule)
+    with torch.inference_mode(False):
+        twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
+        if isinstance(twin, fx.GraphModule):
+            twin = with_shapes(twin, example_inputs)
+        inner = uncompiled(twin)
+
+        def inputs() -> Inputs:
+            return copied(inputs_of(inner, example_inputs))
+
+        for change in changes:
+            if isinstance(inner, fx.GraphModule):
+                add_report(inner, change.on_graph(inner))
+            else:
+                add_report(inner, change.on_module(inner, inputs))
+    return twin

@@ -67,6 +67,51 @@ def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_companions_low_rank(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "companions.jsonl"
+    command = ["benchmarks/companions_low_rank.py", "--tiny", "--steps", "2", "--ranks", "2"]
+    command += ["--seeds", "2", "--rates", "1e-2", "--tasks"]
+    rows_of(root, out, *command, "cost")
+    rows = rows_of(root, out, *command, "language")  # the other's rows stay
+    assert {row["kind"] for row in rows} == {"cost", "main", "spread", "fit"}
+    arms = {row["arm"] for row in rows if row["kind"] == "main"}
+    assert arms == {"dense", "plain rank 2", "sine rank 2"}
+    for row in rows:
+        assert row.keys() >= MACHINE
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_companions_adapters(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapters.jsonl"
+    sizes = "--base-steps 2 --steps 2 --ranks 1 2 --bits 2 4 --seeds 1 --rates 1e-2 --growths 10"
+    rows = rows_of(root, out, "benchmarks/companions_adapters.py", "--tiny", *sizes.split())
+    main = [row for row in rows if row["kind"] == "main"]
+    assert len(main) == 3 * 2 * (1 + 3 * 2)
+    for row in main:
+        if row["bits"] != 32 and row["method"] == "LoRA":
+            assert row["bytes"] < row["file"]  # type: ignore[operator]
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_bjontegaard_delta_of_known_curves(root: Path) -> None:
+    pytest.importorskip("scipy")
+    code = """
+import sys; sys.path.insert(0, "benchmarks")
+from companions_adapters import bd_rate, front
+curve = [(100, 3.0), (200, 2.5), (400, 2.2), (800, 2.0)]
+half = [(size / 2, loss) for size, loss in curve]
+assert abs(bd_rate(curve, half) + 50) < 1e-9
+assert abs(bd_rate(half, curve) - 100) < 1e-9
+assert abs(bd_rate(curve, curve)) < 1e-9
+assert bd_rate(curve, [(100, 9.0), (200, 8.0)]) is None
+assert front([*curve, (300, 2.6)]) == curve
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_anneal_study(root: Path, tmp_path: Path) -> None:
     trained = ["benchmarks/residual_study.py", *sizes(f"{STUDY} seeds 1")]
     trained += ["--arms", "residual+muon", "--checkpoints", str(tmp_path)]

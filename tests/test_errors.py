@@ -87,6 +87,13 @@ CASES: dict[str, Case] = {
         "residuals of nothing: 'a', 'b', 'c', 'd', 'e', ... Load it elsewhere.",
         {"what": "residuals of nothing", "names": tuple("abcdef"), "rule": "Load it elsewhere."},
     ),
+    "MissingPackageError": (
+        lambda: errors.MissingPackageError("safetensors", "adapters"),
+        ImportError,
+        "safetensors is not installed: pip install 'rfcompile[adapters]', or safetensors by "
+        "itself.",
+        {"package": "safetensors", "extra": "adapters"},
+    ),
     "RankMismatchError": (
         lambda: RankMismatchError("tp", {2: "8b", 0: "4b", 1: "4b"}),
         RuntimeError,

@@ -193,6 +193,20 @@ def test_the_data_parallel_example_trains_with_4_bit_gradients(root: Path) -> No
 
 
 @pytest.mark.slow
+def test_the_adapters_example_learns_and_stores_a_few_kilobytes(root: Path) -> None:
+    script = root / "examples" / "adapters.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--steps", "20"],
+        cwd=root, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(script.read_text().splitlines()) <= 60
+    assert "8 adapters in 4 bits, kmeans: 32,768 ->" in result.stdout
+    size = re.search(r"(\d+) bytes on disk", result.stdout)
+    assert size is not None
+    assert int(size[1]) < 32_768 / 3
+
+
 def test_the_pipeline_example_trains_with_4_bits_in_both_directions(root: Path) -> None:
     script = root / "examples" / "train_pipeline.py"
     assert len(script.read_text().splitlines()) < 60

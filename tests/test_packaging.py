@@ -18,23 +18,27 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 PUBLIC_NAMES = [
+    "Adapters",
     "Analysis",
     "GraphDiff",
     "Policy",
     "PolynomialAttention",
     "QuantFormat",
     "RFCompileError",
+    "Rank",
     "Report",
     "ResidualAdd",
     "ResidualFree",
     "ResidualReport",
     "Site",
     "TokenGraying",
+    "add_adapters",
     "all_gather",
     "all_reduce",
     "all_to_all",
     "analyze",
     "broadcast",
+    "companions",
     "dequantize",
     "diff",
     "errors",
@@ -42,6 +46,7 @@ PUBLIC_NAMES = [
     "find_residuals",
     "merge_reports",
     "quantize",
+    "quantize_adapters",
     "reduce_scatter",
     "reports",
     "residual_report",
@@ -131,6 +136,30 @@ def test_the_public_names_of_distributed_are_exactly_these() -> None:
         "split_at_boundaries",
     ]
     assert all(hasattr(distributed, name) for name in distributed.__all__)
+
+
+def test_the_public_names_of_companions_are_exactly_these() -> None:
+    from rfcompile import companions
+
+    assert sorted(companions.__all__) == [
+        "AdaptedLinear",
+        "AdapterReport",
+        "Adapters",
+        "LowRankLinear",
+        "LowRankReport",
+        "QuantizedReport",
+        "Rank",
+        "add_adapters",
+        "broadcast_adapters",
+        "effective_ranks",
+        "load_adapters",
+        "merge_adapters",
+        "merge_low_rank",
+        "quantize_adapters",
+        "save_adapters",
+        "stable_rank_bounds",
+    ]
+    assert all(hasattr(companions, name) for name in companions.__all__)
 
 
 def test_importing_the_package_does_not_load_the_compiler() -> None:

@@ -1,0 +1,131 @@
+"""The module that a linear becomes when an adapter is added to its weight."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rfcompile.companions.factor import AnyFactor
+from rfcompile.companions.targets import is_conv1d
+from rfcompile.errors import PolicyError
+from rfcompile.low_rank_weight import low_rank_weight
+from rfcompile.models import uncompiled, without_wrappers
+
+
+class AdaptedLinear(nn.Module):
+    """``y = x (W + dW)^T + b``, where ``dW`` is ``low_rank_weight(B, A, omega, gain)``.
+
+    ``lora_A()`` is A, [rank, in], and ``lora_B()`` is B, [out, rank]. With ``lora_magnitude`` m,
+    [out], (DoRA) the weight is ``m_i (W + dW)_i / |(W + dW)_i|``, the norm of row i without a
+    gradient. Names in the state_dict are those of the linear, and ``lora_A.weight`` and so on.
+
+    A plain adapter costs two thin products a call. With a sine or a magnitude the sum ``W + dW``
+    is formed at each call, a dense matrix, and training keeps its phase for the backward pass.
+
+    The module is the linear that it was, of another class; ``weight`` reads as the weight that it
+    computes with, so that code which takes it (``nn.MultiheadAttention``) sees the adapter.
+    """
+
+    lora_A: AnyFactor
+    lora_B: AnyFactor
+    lora_magnitude: nn.Parameter | None
+    bias: nn.Parameter | None
+    omega: float | None
+    gain: float
+    is_transposed: bool
+    dense_class: type[nn.Module]
+
+    @staticmethod
+    def become(
+        linear: nn.Module,
+        left: AnyFactor,
+        right: AnyFactor,
+        omega: float | None,
+        gain: float,
+        magnitude: Tensor | None = None,
+    ) -> AdaptedLinear:
+        """Change a linear in place: ``left`` is B, ``right`` is A."""
+        dense_class, is_transposed = type(linear), is_conv1d(linear)
+        module: Any = linear
+        module.__class__ = AdaptedLinear
+        module.lora_A, module.lora_B = right, left
+        parameter = None if magnitude is None else nn.Parameter(magnitude)
+        module.register_parameter("lora_magnitude", parameter)
+        module.omega, module.gain = omega, gain
+        module.is_transposed, module.dense_class = is_transposed, dense_class
+        return cast(AdaptedLinear, module)
+
+    def base(self) -> Tensor:
+        """The weight without the adapter, [out, in]."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.t() if self.is_transposed else weight
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight, [out, in]."""
+        return low_rank_weight(self.lora_B(), self.lora_A(), self.omega, self.gain)
+
+    def matrix(self) -> Tensor:
+        """The weight with the adapter, [out, in]."""
+        weight: Tensor = self.base() + self.delta()
+        if self.lora_magnitude is None:
+            return weight
+        norm: Tensor = weight.detach().norm(dim=1)
+        return weight * (self.lora_magnitude / norm).unsqueeze(1)
+
+    @property
+    def weight(self) -> Tensor:
+        """The same in the linear's own layout: [in, out] of a ``Conv1D``."""
+        weight = self.matrix()
+        return weight.t() if self.is_transposed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.omega is not None or self.lora_magnitude is not None:
+            return F.linear(x, self.matrix(), self.bias)
+        thin = F.linear(x, self.lora_A() / self.gain)
+        return F.linear(x, self.base(), self.bias) + F.linear(thin, self.lora_B())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Become the dense linear again, of the weight that this one computes, in a new tensor."""
+        weight = self.weight.contiguous()
+        requires_grad = self.base().requires_grad
+        del self.lora_A, self.lora_B, self._parameters["lora_magnitude"]
+        for name in ("omega", "gain", "is_transposed"):
+            delattr(self, name)
+        module: Any = self
+        module.__class__ = self.__dict__.pop("dense_class")
+        module.weight = nn.Parameter(weight, requires_grad)
+
+    def extra_repr(self) -> str:
+        kind = "" if self.omega is None else f"omega={self.omega:.4g}, "
+        outputs, inputs = self.base().shape
+        return f"in={inputs}, out={outputs}, {kind}gain={self.gain:.4g}"
+
+
+def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The linears of ``model`` that have an adapter, by path."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+
+
+def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The same; wrappers of ``torch.compile`` are in no path.
+
+    Raises:
+        PolicyError: there are none, or they are sharded.
+    """
+    inner = uncompiled(model)
+    with without_wrappers(inner):
+        found = adapted(inner)
+    if not found:
+        name = type(inner).__name__
+        raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
+    for path, module in found.items():
+        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            rule = "the adapter is sharded: do this before, or gather its full_tensor() first."
+            raise PolicyError("model", path, rule)
+    return found

@@ -1,0 +1,58 @@
+"""Send adapters from one process to the others on the wire's codec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rfcompile.collectives import broadcast
+from rfcompile.companions.adapted_linear import adapters_of
+from rfcompile.companions.factor import Factor
+from rfcompile.errors import PolicyError
+from rfcompile.formats import QuantFormat, as_format
+from rfcompile.process_groups import require_same
+
+
+@torch.no_grad()
+def broadcast_adapters(
+    model: nn.Module, fmt: QuantFormat | str | int, src: int = 0, group: Any = None
+) -> int:
+    """Give every rank the adapters of rank ``src``, in place; every rank must call.
+
+    Each factor is coded once, and every rank, ``src`` too, ends with what the payload decodes to:
+    bit-identical adapters. Magnitudes (DoRA) travel exactly.
+
+    Args:
+        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text.
+        src: a rank of the group.
+
+    Returns:
+        How many bytes the source's payloads have.
+
+    Raises:
+        PolicyError: no adapters, or quantized ones, whose codes no codec shortens. On every rank
+        RankMismatchError: other adapters, formats or versions there. FormatError, DtypeError.
+    """
+    chosen = as_format(fmt)
+    if chosen is None:
+        raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
+    found = adapters_of(model)
+    factors = [f for m in found.values() for f in (m.lora_A, m.lora_B)]
+    if not all(isinstance(factor, Factor) for factor in factors):
+        rule = "its adapters are quantized: send what save_adapters wrote."
+        raise PolicyError("model", type(model).__name__, rule)
+    used = group if group is not None else dist.group.WORLD
+    described = [f"{p} {m.omega} {m.gain} {tuple(m.lora_A().shape)}" for p, m in found.items()]
+    require_same(used, f"adapters {chosen.spec} src={src} {described}")
+    sent = 0
+    for factor in factors:
+        factor().copy_(broadcast(factor().detach(), chosen, src, group))
+        sent += chosen.payload_bytes(factor().numel())
+    for module in found.values():
+        if module.lora_magnitude is not None:
+            dist.broadcast(module.lora_magnitude.detach(), group=used, group_src=src)
+            sent += module.lora_magnitude.nbytes
+    return sent

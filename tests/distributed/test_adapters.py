@@ -1,0 +1,87 @@
+"""Adapters on two ranks: exchanged as payloads of the wire, bit-identical afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+import rfcompile as rf
+from rfcompile.companions import AdaptedLinear, broadcast_adapters
+from rfcompile.errors import PolicyError, RankMismatchError
+from tests.companions.models import made, moved, tokens
+from tests.distributed.conftest import Rank, RunRanks
+
+pytestmark = pytest.mark.slow
+WORLD = 2
+
+
+def check_exchange(rank: Rank) -> None:
+    model = made()
+    for dora in (False, True):
+        new = rf.add_adapters(model, 4, sine=not dora, dora=dora)
+        moved(new, seed=rank.index)
+        if dora:
+            module = new.get_submodule("blocks.0.up")
+            assert isinstance(module, AdaptedLinear)
+            assert module.lora_magnitude is not None
+            with torch.no_grad():
+                module.lora_magnitude.mul_(1 + rank.index)
+        before = {n: p.detach().clone() for n, p in new.named_parameters() if "lora_" in n}
+        sent = broadcast_adapters(new, 4, src=1)
+        fmt, count = rf.QuantFormat(4), 0
+        for name, p in new.named_parameters():
+            if "lora_" not in name:
+                continue
+            rank.assert_same(p.detach(), name)
+            if "magnitude" in name:
+                count += p.nbytes
+            else:
+                count += fmt.payload_bytes(p.numel())
+            if rank.index == 1:  # the source has what the others have
+                old = before[name]
+                decoded = rf.dequantize(rf.quantize(old, fmt), fmt, old.shape)
+                assert torch.equal(p, old if "magnitude" in name else decoded)
+        assert sent == count
+        rank.assert_same(new(tokens()).detach(), "the output")
+        with pytest.raises(RankMismatchError):
+            broadcast_adapters(new, 8 if rank.index else 4)
+        with pytest.raises(PolicyError, match="adapters are quantized"):
+            broadcast_adapters(rf.quantize_adapters(new, 8), 4)
+    with pytest.raises(PolicyError, match="no adapters"):
+        broadcast_adapters(model, 4)
+    with pytest.raises(PolicyError, match="give a format"):
+        broadcast_adapters(new, "exact")
+    check_sharded(rank)
+
+
+def check_sharded(rank: Rank) -> None:
+    """Rewrite first, then shard: it trains as it does on one rank. The other way is an error."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for how in ("low_rank", "adapters"):
+        new = rf.transform(made(), **{how: 4})  # type: ignore[arg-type]
+        alone = rf.transform(made(), **{how: 4})  # type: ignore[arg-type]
+        fully_shard(new, mesh=mesh)
+        torch.testing.assert_close(new(tokens()), alone(tokens()), rtol=0, atol=0)
+        new(tokens()).sum().backward()
+    sharded = made()
+    fully_shard(sharded, mesh=mesh)
+    for options in ({"low_rank": 4}, {"adapters": 4}):
+        with pytest.raises(PolicyError, match="DTensors of FSDP: rewrite the model first"):
+            rf.transform(sharded, **options)  # type: ignore[arg-type]
+    parallel = made()
+    for block in parallel.blocks:
+        parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    for options in ({"low_rank": 4}, {"adapters": 4}):
+        with pytest.raises(PolicyError, match="DTensor: rewrite the model first"):
+            rf.transform(parallel, **options)  # type: ignore[arg-type]
+
+
+def test_adapters_on_two_ranks(ranks: RunRanks) -> None:
+    ranks(WORLD, check_exchange)
