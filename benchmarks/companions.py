@@ -1,10 +1,13 @@
 """What do the companion methods give and cost? Each study here answers with a table.
 
     taskset -c 0 python benchmarks/companions.py attention --seeds 3
+    taskset -c 0 python benchmarks/companions.py low_rank --help      # options of its own
+    taskset -c 0 python benchmarks/companions.py adapters --help
 
-A study is a module that has ``rows(options)``, which yields results as plain dicts (and skips those
-whose ``key`` is in ``options.done``), ``table(rows)`` and ``plot(rows, path)``.
-Results are appended to ``results/companions_<study>.jsonl``; a run that was cut short goes on.
+Results are written to ``results/companions_<study>.jsonl``; what they say is in ``companions.md``. The
+study "attention" goes on where a run was cut short: its module has ``rows(options)``, which yields
+results as plain dicts (and skips those whose ``key`` is in ``options.done``), ``table(rows)`` and
+``plot(rows, path)``.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -21,11 +25,16 @@ from common import RESULTS, machine
 
 STUDIES = {"attention": "companions_attention"}
 """Name: module."""
+SCRIPTS = {"low_rank": "companions_low_rank", "adapters": "companions_adapters"}
+"""Those with a ``main`` of their own."""
 
 
 def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in SCRIPTS:
+        name = SCRIPTS[sys.argv.pop(1)]
+        return importlib.import_module(name).main()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("study", choices=[*STUDIES, *SCRIPTS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="a dry run: seconds, no results")
     parser.add_argument("--only", nargs="+", default=[], help="parts of the study")

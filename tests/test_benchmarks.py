@@ -69,7 +69,7 @@ def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
 
 def test_companions_low_rank(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "companions.jsonl"
-    command = ["benchmarks/companions_low_rank.py", "--tiny", "--steps", "2", "--ranks", "2"]
+    command = ["benchmarks/companions.py", "low_rank", "--tiny", "--steps", "2", "--ranks", "2"]
     command += ["--seeds", "2", "--rates", "1e-2", "--tasks"]
     rows_of(root, out, *command, "cost")
     rows = rows_of(root, out, *command, "language")  # the other's rows stay
@@ -84,7 +84,7 @@ def test_companions_low_rank(root: Path, tmp_path: Path) -> None:
 def test_companions_adapters(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapters.jsonl"
     sizes = "--base-steps 2 --steps 2 --ranks 1 2 --bits 2 4 --seeds 1 --rates 1e-2 --growths 10"
-    rows = rows_of(root, out, "benchmarks/companions_adapters.py", "--tiny", *sizes.split())
+    rows = rows_of(root, out, "benchmarks/companions.py", "adapters", "--tiny", *sizes.split())
     main = [row for row in rows if row["kind"] == "main"]
     assert len(main) == 3 * 2 * (1 + 3 * 2)
     for row in main:
