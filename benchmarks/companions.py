@@ -4,7 +4,7 @@
     taskset -c 0 python benchmarks/companions.py low_rank --help      # options of its own
     taskset -c 0 python benchmarks/companions.py adapters --help
 
-Results are written to ``results/companions_<study>.jsonl``; what they say is in ``companions.md``. The
+Results go to ``results/companions_<study>.jsonl``; what they say is in ``companions.md``. The
 study "attention" goes on where a run was cut short: its module has ``rows(options)``, which yields
 results as plain dicts (and skips those whose ``key`` is in ``options.done``), ``table(rows)`` and
 ``plot(rows, path)``.
