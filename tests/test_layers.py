@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
     ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
-    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal", "step_report"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),

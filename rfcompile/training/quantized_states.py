@@ -105,7 +105,11 @@ class QuantizedStates:
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
-        return Report(tuple(self._sites()), self._policy.describe())
+        names = [name for o in self._optimizers for name, _ in _parameters(o)]
+        notes = []
+        if self._policy.sites and not all(names):
+            notes.append("sites reach no parameter without a name: build the optimizer from names")
+        return Report.of(self._policy, self._sites(), names=names, notes=notes)
 
     # ---- the hooks -----------------------------------------------------------------------
 

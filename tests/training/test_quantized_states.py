@@ -151,6 +151,16 @@ def test_sites_are_names_of_parameters() -> None:
         "up.weight": "4b:g128:rise", "up.bias": "8b:g128:tread",
         "down.weight": None, "down.bias": None,
     }  # fmt: skip
+    assert handle.report().notes == ()
+
+
+def test_sites_that_reach_no_parameter_are_noted() -> None:
+    net = Net()
+    nameless = torch.optim.AdamW(net.parameters())
+    sites: dict[str, Any] = {"up.*": 4}
+    assert [note.split(":")[0] for note in quantize_states(nameless, Policy(sites=sites)).report().notes] == [
+        "sites reach no parameter without a name", "sites['up.*'] applies to nothing here",
+    ]  # fmt: skip
 
 
 def saved(state_dict: dict[str, Any]) -> Any:
