@@ -22,7 +22,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
     ),
     ("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
-    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "journal", "step_report"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report"),
+    ("journal", "step_report", "transfers"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
