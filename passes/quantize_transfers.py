@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,11 +17,12 @@ from rfcompile.errors import CaptureError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text, module_of, source_of
 from rfcompile.passes.find_collectives import WAIT, all_nodes
-from rfcompile.passes.splicing import Decompositions, splice
+from rfcompile.passes.splicing import Decompositions, origin_of, splice
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.process_groups import resolve
 from rfcompile.report import Site
+from rfcompile.transfers import finish_receive, finish_send, start_transfers
 
 aten = torch.ops.aten
 KINDS = {"forward": "activations", "backward": "gradients"}
@@ -59,9 +61,11 @@ class QuantizeTransfers:
     that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends no
     bytes.
 
-    Rewrites:
-        isend(x, dst) -> isend(quantize(x), dst)
-        irecv(buffer, src); wait_tensor -> irecv(payload, src); wait_tensor; buffer.copy_(decoded)
+    Rewrites (see ``transfers.py``):
+        isend(x, dst); wait_tensor -> payload = quantize(x); start_transfers(payload, dst);
+            finish_send(payload)
+        irecv(buffer, src); wait_tensor -> payload = empty; start_transfers(payload, src);
+            finish_receive(payload); buffer.copy_(dequantize(payload))
 
     The tier is "rounding"; the bound is the codec's.
     """
@@ -74,12 +78,30 @@ class QuantizeTransfers:
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         sites = []
+        calls: dict[fx.Graph, dict[fx.Node, list[tuple[_Transfer, QuantFormat | None]]]] = {}
         for transfer in [t for node in all_nodes(gm) for t in _transfers(node)]:
             site, fmt = self._decide(transfer)
             sites.append(site)
-            if fmt is not None:
-                _quantize(transfer, fmt, self.decompositions)
+            node = transfer.node
+            calls.setdefault(node.graph, {}).setdefault(node, []).append((transfer, fmt))
+        for decided in calls.values():
+            if any(fmt for call in decided.values() for _, fmt in call):
+                self._rewrite(decided)
         return PassResult(gm, sum(site.format is not None for site in sites), tuple(sites))
+
+    def _rewrite(
+        self, calls: Mapping[fx.Node, Sequence[tuple[_Transfer, QuantFormat | None]]]
+    ) -> None:
+        """All transfers of a graph, exact ones too: they keep their order among each other."""
+        first = next(iter(calls))
+        tensor = calls[first][0][0].tensor
+
+        def token(x: Tensor) -> Tensor:
+            return torch.empty(1, dtype=torch.uint8, device=x.device)
+
+        order = splice(token, [tensor], first, lambda _: first, self.decompositions)
+        for node, decided in calls.items():
+            _replace(node, decided, order, self.decompositions)
 
     def _decide(self, transfer: _Transfer) -> tuple[Site, QuantFormat | None]:
         x, kind = transfer.value, KINDS[self.direction]
@@ -155,65 +177,93 @@ def _waits(handle: fx.Node) -> list[fx.Node]:
 # ---- how ---------------------------------------------------------------------------------------
 
 
-def _quantize(transfer: _Transfer, fmt: QuantFormat, decompositions: Decompositions) -> None:
-    def encode(x: Tensor) -> Tensor:
-        return ops.quantize(x.reshape(1, x.numel()), fmt.spec)
+def _replace(
+    node: fx.Node,
+    decided: Sequence[tuple[_Transfer, QuantFormat | None]],
+    order: fx.Node,
+    decompositions: Decompositions,
+) -> None:
+    """Let payloads travel in place of what isend, irecv or batch_p2p_ops moves."""
+    is_batch = decided[0][0].number is not None
+    args: Any = node.args
+    peers, tags = (args[1], args[2]) if is_batch else ([args[1]], [args[2]])
+    moved = [
+        splice(partial(_moved, fmt, t.is_send), [t.tensor], node, lambda _: node, decompositions)
+        for t, fmt in decided
+    ]
+    both = list(zip(decided, moved, strict=True))
+    sent = [payload for (transfer, _), payload in both if transfer.is_send]
+    received = [payload for (transfer, _), payload in both if not transfer.is_send]
+    names = ["isend" if transfer.is_send else "irecv" for transfer, _ in decided]
+    tags = [_tag(tag, fmt) for (_, fmt), tag in zip(decided, tags, strict=True)]
+    started = (order, sent, received, names, list(peers), tags, args[-1], is_batch)
+    _insert(start_transfers, started, node, before=node)
+    for (transfer, fmt), payload in both:
+        _finish(transfer, fmt, payload, order, decompositions)
+    for old in (*reversed(list(node.users)), node):
+        node.graph.erase_node(old)
 
-    def payload(buffer: Tensor) -> Tensor:
-        size = fmt.payload_bytes(buffer.numel())
-        return torch.empty((1, size), dtype=torch.uint8, device=buffer.device)
 
-    def decode(buffer: Tensor, received: Tensor) -> Tensor:
-        values = ops.dequantize(received, fmt.spec, buffer.dtype)
-        return buffer.copy_(values.narrow(1, 0, buffer.numel()).reshape(buffer.shape))
+def _moved(fmt: QuantFormat | None, is_send: bool, x: Tensor) -> Tensor:
+    """What is sent in place of ``x``, or what is received for it."""
+    if is_send:
+        return x.contiguous() if fmt is None else ops.quantize(x.reshape(1, x.numel()), fmt.spec)
+    if fmt is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty((1, fmt.payload_bytes(x.numel())), dtype=torch.uint8, device=x.device)
 
-    node, tensor, handle = transfer.node, transfer.tensor, transfer.handle
-    make = encode if transfer.is_send else payload
-    travelling = splice(make, [tensor], node, lambda _: node, decompositions)
-    _carry(transfer, travelling, fmt)
-    if transfer.is_send:
-        return
+
+def _filled(fmt: QuantFormat | None, buffer: Tensor, received: Tensor) -> Tensor:
+    if fmt is None:
+        return buffer.copy_(received)
+    values = ops.dequantize(received, fmt.spec, buffer.dtype)
+    return buffer.copy_(values.narrow(1, 0, buffer.numel()).reshape(buffer.shape))
+
+
+def _finish(
+    transfer: _Transfer,
+    fmt: QuantFormat | None,
+    payload: fx.Node,
+    order: fx.Node,
+    decompositions: Decompositions,
+) -> None:
+    node, handle = transfer.node, transfer.handle
     waits = _waits(handle) if handle is not None else []
     if not waits:
         raise CaptureError(
-            f"the irecv at {source_of(node) or module_of(node)} is not waited for where it is "
-            "compiled, so what arrives cannot be decoded: wait for it in the same function, or "
-            "send exactly (a policy whose sites name its module with None, on both ranks)."
+            f"the {'isend' if transfer.is_send else 'irecv'} at "
+            f"{source_of(node) or module_of(node)} is not waited for where it is compiled, so it "
+            "is not known when its payload may go: wait for it in the same function, or let all "
+            "that this function sends and receives stay exact (a policy whose sites name its "
+            "module with None, on both ranks)."
         )
-    # What is read after a wait is the buffer: the operators fill it, whatever they return.
+    # torch waits for a receive as soon as it has begun; the user does where it says so.
+    first = waits[0] if transfer.is_send else waits[:2][-1]
+    finish = finish_send if transfer.is_send else finish_receive
+    _insert(finish, (order, payload), node, before=first)
+    if not transfer.is_send:
+        inputs = [transfer.tensor, payload]
+        splice(partial(_filled, fmt), inputs, node, lambda _: first, decompositions)
+    # What is read after a wait is the tensor: the operators fill it, whatever they return.
     assert handle is not None
-    first, *later = waits
-    for read in (handle, *reversed(waits)):
-        read.replace_all_uses_with(tensor, delete_user_cb=lambda user: user is not first)
-    for wait in reversed(later):
+    for read in (*reversed(waits), handle):
+        read.replace_all_uses_with(transfer.tensor)
+    for wait in reversed(waits):
         wait.graph.erase_node(wait)
-    after = first.next
-    splice(decode, [tensor, first], node, lambda _: after, decompositions)
 
 
-def _carry(transfer: _Transfer, payload: fx.Node, fmt: QuantFormat) -> None:
-    """Let the transfer move the payload in place of its tensor, under a tag of the format."""
-    node, value = transfer.node, payload.meta["val"]
-    args: Any = list(node.args)
-    moved = value.new_empty(0) if transfer.is_send else value
-    if transfer.number is None:
-        args[0], args[2] = payload, _tag(args[2], fmt)
-        node.meta["val"] = moved
-    else:
-        tensors, values = list(args[3]), list(node.meta["val"])
-        tensors[transfer.number], values[transfer.number] = payload, moved
-        args[3], node.meta["val"] = tensors, values
-        args[2] = [_tag(t, fmt) if n == transfer.number else t for n, t in enumerate(args[2])]
-    node.args = tuple(args)
-    if transfer.handle is not None:
-        for waited in (transfer.handle, *_waits(transfer.handle)):
-            waited.meta["val"] = moved
+def _insert(op: Any, args: tuple[Any, ...], like: fx.Node, before: fx.Node) -> None:
+    with like.graph.inserting_before(before):
+        node = like.graph.call_function(op, args)
+    node.meta = origin_of(like) | {"val": None}
 
 
-def _tag(tag: int, fmt: QuantFormat) -> int:
+def _tag(tag: int, fmt: QuantFormat | None) -> int:
     """Another tag for each format: gloo then never takes one for another, and both ends time out.
 
     It would fill part of a longer buffer. (NCCL has no tags, and its sizes must agree.) A tag that
     needs the upper half itself stays as it is.
     """
-    return tag | (zlib.crc32(fmt.spec.encode()) & 0x7FFF) << 16 if tag < 2**16 else tag
+    if fmt is None or tag >= 2**16:
+        return tag
+    return tag | (zlib.crc32(fmt.spec.encode()) & 0x7FFF) << 16

@@ -12,6 +12,11 @@ Decompositions = Mapping[Any, Callable[..., Any]]
 """Those that the graph went through already: what is put into it goes through them too."""
 
 
+def origin_of(node: fx.Node) -> dict[str, Any]:
+    """The metadata of a node, without that on its own inputs and result."""
+    return {k: v for k, v in node.meta.items() if k not in ("val", "eager_input_vals")}
+
+
 def splice(
     function: Callable[..., Tensor],
     inputs: Sequence[fx.Node],
@@ -42,7 +47,7 @@ def splice(
         elif node.op != "output":
             with like.graph.inserting_before(before(node)):
                 copies[node] = like.graph.node_copy(node, copies.__getitem__)
-            copies[node].meta = {**like.meta, "val": node.meta.get("val")}
+            copies[node].meta = origin_of(like) | {"val": node.meta.get("val")}
     (output,) = body.graph.find_nodes(op="output")
     result: fx.Node = copies[output.args[0]]
     return result

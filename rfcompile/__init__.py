@@ -21,11 +21,12 @@ from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
-from rfcompile.report import Report, Site, merge_reports
+from rfcompile.report import Report, Site
 from rfcompile.residual_free import ResidualFree
 from rfcompile.residual_report import ResidualReport, residual_report
 from rfcompile.residuals import find_residuals
 from rfcompile.rewrites import rewrites
+from rfcompile.step_report import merge_reports
 from rfcompile.tensors import dequantize, quantize
 
 __all__ = [

@@ -107,7 +107,7 @@ def rfquant(
             raise PolicyError("mode", mode, rule)
         tag_caches()
         settings = Settings.of(options)
-        entry = new_entry(settings.policy.describe())
+        entry = new_entry(settings.policy)
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(
                 gm,

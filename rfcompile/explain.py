@@ -27,8 +27,9 @@ from rfcompile.models import (
 )
 from rfcompile.pipeline import Record
 from rfcompile.policy import Policy
-from rfcompile.report import GraphChange, Report, Site, merge_reports
+from rfcompile.report import GraphChange, Report, Site
 from rfcompile.rewrites import rewrites
+from rfcompile.step_report import merge_reports
 
 
 def explain(
@@ -75,7 +76,7 @@ def explain(
             _backward(twin, outputs)
     sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
     notes = (*_first_lines(model), *_idle_boundaries(twin, crossings))
-    return Report(tuple(sites), wanted.describe(), notes)
+    return Report.of(wanted, sites, notes=notes)
 
 
 def _first_lines(model: nn.Module) -> Iterator[str]:
@@ -99,9 +100,9 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _explain_graph(record: Record, policy: Policy) -> Report:
-    return Report(
-        tuple(fact for fact in record.facts if isinstance(fact, Site)),
-        policy.describe(),
+    return Report.of(
+        policy,
+        (fact for fact in record.facts if isinstance(fact, Site)),
         graphs=(GraphChange("forward", record.steps[0].before, record.steps[-1].after),),
     )
 

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rfcompile.pipeline import Record
+from rfcompile.policy import Policy
 from rfcompile.report import GraphChange, Report, Site
 
 
 class Entry:
     """One compiled model or piece of one; its backward graph may be added later."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.sites: list[Site] = []
         self.graphs: list[GraphChange] = []
@@ -24,7 +25,7 @@ class Entry:
             self.graphs.append(GraphChange(direction, before, after))
 
     def report(self) -> Report:
-        return Report(tuple(self.sites), self.policy, graphs=tuple(self.graphs))
+        return Report.of(self.policy, self.sites, graphs=self.graphs)
 
 
 KEPT = 256
@@ -33,7 +34,7 @@ KEPT = 256
 _ENTRIES: list[Entry] = []
 
 
-def new_entry(policy: str) -> Entry:
+def new_entry(policy: Policy) -> Entry:
     entry = Entry(policy)
     _ENTRIES.append(entry)
     del _ENTRIES[:-KEPT]

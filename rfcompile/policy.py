@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from os import PathLike
@@ -50,7 +50,8 @@ class Policy:
             object.__setattr__(self, kind, as_format(getattr(self, kind)))
         if type(self.min_bytes) is not int or self.min_bytes < 0:
             raise PolicyError("min_bytes", self.min_bytes, "use a number of bytes, 0 or more.")
-        if not isinstance(self.sites, Mapping):
+        is_mapping = isinstance(self.sites, Mapping)
+        if not (is_mapping and all(isinstance(pattern, str) for pattern in self.sites)):
             raise PolicyError("sites", self.sites, "use {module path pattern: format}.")
         object.__setattr__(self, "sites", {k: as_format(v) for k, v in self.sites.items()})
 
@@ -132,6 +133,11 @@ class Policy:
     def override_for(self, module: str) -> str | None:
         """The first pattern of ``sites`` that the module path matches."""
         return next((pattern for pattern in self.sites if fnmatchcase(module, pattern)), None)
+
+    def patterns_in_use(self, names: Iterable[str]) -> dict[str, bool]:
+        """Of each pattern of ``sites``, whether it is the first match of any of the names."""
+        used = {self.override_for(name) for name in names}
+        return {pattern: pattern in used for pattern in self.sites}
 
     def format_for(self, kind: str, module: str, size_bytes: int) -> tuple[QuantFormat | None, str]:
         """The format of a site, and if it is None the reason."""

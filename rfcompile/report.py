@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from rfcompile.errors import ReportError, UnquantizedSiteError
+from rfcompile.errors import UnquantizedSiteError
+from rfcompile.policy import Policy
 
 AT_REST = "at rest"
 
@@ -90,13 +91,41 @@ class GraphChange:
 @dataclass(frozen=True)
 class Report:
     """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
-    read its fields; :func:`merge_reports` makes one of several.
+    read its fields; :func:`~rfcompile.merge_reports` makes one of several.
+
+    ``patterns`` are those of :attr:`Policy.sites <rfcompile.Policy>`: whether one applies to
+    anything here. A misspelt one does not, and ``notes`` say so.
     """
 
     sites: tuple[Site, ...]
     policy: str = ""
     notes: tuple[str, ...] = ()
     graphs: tuple[GraphChange, ...] = ()
+    patterns: Mapping[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        policy: Policy,
+        sites: Iterable[Site],
+        *,
+        names: Iterable[str] | None = None,
+        options: str = "",
+        notes: Iterable[str] = (),
+        graphs: Iterable[GraphChange] = (),
+    ) -> Report:
+        """The report on what ``policy`` decided.
+
+        Args:
+            names: what its patterns were compared with; left out, the modules of the sites.
+            options: what it was used with, for the line on the policy.
+        """
+        sites = tuple(sites)
+        compared = (site.module for site in sites) if names is None else names
+        patterns = policy.patterns_in_use(compared)
+        idle = (idle_note(pattern) for pattern, is_used in patterns.items() if not is_used)
+        text = policy.describe() + options
+        return cls(sites, text, (*notes, *idle), tuple(graphs), patterns)
 
     @property
     def num_sites(self) -> int:
@@ -208,43 +237,9 @@ class Report:
             raise UnquantizedSiteError(left)
 
 
-class HasReport(Protocol):
-    """What :func:`~rfcompile.distributed.quantize_ddp` and its like return, and stages."""
-
-    def report(self) -> Report: ...
-
-
-Source = Report | HasReport | Iterable["Source"]
-
-
-def merge_reports(*sources: Source) -> Report:
-    """One report with the sites of several: of a whole training step, graphs and hooks alike.
-
-    ``merge_reports(rfcompile.reports(), ddp_handle, stage, states_handle)``: reports, whatever has
-    a ``report()``, or iterables of these.
-
-    Raises:
-        ReportError: a source is none of these.
-    """
-    reports = [report for source in sources for report in _reports_of(source)]
-    return Report(
-        sites=tuple(site for report in reports for site in report.sites),
-        policy="; ".join(dict.fromkeys(report.policy for report in reports if report.policy)),
-        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
-        graphs=tuple(graph for report in reports for graph in report.graphs),
-    )
-
-
-def _reports_of(source: Source) -> Iterator[Report]:
-    if isinstance(source, Report):
-        yield source
-    elif callable(report := getattr(source, "report", None)):
-        yield report()
-    elif isinstance(source, Iterable) and not isinstance(source, str):
-        for item in source:
-            yield from _reports_of(item)
-    else:
-        raise ReportError(source)
+def idle_note(pattern: str) -> str:
+    """What a report says of a pattern that it has no use for."""
+    return f"sites[{pattern!r}] applies to nothing here: no name matches that none before it takes"
 
 
 # ---- text --------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ def test_equal_descriptions_mean_equal_bytes() -> None:
         ({"min_bytes": -1}, r"min_bytes=-1 .* 0 or more", "min_bytes"),
         ({"min_bytes": "1k"}, r"min_bytes='1k' .* number of bytes", "min_bytes"),
         ({"sites": ["a"]}, r"sites=\['a'\] .* use \{module path pattern: format\}", "sites"),
+        ({"sites": {3: None}}, r"sites=\{3: None\} .* \{module path pattern: format\}", "sites"),
     ],
 )
 def test_unknown_options_are_named_with_the_rule(

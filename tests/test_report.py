@@ -16,8 +16,8 @@ from rfcompile.report import (
     Site,
     Traffic,
     format_bytes,
-    merge_reports,
 )
+from rfcompile.step_report import merge_reports
 
 QUANTIZED = Site(
     collective="all_reduce",
@@ -133,6 +133,24 @@ def test_merging_keeps_sites_graphs_and_each_note_and_policy_once() -> None:
     step = rf.merge_reports(iter([one]), Handle(), [[Report((STATE,))]])
     assert step == Report((QUANTIZED, GRADIENT, STATE), "p; gradients=4b", ("n",), (graph,))
     assert merge_reports() == merge_reports([]) == Report(())
+
+
+def idle(pattern: str) -> str:
+    return f"sites[{pattern!r}] applies to nothing here: no name matches that none before it takes"
+
+
+def test_a_pattern_that_decides_nothing_is_noted_until_another_report_has_a_use_for_it() -> None:
+    mlp = replace(SMALL, module="blocks.0.mlp")
+    policy = rf.Policy(sites={"blocks.*": None, "blocks.0.*": 4, "haed": 8, "head": 4})
+    graph = Report.of(policy, [QUANTIZED, mlp], notes=["n"])
+    assert graph.notes == ("n", idle("blocks.0.*"), idle("haed"), idle("head"))
+    assert f"note: {idle('haed')}" in graph.text()
+    hook = Report.of(rf.Policy(sites={"head": 4, "tail": 8}), [], names=["head"], options=" x")
+    assert hook.notes == (idle("tail"),)
+    assert hook.policy.endswith(" x")
+    both = merge_reports(graph, hook)
+    assert both.notes == ("n", idle("blocks.0.*"), idle("haed"), idle("tail"))
+    assert merge_reports(both, hook).patterns == both.patterns
 
 
 @pytest.mark.parametrize("source", ["report", 3, None, [3]])

@@ -139,7 +139,7 @@ def parts_of(
         spans.append(Span(name, start, size))
         start += size
     spans = [span for span in spans if span.size]
-    paths = {span.name: _path(policy, span.name, unit) for span in spans}
+    paths = {span.name: path_of(policy, span.name, unit) for span in spans}
     unnamed = [span for span in spans if policy.override_for(paths[span.name]) is None]
     rows = buffer.shape[:-1].numel()
     unnamed_bytes = rows * sum(span.size for span in unnamed) * buffer.element_size()
@@ -162,8 +162,8 @@ def parts_of(
     )
 
 
-def _path(policy: Policy, name: str, unit: str) -> str:
-    """The first of a parameter's names that a pattern matches."""
+def path_of(policy: Policy, name: str, unit: str = "") -> str:
+    """The first of a parameter's names that a pattern of ``sites`` matches."""
     module = name.rpartition(".")[0]
     named = (path for path in (name, module, unit) if policy.override_for(path) is not None)
     return next(named, module)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.distributed.buckets import Part, parts_of, site_of
+from rfcompile.distributed.buckets import Part, parts_of, path_of, site_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
@@ -199,7 +199,8 @@ class DDPHandle:
         if not parts:
             notes.append("no backward pass has run yet: what the buckets hold is not known")
         feedback = " error_feedback" if self._feedback is not None else ""
-        return Report(tuple(sites), self._policy.describe() + feedback, tuple(notes))
+        names = (path_of(self._policy, name) for name in self._names.values())
+        return Report.of(self._policy, sites, names=names, options=feedback, notes=notes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.

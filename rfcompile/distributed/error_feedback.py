@@ -97,30 +97,37 @@ class ErrorFeedback:
         zero.
 
         Raises:
-            StateError: it names a parameter that the model lacks or that has another shape there.
+            StateError: it names a parameter that the model lacks, that has another shape there, or
+                whose residual is not finite.
         """
-        unknown = [name for name in state if name not in self._places]
-        if unknown:
-            raise StateError(
-                "the error feedback state has residuals of parameters that the model lacks",
-                unknown,
-                "Load it into the model it was saved from; delete those entries if what they hold "
-                "may be lost.",
-            )
-        wrong = [name for name, value in state.items() if value.shape != self._places[name].shape]
-        if wrong:
-            raise StateError(
-                "the error feedback state has residuals of another shape than the parameters",
-                wrong,
-                "Load it into the model it was saved from; delete those entries if what they hold "
-                "may be lost.",
-            )
+        _require_none(
+            [name for name in state if name not in self._places],
+            "of parameters that the model lacks",
+        )
+        _require_none(
+            [n for n, x in state.items() if getattr(x, "shape", None) != self._places[n].shape],
+            "of another shape than the parameters",
+        )
+        _require_none(
+            [name for name, value in state.items() if not bool(value.isfinite().all())],
+            "that are NaN or Inf and would never go away",
+        )
         self._residuals = {}
         for name, value in state.items():
             place = self._places[name]
             flat = torch.empty(place.shape.numel(), dtype=torch.float32, device=place.device)
             flat.as_strided(place.shape, place.stride).copy_(value)
             self._residuals[name] = flat
+
+
+def _require_none(names: Sequence[str], what: str) -> None:
+    if names:
+        raise StateError(
+            f"the error feedback state has residuals {what}",
+            names,
+            "Load it into the model it was saved from; delete those entries if what they hold may "
+            "be lost.",
+        )
 
 
 @dataclass(frozen=True)

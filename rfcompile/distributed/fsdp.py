@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from rfcompile.distributed.buckets import path_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
@@ -105,7 +106,12 @@ class FSDPHandle:
         if self._weight_delta:
             notes.append("weight_delta: the first gather, and the first after a reset, is exact")
         delta = " weight_delta" if self._weight_delta else ""
-        return Report(tuple(sites), self._policy.describe() + delta, tuple(notes))
+        names = (
+            path_of(self._policy, name, all_gather.unit.path)
+            for all_gather, _ in self._comms
+            for name, _ in all_gather.unit.sizes(trainable=False)
+        )
+        return Report.of(self._policy, sites, names=names, options=delta, notes=notes)
 
     def reset(self) -> None:
         """With weight_delta: send the weights exactly in the next forward pass.
@@ -122,7 +128,7 @@ class FSDPHandle:
         """Give the units their exact communication back; every rank must call, between steps."""
         for all_gather, reduce_scatter in self._comms:
             all_gather.unit.set_comms(all_gather.inner, reduce_scatter.inner)
-        self._comms = []
+        self._comms, self._policy, self._weight_delta = [], Policy(), False
         self._hook.remove()
 
 

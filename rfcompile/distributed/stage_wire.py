@@ -170,7 +170,8 @@ class StageWire:
             for (direction, _, index), departure in forward_first
         ]
         notes = () if sites else ("no step has run yet: what the stage sends is not known",)
-        return Report(tuple(sites), self._policy.describe(), notes)
+        names = map(site_name, range(self._num_stages))
+        return Report.of(self._policy, sites, names=names, notes=notes)
 
 
 def _site(direction: str, index: int, departure: _Departure, group: str, world: int) -> Site:

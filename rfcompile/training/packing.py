@@ -88,6 +88,8 @@ def format_of(policy: Policy, name: str, key: str, value: object) -> tuple[Quant
     local = value.to_local() if isinstance(value, DTensor) else value
     if key in _EXACT:
         return None, "counts steps"
+    if local.dim() == 0:
+        return None, "a single number, such as NAdam's mu_product: its errors would add up"
     if local.dtype not in codec.DTYPES:
         return None, f"{str(local.dtype).removeprefix('torch.')} data is not quantized"
     return policy.format_for("optimizer_state", name, local.nbytes)
@@ -102,8 +104,10 @@ def pack_state_dict(
     was made from named parameters. Undo it with :func:`unpack_state_dict`.
 
     Raises:
-        PolicyError, FormatError: the policy is not understood.
+        StateError: it is no state_dict of an optimizer. PolicyError, FormatError: the policy is not
+        understood.
     """
+    _require_state_dict(state_dict, "Pass what optimizer.state_dict() returned.")
     chosen = as_policy(policy)
     names = dict(_names(state_dict["param_groups"]))
     state = {
@@ -129,18 +133,18 @@ def unpack_state_dict(
     Raises:
         StateError: it is no state_dict of an optimizer. PayloadError: a payload is damaged.
     """
-    if "state" not in state_dict:
-        raise StateError(
-            "this is no state_dict of an optimizer",
-            list(state_dict),
-            "Pass what pack_state_dict returned.",
-        )
+    _require_state_dict(state_dict, "Pass what pack_state_dict returned.")
     likes = dict(enumerate(parameters))
     state = {
         index: {k: unpack(v, likes.get(index)) if is_packed(v) else v for k, v in entries.items()}
         for index, entries in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
+
+
+def _require_state_dict(state_dict: Mapping[str, Any], rule: str) -> None:
+    if not {"state", "param_groups"} <= state_dict.keys():
+        raise StateError("this is no state_dict of an optimizer", list(state_dict), rule)
 
 
 def _names(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:

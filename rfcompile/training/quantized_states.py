@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import StateError
+from rfcompile.errors import HookError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy, as_policy
@@ -47,11 +47,13 @@ def quantize_states(
             optimizer can load. ``load_state_dict`` takes both.
 
     Raises:
-        StateError: the optimizer's states are quantized already.
+        HookError: it is no optimizer. StateError: its states are quantized already.
         PolicyError, FormatError: the policy is not understood.
     """
     chosen = as_policy(policy, min_bytes=4096)
     parts = optimizer.optimizers if isinstance(optimizer, Optimizers) else (optimizer,)
+    if not isinstance(optimizer, Optimizer):
+        raise HookError(type(optimizer).__name__, "pass a torch.optim.Optimizer.")
     for part in parts:
         if _ATTRIBUTE in part.__dict__:
             raise StateError(
@@ -101,11 +103,15 @@ class QuantizedStates:
             hook.remove()
         for optimizer in self._optimizers:
             self._unpack(optimizer)
-            del optimizer.__dict__[_ATTRIBUTE]
+            optimizer.__dict__.pop(_ATTRIBUTE, None)
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
-        return Report(tuple(self._sites()), self._policy.describe())
+        names = [name for o in self._optimizers for name, _ in _parameters(o)]
+        notes = []
+        if self._policy.sites and not all(names):
+            notes.append("sites reach no parameter without a name: build the optimizer from names")
+        return Report.of(self._policy, self._sites(), names=names, notes=notes)
 
     # ---- the hooks -----------------------------------------------------------------------
 

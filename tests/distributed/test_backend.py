@@ -36,7 +36,8 @@ import rfcompile.backend
 from rfcompile.errors import FormatError, PolicyError, UnquantizedSiteError
 from rfcompile.graph import read_statements
 from rfcompile.process_groups import simulated
-from rfcompile.report import Report, merge_reports
+from rfcompile.report import Report
+from rfcompile.step_report import merge_reports
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks

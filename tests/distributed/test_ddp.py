@@ -719,6 +719,10 @@ def check_loading(rank: Rank) -> None:
     wrong = error_of(lambda: handle.load_state_dict({"0.bias": torch.ones(5)}))
     assert isinstance(wrong, StateError)
     assert "of another shape than the parameters: '0.bias'." in str(wrong)
+    nan = {"0.bias": torch.full_like(state["0.bias"], torch.nan)}
+    never = error_of(lambda: handle.load_state_dict(nan))
+    assert isinstance(never, StateError)
+    assert "that are NaN or Inf and would never go away: '0.bias'." in str(never)
     off = quantize_ddp(DDP(Net()), 4)
     assert off.state_dict() == {}
     off.load_state_dict({})

@@ -49,7 +49,7 @@ from rfcompile.errors import (
     RFCompileError,
     ShapeError,
 )
-from rfcompile.report import merge_reports
+from rfcompile.step_report import merge_reports
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -582,7 +582,11 @@ def wrong_calls(rank: Rank) -> list[Exception]:
         errors.append(error_of(lambda: stage(policy=4)))
     finally:
         process_groups.source_digest = original
-    assert "no step has run yet" in str(quantize_pipeline_stage(plain, 5).report())
+    misspelt = policy(sites={"stages.1": 8, "stage.0": None})
+    report = quantize_pipeline_stage(plain, misspelt).report()
+    assert "no step has run yet" in str(report)
+    assert "sites['stage.0'] applies to nothing here" in str(report)
+    assert report.patterns == {"stages.1": True, "stage.0": False}
     return errors
 
 

@@ -22,7 +22,8 @@ WIDTH = 64
 def step(rank: Rank) -> rf.Report:
     torch.manual_seed(rank.index)
     ddp = DistributedDataParallel(nn.Linear(WIDTH, WIDTH, bias=False))
-    hook = quantize_ddp(ddp, rf.Policy.of(bits=4, min_bytes=0))
+    sites = {"weight": 4, "haed": None}
+    hook = quantize_ddp(ddp, rf.Policy.of(bits=4, min_bytes=0, sites=sites))
     optimizer = torch.optim.AdamW(ddp.parameters())
     states = quantize_states(optimizer, rf.Policy.of(bits=8, min_bytes=0))
 
@@ -30,11 +31,14 @@ def step(rank: Rank) -> rf.Report:
         return funcol.all_reduce(x, "sum", list(range(rank.world)))
 
     rf.reports(clear=True)
-    options = {"bits": 8, "min_bytes": 0}
+    options = {"bits": 8, "min_bytes": 0, "sites": sites}
     compiled = torch.compile(total, backend="rfquant", options=options, dynamic=False)
     compiled(ddp(torch.randn(4, WIDTH)).detach())
     ddp(torch.randn(4, WIDTH)).sum().backward()
     optimizer.step()
+    (graph,) = rf.reports()
+    assert graph.patterns == {"weight": False, "haed": False}
+    assert hook.report().patterns == {"weight": True, "haed": False}
     return rf.merge_reports(rf.reports(clear=True), hook, states)
 
 
@@ -50,6 +54,9 @@ def test_a_step_is_one_table(ranks: RunRanks) -> None:
         kinds[kind].bytes_after for kind in ("activations", "gradients")
     )
     assert kinds["gradients"].ratio > 7
+    assert [note for note in first.notes if "nothing" in note] == [
+        "sites['haed'] applies to nothing here: no name matches that none before it takes"
+    ]
     assert "(kept)" in first.text()
     assert [line.bytes_after for line in second.kinds] == [
         line.bytes_after for line in first.kinds

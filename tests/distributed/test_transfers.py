@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,6 +125,42 @@ def pair(rank: Rank, dtype: torch.dtype, into_an_input: bool) -> list[rf.Report]
     return rf.reports()
 
 
+def one_after_another(rank: Rank) -> None:
+    """Both ways without a batch, in any order: what runs does so in the order of the program.
+
+    Payloads of equal sizes invite Inductor to use their memory again, and to move waits.
+    """
+    other = 1 - rank.index
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        first, second = torch.empty_like(x), torch.empty_like(x)
+        numbers = torch.empty(3, dtype=torch.int64)  # torch folds what it fills by itself
+        receive, send = dist.irecv(first, other), dist.isend(x, other)
+        _wait(receive)
+        again = dist.isend(x + first, other)  # reads what the first payload was made of, too
+        _wait(dist.irecv(second, other))
+        _wait(send)
+        _wait(again)
+        if rank.index == 0:
+            _wait(dist.isend(torch.arange(3), other))
+            _wait(dist.irecv(numbers, other))
+        else:
+            _wait(dist.irecv(numbers, other))
+            _wait(dist.isend(numbers + 1, other))
+        return first, second, numbers
+
+    x, theirs = values(rank.index, 300), values(other, 300)
+    g = compiled(f, bits=4)
+    coded = partial(round_trip, fmt="4b:g128:rise")
+    for _ in range(2):
+        first, second, numbers = g(x)
+        assert torch.equal(first, coded(theirs))
+        assert torch.equal(second, coded(theirs + coded(x)))
+        assert torch.equal(numbers, torch.arange(3) + (rank.index == 0))
+    # What torch remembers until it is waited for is never freed.
+    assert torch._C._distributed_c10d._get_work_registry_size() == 0
+
+
 def reasons(rank: Rank) -> list[str]:
     def f(small: Tensor, numbers: Tensor, large: Tensor) -> tuple[Tensor, ...]:
         return shift(small, 1), shift(numbers, 1), shift(large, 1)
@@ -203,6 +240,10 @@ def test_one_way(ranks: RunRanks, dtype: torch.dtype, into_an_input: bool) -> No
     assert receiver.bytes_before == 0
 
 
+def test_transfers_keep_their_order_and_their_memory(ranks: RunRanks) -> None:
+    ranks(2, one_after_another)
+
+
 def test_what_stays_exact_says_why_on_both_ends(ranks: RunRanks) -> None:
     for found in ranks(2, reasons):
         small, numbers = "16 bytes < min_bytes=1000", "i64 data is not quantized"
@@ -213,14 +254,15 @@ def test_one_graph_serves_every_size(ranks: RunRanks) -> None:
     assert ranks(2, any_size) == [1, 1]
 
 
-def test_a_receive_that_nobody_waits_for_is_an_error() -> None:
+@pytest.mark.parametrize("name", ["isend", "irecv"])
+def test_one_that_nobody_waits_for_is_an_error(name: str) -> None:
     def f(x: Tensor) -> Tensor:
-        irecv: Callable[..., Tensor] = torch.ops._c10d_functional.irecv
-        return irecv(x, 0, 0, "0")
+        start: Callable[..., Tensor] = getattr(torch.ops._c10d_functional, name)
+        return start(x, 0, 0, "0")
 
     with simulated(2):
         gm = make_fx(f, tracing_mode="fake")(torch.zeros(8, 8))
-        with pytest.raises(CaptureError, match=r"is not waited for where it is compiled"):
+        with pytest.raises(CaptureError, match=rf"the {name} at .* is not waited for where it is"):
             QuantizeTransfers(rf.Policy.of(bits=4, min_bytes=0))(gm)
 
 

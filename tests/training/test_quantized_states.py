@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from rfcompile.errors import PayloadError, StateError
+from rfcompile.errors import HookError, PayloadError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy
 from rfcompile.training import pack_state_dict, quantize_states, unpack_state_dict
@@ -151,6 +151,18 @@ def test_sites_are_names_of_parameters() -> None:
         "up.weight": "4b:g128:rise", "up.bias": "8b:g128:tread",
         "down.weight": None, "down.bias": None,
     }  # fmt: skip
+    assert handle.report().notes == ()
+
+
+def test_sites_that_reach_no_parameter_are_noted() -> None:
+    net = Net()
+    nameless = torch.optim.AdamW(net.parameters())
+    sites: dict[str, Any] = {"up.*": 4}
+    notes = quantize_states(nameless, Policy(sites=sites)).report().notes
+    assert [note.split(":")[0] for note in notes] == [
+        "sites reach no parameter without a name",
+        "sites['up.*'] applies to nothing here",
+    ]
 
 
 def saved(state_dict: dict[str, Any]) -> Any:
@@ -192,6 +204,7 @@ def test_a_plain_checkpoint_loads_everywhere() -> None:
     assert len(tensors(plain.state)) == len(tensors(optimizer.state)) == 12
     for a, b in zip(tensors(plain.state), tensors(optimizer.state), strict=True):
         assert torch.equal(a, b)
+    handle.remove()
     quantize_states(optimizer, 4)  # after remove it may be quantized anew
 
 
@@ -220,6 +233,20 @@ def test_what_has_no_large_tensor_state_is_left_alone() -> None:
     assert handle.report().sites == ()
 
 
+def test_a_single_number_stays_exact() -> None:
+    net, plain_net = Net(), Net()
+    plain_net.load_state_dict(net.state_dict())
+    optimizer, plain = (torch.optim.NAdam(n.parameters()) for n in (net, plain_net))
+    handle = quantize_states(optimizer, Policy(optimizer_state=4, min_bytes=0))
+    train(net, optimizer, range(3))
+    train(plain_net, plain, range(3))
+    for a, b in zip(optimizer.state.values(), plain.state.values(), strict=True):
+        assert torch.equal(a["mu_product"], b["mu_product"])
+    reasons = {s.collective: s.reason for s in handle.report().skipped}
+    assert set(reasons) == {"step", "mu_product"}
+    assert reasons["mu_product"].startswith("a single number")
+
+
 def test_errors() -> None:
     optimizer = made(Net())
     quantize_states(optimizer, 8)
@@ -227,6 +254,10 @@ def test_errors() -> None:
         quantize_states(optimizer, 4)
     with pytest.raises(StateError, match="no state_dict of an optimizer: 'a'"):
         unpack_state_dict({"a": 1})
+    with pytest.raises(StateError, match="no state_dict of an optimizer: 'a'"):
+        pack_state_dict({"a": 1})
+    with pytest.raises(HookError, match=r"Net cannot be quantized: pass a torch\.optim\.Optimizer"):
+        quantize_states(Net(), 8)  # type: ignore[arg-type]
     packed = pack(torch.ones(100), QuantFormat(8))
     packed["payload"] = packed["payload"][:-1]
     with pytest.raises(PayloadError):
