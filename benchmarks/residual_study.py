@@ -57,7 +57,7 @@ ARMS: dict[str, Arm] = {
     "free+muon": FREE,
     "free+muon+annealed": replace(FREE, skips="annealed", matrix_lr=0.02),
     "residual+muon+orthogonal": replace(KEPT, initialization=Initialization()),
-    "free+adamw": replace(FREE, matrices="adamw"),
+    "free+adamw": replace(FREE, matrices="adamw", lr=3e-4),
     "free+muon-orthogonal": replace(FREE, initialization=None),
     "free+muon-temperature": replace(FREE, temperature=None),
     "free+muon-rotary": replace(FREE, rotary=False),
