@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._ops import OpOverload
 
-from rfcompile.ops import LIBRARY, OpOverload
+from rfcompile.ops import LIBRARY
 from rfcompile.process_groups import resolve
 
 
@@ -45,7 +46,7 @@ def _start(
         works = [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
     for index, tensor in enumerate(tensors):
         work = works[min(index, len(works) - 1)]  # NCCL has one for the whole batch
-        torch._C._distributed_c10d._register_work(tensor, work)  # type: ignore[arg-type]
+        torch._C._distributed_c10d._register_work(tensor, work)
 
 
 def _finish(order: Tensor, payload: Tensor) -> None:
