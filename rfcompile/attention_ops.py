@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfcompile import polynomial_linear
 from rfcompile.errors import AttentionError, ShapeError
-from rfcompile.ops import LIBRARY
+from rfcompile.ops import LIBRARY, as_autocast, without_autocast
 from rfcompile.polynomial import (
     Problem,
     backward,
@@ -62,7 +62,8 @@ def polynomial_attention_formula(
     With dropout the weights are in memory, as they are where torch's attention drops out on a CPU.
 
     Args:
-        query: ``[.., L, E]``, key: ``[.., S, E]``, value: ``[.., S, V]``, one dtype.
+        query: ``[.., L, E]``, key: ``[.., S, E]``, value: ``[.., S, V]``, one dtype; in a region of
+            ``torch.autocast`` they get its dtype, as torch's attention does it.
         attn_mask: as for torch: bool (True is seen) or float (added to the scores; what is not
             above ``MASKED`` hides the key), broadcastable to ``[.., L, S]``.
         rows: see :class:`~rfcompile.companions.PolynomialAttention`, its ``scale``; gain: (1,).
@@ -70,6 +71,7 @@ def polynomial_attention_formula(
     Raises:
         ShapeError, AttentionError: a dtype.
     """
+    query, key, value = (as_autocast(x) for x in (query, key, value))
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
     if enable_gqa:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
@@ -152,7 +154,8 @@ def _sum(
 ) -> Tensor:
     problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
     is_linear = polynomial_linear.is_linear(problem, form)
-    return polynomial_linear.forward(problem) if is_linear else forward(problem)
+    with without_autocast(q):
+        return polynomial_linear.forward(problem) if is_linear else forward(problem)
 
 
 def _sum_backward(
@@ -169,10 +172,11 @@ def _sum_backward(
     of_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
-    if polynomial_linear.is_linear(problem, form):
-        found = polynomial_linear.backward(problem, g)
-    else:
-        found = backward(problem, g, mask=of_mask)
+    with without_autocast(q):
+        if polynomial_linear.is_linear(problem, form):
+            found = polynomial_linear.backward(problem, g)
+        else:
+            found = backward(problem, g, mask=of_mask)
     bias = factors.new_empty(0) if found.mask is None or mask is None else found.mask.to(mask.dtype)
     return found.q.to(q.dtype), found.k.to(q.dtype), found.v.to(q.dtype), found.factors, bias
 

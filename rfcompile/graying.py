@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rfcompile.errors import GrayingError, ShapeError
-from rfcompile.ops import LIBRARY
+from rfcompile.ops import LIBRARY, without_autocast
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -49,7 +49,8 @@ def gray_tokens_formula(x: Tensor, visible: Tensor | None, epsilon: float, form:
     _check(x, visible)
     wide = x if x.dtype == torch.float64 else x.float()
     kept = wide if visible is None else wide.masked_fill(~visible.unsqueeze(-1), 0)
-    new = gray_svd(kept, epsilon) if form == "svd" else _by_dct(kept, visible, epsilon)
+    with without_autocast(x):
+        new = gray_svd(kept, epsilon) if form == "svd" else _by_dct(kept, visible, epsilon)
     if visible is not None:
         new = torch.where(visible.unsqueeze(-1), new, wide)
     return new.to(x.dtype)
@@ -189,7 +190,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.rfcompile.gray_svd_backward(g, *ctx.saved_tensors, ctx.epsilon), None
+    with without_autocast(g):
+        return torch.ops.rfcompile.gray_svd_backward(g, *ctx.saved_tensors, ctx.epsilon), None
 
 
 torch.library.register_autograd("rfcompile::gray_svd", _gradients, setup_context=_keep, lib=LIBRARY)

@@ -142,6 +142,20 @@ def test_half_precision_and_grouped_heads() -> None:
     assert torch.equal(y, polynomial_attention(q, *whole, is_causal=True))
 
 
+@pytest.mark.parametrize("form", ["quadratic", "linear"])
+def test_autocast_takes_its_dtype(form: str) -> None:
+    q, k, v = (torch.randn(2, 9, 4, requires_grad=True) for _ in range(3))
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    expected = polynomial_attention(*narrow, power=2, form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = polynomial_attention(q, narrow[1], v, power=2, form=form)  # q and k of other dtypes
+        assert polynomial_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        (a,) = torch.autograd.grad(y.sum(), q)
+    (b,) = torch.autograd.grad(expected.sum(), q)
+    assert torch.equal(y, expected)
+    assert torch.equal(a, b)
+
+
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     q, k = torch.randn(2, 1, 1, 40, 8)
     v = torch.eye(40).expand(1, 1, 40, 40)

@@ -59,6 +59,17 @@ def test_one_changes_nothing_and_dtypes_stay(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["dct", "svd"])
+def test_autocast_does_not_make_it_less_exact(form: str) -> None:
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    y = gray_tokens(x, None, 0.7, form)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = gray_tokens(x, None, 0.7, form)
+    assert torch.equal(again, y)
+    (a,), (b,) = (torch.autograd.grad(z.square().sum(), x) for z in (again, y))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["dct", "svd"])
 @pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 5), (4, 4)])
 def test_gradients(form: str, n: int, d: int) -> None:
     x = torch.randn(2, n, d, dtype=torch.float64, requires_grad=True)
