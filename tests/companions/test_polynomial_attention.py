@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
 from rfcompile.attention_matrix import attention_matrices
@@ -296,6 +297,34 @@ MODELS: list[tuple[Callable[[], nn.Module], str]] = [
 def test_what_cannot_be_replaced_is_an_error(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(AttentionError, match=message):
         polynomial(build(), (torch.randn(2, 5, 8),))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, inside: bool | None = None) -> Any:
+        def attend(x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*self.project(x).chunk(3, -1))
+
+        return attend(x) if inside is None else checkpoint(attend, x, use_reentrant=inside)
+
+
+def test_a_checkpoint_must_hold_the_whole_module() -> None:
+    """torch would compute the attention again outside of the module, with its softmax."""
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    new: Any = polynomial(Checkpointed(), (x,))
+    (expected,) = torch.autograd.grad(new(x).square().sum(), x)
+    for reentrant in (False, True):
+        (g,) = torch.autograd.grad(checkpoint(new, x, use_reentrant=False).square().sum(), x)
+        assert torch.equal(g, expected)
+        with pytest.raises(AttentionError, match="checkpoint the module itself"):
+            new(x, reentrant)
+        with torch.no_grad():  # nothing will be computed again
+            assert torch.equal(new(x, reentrant), new(x))
+    with pytest.raises(AttentionError, match="checkpoint the module itself"):
+        torch.compile(new, backend="aot_eager")(x, False)
 
 
 def test_twice_is_an_error(gpt: NanoGPT) -> None:
