@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import rfcompile as rf
 from rfcompile.attention_matrix import attention_matrices
 from rfcompile.companions import PolynomialReport
-from rfcompile.errors import AttentionError, PolicyError
+from rfcompile.errors import AttentionError, PolicyError, ShapeError
 from tests.zoo import ZOO, NanoGPT, tokens
 
 EPS = torch.finfo(torch.float32).eps
@@ -231,6 +231,27 @@ def test_a_cross_attention_and_its_weights() -> None:
         torch.testing.assert_close(alone, attended[0])
     with pytest.raises(AttentionError, match="is_causal=True is a hint"):
         new.attention(x, x, x, is_causal=True)
+
+
+BAD_MASKS: list[tuple[str, Tensor, type[Exception], str]] = [
+    ("key_padding_mask", torch.ones(2, 7, dtype=torch.int64), AttentionError, "int64: give bool"),
+    ("attn_mask", torch.ones(5, 7, dtype=torch.uint8), AttentionError, "uint8: give bool"),
+    ("key_padding_mask", torch.ones(2, 5), ShapeError, r"\(2, 5\): give \(2, 7\)"),
+    ("attn_mask", torch.ones(1, 7), ShapeError, r"\(1, 7\): give \(5, 7\) or \(4, 5, 7\)"),
+    ("attn_mask", torch.ones(2, 5, 7), ShapeError, r"give \(5, 7\) or \(4, 5, 7\)"),
+]
+
+
+def test_masks_that_torch_refuses_are_refused() -> None:
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    new: Any = polynomial(Cross(), (x, y))
+    for need_weights in (True, False):
+        for name, mask, error, message in BAD_MASKS:
+            with pytest.raises(error, match=message):
+                new.attention(x, y, y, need_weights=need_weights, **{name: mask})
+        heads = torch.zeros(4, 5, 7).index_fill(-1, torch.tensor([6]), -math.inf)
+        cut, _ = new.attention(x, y, y, attn_mask=heads, need_weights=need_weights)
+        torch.testing.assert_close(cut, new(x, y[:, :6])[0])
 
 
 def test_keys_of_its_own_are_refused() -> None:
