@@ -71,11 +71,8 @@ def polynomial_attention_formula(
     Raises:
         ShapeError, AttentionError: a dtype.
     """
-    query, key, value = (as_autocast(x) for x in (query, key, value))
-    _check(query, key, value, attn_mask, is_causal, enable_gqa)
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    query, key, value = _operands(query, key, value, enable_gqa)
+    _check_mask(query, key, attn_mask, is_causal)
     mask = None if attn_mask is None else _with_sizes(attn_mask, key.shape[-2])
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
@@ -96,29 +93,41 @@ def polynomial_attention_formula(
 
 
 def _with_sizes(mask: Tensor, keys: Any) -> Tensor:
-    mask = mask if mask.dim() > 1 else mask.unsqueeze(0)
-    return mask.expand(*mask.shape[:-1], keys)
+    return mask.expand(*(mask.shape[:-1] if mask.dim() > 1 else (1,)), keys)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool
-) -> None:
+def _operands(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of the same dtype, heads and leading sizes."""
+    q, k, v = (as_autocast(x) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise AttentionError(
             f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}: give one floating-point "
             "type."
         )
-    if q.dim() < 2 or k.dim() != q.dim() or v.dim() != q.dim() or q.shape[-1] != k.shape[-1]:
-        shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ShapeError(
-            "polynomial attention",
-            shapes,
-            "give query [.., L, E], key [.., S, E] and value [.., S, V]",
-        )
-    if gqa and (k.dim() < 3 or q.shape[-3] % k.shape[-3]):
-        raise ShapeError(
-            "the key", k.shape, f"its heads must divide those of the query, {tuple(q.shape)}."
-        )
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    rule = "give query [.., L, E], key [.., S, E] and value [.., S, V]"
+    if q.dim() < 2 or not q.dim() == k.dim() == v.dim():
+        raise ShapeError("polynomial attention", shapes, rule)
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ShapeError("polynomial attention", shapes, rule)
+    if gqa:
+        for name, x in (("key", k), ("value", v)):
+            if x.dim() < 3 or not x.shape[-3] or q.shape[-3] % x.shape[-3]:
+                what = f"its heads must divide those of the query, {tuple(q.shape)}."
+                raise ShapeError(f"the {name}", x.shape, what)
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    if q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        return q, k, v
+    try:
+        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    except RuntimeError as error:
+        rule += ", of leading sizes that broadcast"
+        raise ShapeError("polynomial attention", shapes, rule) from error
+    q, k, v = (x.expand(*leading, *x.shape[-2:]) for x in (q, k, v))
+    return q, k, v
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     if mask is None:
         return
     if is_causal:

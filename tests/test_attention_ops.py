@@ -156,6 +156,32 @@ def test_autocast_takes_its_dtype(form: str) -> None:
     assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("form", ["quadratic", "linear"])
+def test_leading_sizes_and_masks_broadcast(form: str) -> None:
+    """One key head for all queries, one query for all samples: torch's attention takes both."""
+    q, k, v = torch.randn(1, 3, 5, 4), torch.randn(2, 1, 6, 4), torch.randn(2, 3, 6, 2)
+    small = [x.requires_grad_() for x in (q, k, v)]
+    big = [x.detach().expand(2, 3, -1, -1).contiguous().requires_grad_() for x in (q, k, v)]
+    mask = torch.tensor(True)
+    y = polynomial_attention(*small, mask, power=2, form=form)
+    expected = polynomial_attention(*big, mask.expand(1, 6), power=2, form=form)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(small, big, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad.sum_to_size(a.shape))
+
+
+def test_scores_of_half_precision_do_not_overflow() -> None:
+    q = torch.full((1, 2, 128), 30.0, dtype=torch.float16)  # q k is 115,200, a score 10,182
+    y = polynomial_attention(q, q, q * 1e-3, power=1)
+    # Rounding of q / sqrt(128), of the score and of the result, by half an eps each, and its sums.
+    expected = polynomial_attention(q.float(), q.float(), (q * 1e-3).float(), power=1)
+    torch.testing.assert_close(y.float(), expected, rtol=4 * torch.finfo(torch.float16).eps, atol=0)
+
+
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
     q, k = torch.randn(2, 1, 1, 40, 8)
     v = torch.eye(40).expand(1, 1, 40, 40)
@@ -246,7 +272,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, AttentionError, "int64: give bool"),
     ({"key": torch.ones(1, 2, 5, 3)}, ShapeError, r"key \[\.\., S, E\]"),
     ({"value": torch.ones(1, 2, 5, 4).double()}, AttentionError, "one floating-point type"),
+    ({"value": torch.ones(1, 2, 6, 4)}, ShapeError, r"value \[\.\., S, V\]"),
+    ({"key": torch.ones(1, 3, 5, 4)}, ShapeError, "leading sizes that broadcast"),
     ({"key": torch.ones(1, 3, 5, 4), "enable_gqa": True}, ShapeError, "its heads must divide"),
+    ({"value": torch.ones(1, 3, 5, 4), "enable_gqa": True}, ShapeError, "its heads must divide"),
 ]
 
 
