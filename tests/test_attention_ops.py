@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -101,7 +102,11 @@ def test_its_gradients_are_those_of_the_numbers(
         )  # fmt: skip
         return y
 
-    assert torch.autograd.gradcheck(attend, (*inputs[:3], gain, *inputs[3:]), fast_mode=True)
+    everything = (*inputs[:3], gain, *inputs[3:])
+    assert torch.autograd.gradcheck(attend, everything, fast_mode=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradgradcheck(attend, everything, fast_mode=True)
 
 
 def test_rows_without_keys_are_zeros_and_masked_keys_do_not_matter() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rfcompile.errors import GrayingError, ShapeError
 from rfcompile.graying import FLOOR, dct_matrix, gray_svd, gray_tokens
@@ -74,6 +76,16 @@ def test_autocast_does_not_make_it_less_exact(form: str) -> None:
 def test_gradients(form: str, n: int, d: int) -> None:
     x = torch.randn(2, n, d, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: gray_tokens(x, None, 0.7, form), (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradgradcheck(lambda x: gray_tokens(x, None, 0.7, form), (x,))
+
+
+def test_a_run_on_fake_tensors_leaves_real_ones_real() -> None:
+    x = torch.randn(23, 29)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert gray_tokens(x, None, 0.7, "dct").shape == x.shape
+    assert type(gray_tokens(x, None, 0.7, "dct")) is Tensor
 
 
 @pytest.mark.parametrize(
