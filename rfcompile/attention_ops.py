@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rfcompile import polynomial_linear
 from rfcompile.errors import AttentionError, ShapeError
-from rfcompile.ops import LIBRARY
+from rfcompile.ops import LIBRARY, as_autocast, without_autocast
 from rfcompile.polynomial import (
     Problem,
     backward,
@@ -62,7 +62,8 @@ def polynomial_attention_formula(
     With dropout the weights are in memory, as they are where torch's attention drops out on a CPU.
 
     Args:
-        query: ``[.., L, E]``, key: ``[.., S, E]``, value: ``[.., S, V]``, one dtype.
+        query: ``[.., L, E]``, key: ``[.., S, E]``, value: ``[.., S, V]``, one dtype; in a region of
+            ``torch.autocast`` they get its dtype, as torch's attention does it.
         attn_mask: as for torch: bool (True is seen) or float (added to the scores; what is not
             above ``MASKED`` hides the key), broadcastable to ``[.., L, S]``.
         rows: see :class:`~rfcompile.companions.PolynomialAttention`, its ``scale``; gain: (1,).
@@ -70,10 +71,8 @@ def polynomial_attention_formula(
     Raises:
         ShapeError, AttentionError: a dtype.
     """
-    _check(query, key, value, attn_mask, is_causal, enable_gqa)
-    if enable_gqa:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
-        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    query, key, value = _operands(query, key, value, enable_gqa)
+    _check_mask(query, key, attn_mask, is_causal)
     mask = None if attn_mask is None else _with_sizes(attn_mask, key.shape[-2])
     if scale is None:
         scale = 1 / math.sqrt(query.shape[-1])
@@ -94,29 +93,41 @@ def polynomial_attention_formula(
 
 
 def _with_sizes(mask: Tensor, keys: Any) -> Tensor:
-    mask = mask if mask.dim() > 1 else mask.unsqueeze(0)
-    return mask.expand(*mask.shape[:-1], keys)
+    return mask.expand(*(mask.shape[:-1] if mask.dim() > 1 else (1,)), keys)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, gqa: bool
-) -> None:
+def _operands(q: Tensor, k: Tensor, v: Tensor, gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of the same dtype, heads and leading sizes."""
+    q, k, v = (as_autocast(x) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise AttentionError(
             f"query, key and value are {q.dtype}, {k.dtype}, {v.dtype}: give one floating-point "
             "type."
         )
-    if q.dim() < 2 or k.dim() != q.dim() or v.dim() != q.dim() or q.shape[-1] != k.shape[-1]:
-        shapes = [tuple(x.shape) for x in (q, k, v)]
-        raise ShapeError(
-            "polynomial attention",
-            shapes,
-            "give query [.., L, E], key [.., S, E] and value [.., S, V]",
-        )
-    if gqa and (k.dim() < 3 or q.shape[-3] % k.shape[-3]):
-        raise ShapeError(
-            "the key", k.shape, f"its heads must divide those of the query, {tuple(q.shape)}."
-        )
+    shapes = [tuple(x.shape) for x in (q, k, v)]
+    rule = "give query [.., L, E], key [.., S, E] and value [.., S, V]"
+    if q.dim() < 2 or not q.dim() == k.dim() == v.dim():
+        raise ShapeError("polynomial attention", shapes, rule)
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ShapeError("polynomial attention", shapes, rule)
+    if gqa:
+        for name, x in (("key", k), ("value", v)):
+            if x.dim() < 3 or not x.shape[-3] or q.shape[-3] % x.shape[-3]:
+                what = f"its heads must divide those of the query, {tuple(q.shape)}."
+                raise ShapeError(f"the {name}", x.shape, what)
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    if q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        return q, k, v
+    try:
+        leading = torch.broadcast_shapes(*(x.shape[:-2] for x in (q, k, v)))
+    except RuntimeError as error:
+        rule += ", of leading sizes that broadcast"
+        raise ShapeError("polynomial attention", shapes, rule) from error
+    q, k, v = (x.expand(*leading, *x.shape[-2:]) for x in (q, k, v))
+    return q, k, v
+
+
+def _check_mask(q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     if mask is None:
         return
     if is_causal:
@@ -152,7 +163,8 @@ def _sum(
 ) -> Tensor:
     problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
     is_linear = polynomial_linear.is_linear(problem, form)
-    return polynomial_linear.forward(problem) if is_linear else forward(problem)
+    with without_autocast(q):
+        return polynomial_linear.forward(problem) if is_linear else forward(problem)
 
 
 def _sum_backward(
@@ -169,10 +181,11 @@ def _sum_backward(
     of_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(q, k, v, factors, mask, is_causal, scale, power)
-    if polynomial_linear.is_linear(problem, form):
-        found = polynomial_linear.backward(problem, g)
-    else:
-        found = backward(problem, g, mask=of_mask)
+    with without_autocast(q):
+        if polynomial_linear.is_linear(problem, form):
+            found = polynomial_linear.backward(problem, g)
+        else:
+            found = backward(problem, g, mask=of_mask)
     bias = factors.new_empty(0) if found.mask is None or mask is None else found.mask.to(mask.dtype)
     return found.q.to(q.dtype), found.k.to(q.dtype), found.v.to(q.dtype), found.factors, bias
 
@@ -219,9 +232,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv, factors, mask = polynomial_sum_backward(
-        g, *ctx.saved_tensors, *ctx.options, ctx.of_mask
-    )
+    # To be differentiated again it is its parts, which autograd knows.
+    backward_of = _sum_backward if torch.is_grad_enabled() else polynomial_sum_backward
+    dq, dk, dv, factors, mask = backward_of(g, *ctx.saved_tensors, *ctx.options, ctx.of_mask)
     return dq, dk, dv, mask if ctx.of_mask else None, factors, None, None, None, None
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from rfcompile.errors import GrayingError, ShapeError
-from rfcompile.ops import LIBRARY
+from rfcompile.ops import LIBRARY, without_autocast
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
@@ -49,7 +50,8 @@ def gray_tokens_formula(x: Tensor, visible: Tensor | None, epsilon: float, form:
     _check(x, visible)
     wide = x if x.dtype == torch.float64 else x.float()
     kept = wide if visible is None else wide.masked_fill(~visible.unsqueeze(-1), 0)
-    new = gray_svd(kept, epsilon) if form == "svd" else _by_dct(kept, visible, epsilon)
+    with without_autocast(x):
+        new = gray_svd(kept, epsilon) if form == "svd" else _by_dct(kept, visible, epsilon)
     if visible is not None:
         new = torch.where(visible.unsqueeze(-1), new, wide)
     return new.to(x.dtype)
@@ -86,7 +88,8 @@ def dct_matrix(positions: Tensor, length: Tensor, n: Any, dtype: torch.dtype) ->
 
 
 def _whole_dct(n: Any, like: Tensor) -> Tensor:
-    if type(like) is Tensor:  # and nothing traces it, where its size may be a symbol
+    # Where something traces it the size may be a symbol, and the matrix none that can be kept.
+    if type(like) is Tensor and _get_current_dispatch_mode() is None:
         return _kept_dct(n, like.dtype, like.device)
     return dct_matrix(*_all(n, like.device), n, like.dtype)
 
@@ -181,6 +184,7 @@ LIBRARY.define("gray_svd_backward(Tensor g, Tensor x, float epsilon) -> Tensor",
 LIBRARY.impl("gray_svd_backward", _gray_svd_backward, "CompositeExplicitAutograd")
 LIBRARY.impl("gray_svd_backward", lambda g, x, epsilon: x.new_empty(x.shape), "Meta")
 gray_svd: Any = torch.ops.rfcompile.gray_svd.default
+gray_svd_backward: Any = torch.ops.rfcompile.gray_svd_backward.default
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -189,7 +193,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.rfcompile.gray_svd_backward(g, *ctx.saved_tensors, ctx.epsilon), None
+    # To be differentiated again it is its parts, which autograd knows.
+    backward = _gray_svd_backward if torch.is_grad_enabled() else gray_svd_backward
+    with without_autocast(g):
+        return backward(g, *ctx.saved_tensors, ctx.epsilon), None
 
 
 torch.library.register_autograd("rfcompile::gray_svd", _gradients, setup_context=_keep, lib=LIBRARY)

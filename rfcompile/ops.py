@@ -8,6 +8,7 @@ by its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,22 @@ from rfcompile.formats import QuantFormat
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY = torch.library.Library("rfcompile", "FRAGMENT")
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Inside, products of ``x`` keep their dtype: torch runs our kernels with autocast still on."""
+    device = x.device.type
+    is_known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if is_known else nullcontext()
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """In the dtype of autocast, where it is on; float64 stays, as it does in torch's operators."""
+    device = x.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_on or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def _define(

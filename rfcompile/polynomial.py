@@ -110,7 +110,8 @@ class Problem:
 
     def scores(self, rows: slice, keys: slice) -> tuple[Tensor, Tensor | None]:
         """``scale q k + mask`` of a block, as wide(q), 0 where hidden, and where that is."""
-        scores = wide(self.q[..., rows, :] @ self.k[..., keys, :].mT) * self.scale
+        q = self.q[..., rows, :] * self.scale  # first, so that float16 does not overflow
+        scores = wide(q @ self.k[..., keys, :].mT)
         hidden = None
         if self.mask is not None:
             mask = rows_of(self.mask, rows)[..., keys]

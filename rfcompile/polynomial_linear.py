@@ -131,8 +131,8 @@ def _states(p: Problem) -> Iterator[tuple[slice, Tensor]]:
     for rows in _chunks(p.q.shape[-2]):
         yield rows, state
         chunk = next(keys, slice(0, 0))
-        if p.is_causal:
-            state += features(p.k[..., chunk, :], p.power).mT @ wide(p.v[..., chunk, :])
+        if p.is_causal:  # not in place: who differentiates backward keeps each
+            state = state + features(p.k[..., chunk, :], p.power).mT @ wide(p.v[..., chunk, :])
 
 
 def _own(p: Problem, rows: slice) -> slice:
@@ -155,7 +155,7 @@ def backward(p: Problem, g: Tensor) -> Gradients:
         if p.is_causal:
             _scatter(p, _own(p, rows), state, into)
         queries = features(wide(p.q[..., rows, :]) * p.scale, p.power)
-        state += queries.mT @ (g[..., rows, :] * rows_of(p.factors, rows))
+        state = state + queries.mT @ (g[..., rows, :] * rows_of(p.factors, rows))
     for keys in [] if p.is_causal else _chunks(p.k.shape[-2]):
         _scatter(p, keys, state, into)
     return into

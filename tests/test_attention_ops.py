@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -101,7 +102,11 @@ def test_its_gradients_are_those_of_the_numbers(
         )  # fmt: skip
         return y
 
-    assert torch.autograd.gradcheck(attend, (*inputs[:3], gain, *inputs[3:]), fast_mode=True)
+    everything = (*inputs[:3], gain, *inputs[3:])
+    assert torch.autograd.gradcheck(attend, everything, fast_mode=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradgradcheck(attend, everything, fast_mode=True)
 
 
 def test_rows_without_keys_are_zeros_and_masked_keys_do_not_matter() -> None:
@@ -140,6 +145,46 @@ def test_half_precision_and_grouped_heads() -> None:
     assert y.dtype == torch.bfloat16
     whole = [x.repeat_interleave(2, 1) for x in (k, v)]
     assert torch.equal(y, polynomial_attention(q, *whole, is_causal=True))
+
+
+@pytest.mark.parametrize("form", ["quadratic", "linear"])
+def test_autocast_takes_its_dtype(form: str) -> None:
+    q, k, v = (torch.randn(2, 9, 4, requires_grad=True) for _ in range(3))
+    narrow = [x.bfloat16() for x in (q, k, v)]
+    expected = polynomial_attention(*narrow, power=2, form=form)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = polynomial_attention(q, narrow[1], v, power=2, form=form)  # q and k of other dtypes
+        assert polynomial_attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        (a,) = torch.autograd.grad(y.sum(), q)
+    (b,) = torch.autograd.grad(expected.sum(), q)
+    assert torch.equal(y, expected)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["quadratic", "linear"])
+def test_leading_sizes_and_masks_broadcast(form: str) -> None:
+    """One key head for all queries, one query for all samples: torch's attention takes both."""
+    q, k, v = torch.randn(1, 3, 5, 4), torch.randn(2, 1, 6, 4), torch.randn(2, 3, 6, 2)
+    small = [x.requires_grad_() for x in (q, k, v)]
+    big = [x.detach().expand(2, 3, -1, -1).contiguous().requires_grad_() for x in (q, k, v)]
+    mask = torch.tensor(True)
+    y = polynomial_attention(*small, mask, power=2, form=form)
+    expected = polynomial_attention(*big, mask.expand(1, 6), power=2, form=form)
+    assert torch.equal(y, expected)
+    y.sum().backward()
+    expected.sum().backward()
+    for a, b in zip(small, big, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad.sum_to_size(a.shape))
+
+
+def test_scores_of_half_precision_do_not_overflow() -> None:
+    q = torch.full((1, 2, 128), 30.0, dtype=torch.float16)  # q k is 115,200, a score 10,182
+    y = polynomial_attention(q, q, q * 1e-3, power=1)
+    # Rounding of q / sqrt(128), of the score and of the result, by half an eps each, and its sums.
+    expected = polynomial_attention(q.float(), q.float(), (q * 1e-3).float(), power=1)
+    torch.testing.assert_close(y.float(), expected, rtol=4 * torch.finfo(torch.float16).eps, atol=0)
 
 
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:
@@ -232,7 +277,10 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attn_mask": torch.ones(5, 5, dtype=torch.int64)}, AttentionError, "int64: give bool"),
     ({"key": torch.ones(1, 2, 5, 3)}, ShapeError, r"key \[\.\., S, E\]"),
     ({"value": torch.ones(1, 2, 5, 4).double()}, AttentionError, "one floating-point type"),
+    ({"value": torch.ones(1, 2, 6, 4)}, ShapeError, r"value \[\.\., S, V\]"),
+    ({"key": torch.ones(1, 3, 5, 4)}, ShapeError, "leading sizes that broadcast"),
     ({"key": torch.ones(1, 3, 5, 4), "enable_gqa": True}, ShapeError, "its heads must divide"),
+    ({"value": torch.ones(1, 3, 5, 4), "enable_gqa": True}, ShapeError, "its heads must divide"),
 ]
 
 

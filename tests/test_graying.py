@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rfcompile.errors import GrayingError, ShapeError
 from rfcompile.graying import FLOOR, dct_matrix, gray_svd, gray_tokens
@@ -59,10 +61,31 @@ def test_one_changes_nothing_and_dtypes_stay(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["dct", "svd"])
+def test_autocast_does_not_make_it_less_exact(form: str) -> None:
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    y = gray_tokens(x, None, 0.7, form)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = gray_tokens(x, None, 0.7, form)
+    assert torch.equal(again, y)
+    (a,), (b,) = (torch.autograd.grad(z.square().sum(), x) for z in (again, y))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("form", ["dct", "svd"])
 @pytest.mark.parametrize(("n", "d"), [(5, 3), (3, 5), (4, 4)])
 def test_gradients(form: str, n: int, d: int) -> None:
     x = torch.randn(2, n, d, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: gray_tokens(x, None, 0.7, form), (x,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradgradcheck(lambda x: gray_tokens(x, None, 0.7, form), (x,))
+
+
+def test_a_run_on_fake_tensors_leaves_real_ones_real() -> None:
+    x = torch.randn(23, 29)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert gray_tokens(x, None, 0.7, "dct").shape == x.shape
+    assert type(gray_tokens(x, None, 0.7, "dct")) is Tensor
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,13 @@ class TokenGraying:
         """Give modules of ``model`` a forward pre-hook, in place of those of an earlier graying.
 
         Raises:
-            GrayingError: every place is causal, or none is called with tokens. BoundaryError: a
-            path matches nothing. CaptureError.
+            GrayingError: every place is causal, none is called with tokens, or the inputs do not
+            tell which is causal. BoundaryError: a path matches nothing. CaptureError.
         """
         TokenHook.remove_all(model)
         with without_wrappers(model):
             matrices = attention_matrices(model, inputs())
+            _check_length(model, matrices)
             places, left = self._places(model, matrices)
             if not places:
                 raise GrayingError(_why_none(model, left), [module for module, _ in left])
@@ -123,6 +124,14 @@ class TokenGraying:
         )
         note = "a graph: not run, so no condition numbers; its padding is grayed like any token"
         return GrayingReport(self.form, epsilon, rows, notes=(note,))
+
+
+def _check_length(model: nn.Module, matrices: Sequence[AttentionMatrix]) -> None:
+    if any(a.weights.shape[-2:] == (1, 1) for a in matrices):
+        raise GrayingError(
+            f"{type(model).__name__} has one token on the example inputs, where a causal attention "
+            "looks like any other: give more."
+        )
 
 
 def _is_square(attention: AttentionMatrix) -> bool:

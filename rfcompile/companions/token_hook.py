@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rfcompile.errors import GrayingError, ShapeError
@@ -24,10 +23,11 @@ class TokenHook:
 
     Padding is what an argument of a name in :data:`PADDING` hides from all: ``[batch, tokens]``
     (bool or integer, 0 hides; torch's ``key_padding_mask``: True or a masked score hides), or
-    ``[batch, heads, queries, tokens]`` (False or a masked score hides).
+    ``[batch, heads, queries, tokens]`` (False, the integer 0 or a masked score hides).
 
     Raises:
-        ShapeError, GrayingError: the tokens or the mask are something else.
+        ShapeError, GrayingError: the tokens or the mask are something else, or the module is called
+        with ``is_causal=True``.
     """
 
     def __init__(self, module: str, form: str, epsilon: float, names: tuple[str, ...]) -> None:
@@ -48,6 +48,12 @@ class TokenHook:
                 shape,
                 "Token Graying takes [batch, tokens, features] there: name other modules, "
                 "TokenGraying(where=('path', ...)).",
+            )
+        if given.get("is_causal") is True:
+            raise GrayingError(
+                f"{self.module} is called with is_causal=True: graying mixes the tokens of a "
+                "sequence, so that each would know those after it. Call it without, or transform "
+                "the model without token_graying."
             )
         is_turned = tokens.dim() == 3 and _has_batch_second(module)
         x = tokens.transpose(0, 1) if is_turned else tokens
@@ -90,7 +96,7 @@ def _visible(module: str, given: Mapping[str, Any], x: Tensor) -> Tensor | None:
 def _seen(what: str, mask: Tensor, x: Tensor, *, hides: bool) -> Tensor:
     wanted = x.shape[:-1]
     if mask.dim() == 4:
-        seen = mask if mask.dtype == torch.bool else ~is_masked(mask)
+        seen = ~is_masked(mask) if mask.dtype.is_floating_point else mask != 0
         seen = seen.any(2).any(1)
     elif mask.dtype.is_floating_point and hides:
         seen = ~is_masked(mask)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfcompile.attention_ops import polynomial_attention, polynomial_weights
-from rfcompile.errors import AttentionError
+from rfcompile.errors import AttentionError, ShapeError
 from rfcompile.passes.polynomial_attention import GAIN
 from rfcompile.training.temperature import NAME as TEMPERATURE
 
@@ -47,7 +47,7 @@ class PolynomialMultiheadAttention(nn.MultiheadAttention):
         )
         if hasattr(self, TEMPERATURE):
             q = q / getattr(self, TEMPERATURE).to(q.dtype)
-        mask = self._mask(q, attn_mask, key_padding_mask, is_batched)
+        mask = self._mask(q, k.shape[-2], attn_mask, key_padding_mask, is_batched)
         dropout = self.dropout if self.training else 0.0
         gain = getattr(self, GAIN, None)
         power, rows, form = (self.polynomial[name] for name in ("power", "scale", "form"))
@@ -76,22 +76,39 @@ class PolynomialMultiheadAttention(nn.MultiheadAttention):
         return [F.linear(x, w, b) for x, w, b in zip(inputs, matrices, biases, strict=True)]
 
     def _mask(
-        self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, is_batched: bool
+        self,
+        q: Tensor,
+        keys: int,
+        attn_mask: Tensor | None,
+        padding: Tensor | None,
+        is_batched: bool,
     ) -> Tensor | None:
         """Both masks of torch, where True hides, as one that is added to the scores."""
+        batch, heads, rows, _ = q.shape
         total = None
         if attn_mask is not None:
-            total = _added(attn_mask, q.dtype)
+            total = _added(
+                "attn_mask", attn_mask, q.dtype, (rows, keys), (batch * heads, rows, keys)
+            )
             if total.dim() == 3:  # a matrix for each head of each sample
                 total = total.unflatten(0, (-1, self.num_heads))
         if padding is not None:
-            hidden = _added(padding if is_batched else padding.unsqueeze(0), q.dtype)
-            hidden = hidden[:, None, None]
+            shape = (batch, keys) if is_batched else (keys,)
+            hidden = _added("key_padding_mask", padding, q.dtype, shape)
+            hidden = hidden.reshape(-1, 1, 1, keys)
             total = hidden if total is None else total + hidden
         return total
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _added(name: str, mask: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Tensor:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise AttentionError(
+            f"{name} is {mask.dtype}: give bool, True where a key is hidden, or a floating-point "
+            "mask that is added to the scores."
+        )
+    if mask.shape not in shapes:
+        rule = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ShapeError(name, mask.shape, f"give {rule}.")
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -torch.inf)

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
 from rfcompile.attention_matrix import attention_matrices
 from rfcompile.companions import PolynomialReport
-from rfcompile.errors import AttentionError, PolicyError
+from rfcompile.errors import AttentionError, PolicyError, ShapeError
 from tests.zoo import ZOO, NanoGPT, tokens
 
 EPS = torch.finfo(torch.float32).eps
@@ -232,6 +233,27 @@ def test_a_cross_attention_and_its_weights() -> None:
         new.attention(x, x, x, is_causal=True)
 
 
+BAD_MASKS: list[tuple[str, Tensor, type[Exception], str]] = [
+    ("key_padding_mask", torch.ones(2, 7, dtype=torch.int64), AttentionError, "int64: give bool"),
+    ("attn_mask", torch.ones(5, 7, dtype=torch.uint8), AttentionError, "uint8: give bool"),
+    ("key_padding_mask", torch.ones(2, 5), ShapeError, r"\(2, 5\): give \(2, 7\)"),
+    ("attn_mask", torch.ones(1, 7), ShapeError, r"\(1, 7\): give \(5, 7\) or \(4, 5, 7\)"),
+    ("attn_mask", torch.ones(2, 5, 7), ShapeError, r"give \(5, 7\) or \(4, 5, 7\)"),
+]
+
+
+def test_masks_that_torch_refuses_are_refused() -> None:
+    x, y = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    new: Any = polynomial(Cross(), (x, y))
+    for need_weights in (True, False):
+        for name, mask, error, message in BAD_MASKS:
+            with pytest.raises(error, match=message):
+                new.attention(x, y, y, need_weights=need_weights, **{name: mask})
+        heads = torch.zeros(4, 5, 7).index_fill(-1, torch.tensor([6]), -math.inf)
+        cut, _ = new.attention(x, y, y, attn_mask=heads, need_weights=need_weights)
+        torch.testing.assert_close(cut, new(x, y[:, :6])[0])
+
+
 def test_keys_of_its_own_are_refused() -> None:
     x = torch.randn(2, 5, 16)
     with pytest.raises(AttentionError, match="add_bias_kv or add_zero_attn"):
@@ -296,6 +318,34 @@ MODELS: list[tuple[Callable[[], nn.Module], str]] = [
 def test_what_cannot_be_replaced_is_an_error(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(AttentionError, match=message):
         polynomial(build(), (torch.randn(2, 5, 8),))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, inside: bool | None = None) -> Any:
+        def attend(x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(*self.project(x).chunk(3, -1))
+
+        return attend(x) if inside is None else checkpoint(attend, x, use_reentrant=inside)
+
+
+def test_a_checkpoint_must_hold_the_whole_module() -> None:
+    """torch would compute the attention again outside of the module, with its softmax."""
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    new: Any = polynomial(Checkpointed(), (x,))
+    (expected,) = torch.autograd.grad(new(x).square().sum(), x)
+    for reentrant in (False, True):
+        (g,) = torch.autograd.grad(checkpoint(new, x, use_reentrant=False).square().sum(), x)
+        assert torch.equal(g, expected)
+        with pytest.raises(AttentionError, match="checkpoint the module itself"):
+            new(x, reentrant)
+        with torch.no_grad():  # nothing will be computed again
+            assert torch.equal(new(x, reentrant), new(x))
+    with pytest.raises(AttentionError, match="checkpoint the module itself"):
+        torch.compile(new, backend="aot_eager")(x, False)
 
 
 def test_twice_is_an_error(gpt: NanoGPT) -> None:

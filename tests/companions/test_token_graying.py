@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import rfcompile as rf
 from rfcompile.companions import GrayingReport
+from rfcompile.companions.token_hook import TokenHook
 from rfcompile.errors import BoundaryError, GrayingError, PolicyError, ShapeError
 from rfcompile.graying import gray_tokens
 from tests.zoo import ZOO, NanoGPT, tokens
@@ -95,6 +96,11 @@ def test_padding_does_not_matter(encoder: Encoder) -> None:
     new = grayed(encoder, epsilon=0.5)
     mask = torch.ones(2, 7, dtype=torch.int64)
     mask[0, 4:] = 0
+    hook = TokenHook("blocks.0", "dct", 0.5, ("x", "attention_mask"))
+    seen = gray_tokens(X, mask > 0, 0.5, "dct")
+    for pairs in (mask, mask > 0, (mask - 1) * 1e4):
+        (new_x, _), _ = hook(encoder, (X, pairs[:, None, None]), {})
+        assert torch.equal(new_x, seen)
     y = new(X, mask[:, None].expand(-1, 7, -1).bool()[:, 0])
     torch.testing.assert_close(y[0, :4], new(X[:1, :4])[0])
 
@@ -168,6 +174,17 @@ def test_causal_models_are_refused() -> None:
     graph = torch.export.export(NanoGPT(), (), tokens()).module()
     with pytest.raises(GrayingError, match="the graph has causal attention"):
         grayed(graph)
+
+
+def test_a_model_that_turns_causal_later_is_refused(encoder: Encoder) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    new = grayed(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    mask = nn.Transformer.generate_square_subsequent_mask(7)
+    with pytest.raises(GrayingError, match=r"layers\.0 is called with is_causal=True"):
+        new(X, mask=mask)  # torch sees what the mask is
+    one = {"input_ids": tokens()["input_ids"][:, :1]}
+    with pytest.raises(GrayingError, match=r"NanoGPT has one token .*: give more"):
+        grayed(NanoGPT(), inputs=one)
 
 
 def test_a_causal_mask_in_a_graph_is_seen() -> None:
