@@ -363,6 +363,24 @@ def test_ways_to_choose(modules: object) -> None:
     assert [site.path for site in report_of(new).sites] == ["blocks.0.up", "blocks.1.up"]
 
 
+class Tripled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_stays() -> None:
+    model = made()
+    model.blocks[0].up = Tripled(WIDTH, 2 * WIDTH)
+    new = rf.add_adapters(model, rank=2)
+    assert torch.equal(new(tokens()), model(tokens()))
+    assert "blocks.0.up.weight" in str(rf.rewrites(new)[-1])
+    with pytest.raises(PolicyError, match=r"'blocks\.0\.up' .* Tripled: its forward is its own"):
+        rf.transform(model, low_rank=2, modules=["up"])
+    fresh = rf.transform(made(), low_rank=Rank(2, start="fresh"), modules=["up"])
+    with pytest.raises(PolicyError, match=r"LowRankLinear: .* changed already \(merge it first\)"):
+        rf.add_adapters(fresh, rank=2, modules=["up"])
+
+
 def test_tied_meta_and_sharded_weights() -> None:
     tied = made(tied=True)
     rf.transform(tied, low_rank=Rank(4, start="fresh"))  # the blocks are not tied
