@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,7 +34,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear, whose weight is [in, out]."""
-    named = [cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"]
+    named: list[Any] = [cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"]
     return bool(named) and type(module).forward is named[0].forward and hasattr(module, "nf")
 
 

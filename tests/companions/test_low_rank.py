@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 from typing import Any
@@ -17,7 +18,7 @@ from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_low_r
 from rfcompile.companions.factors import drawn, fitted, omega_for
 from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning
 from rfcompile.low_rank_weight import low_rank_weight
-from tests.companions.models import WIDTH, graph_of, made, tokens
+from tests.companions.models import WIDTH, graph_of, made, moved, tokens
 
 UP, DOWN = "blocks.0.up", "blocks.1.down"
 
@@ -183,6 +184,21 @@ def test_the_new_model_is_an_ordinary_one() -> None:
         assert low(model)(torch.randn(2, WIDTH)).dtype is torch.bfloat16
     half = copy.deepcopy(model).bfloat16()
     assert half(x).dtype is torch.bfloat16
+
+
+def test_a_state_dict_says_omega_and_gain() -> None:
+    fit = Rank(2, fit_steps=0)
+    model, other = (rf.transform(made(seed=seed), low_rank=fit) for seed in (0, 1))
+    assert low(model).gain != low(other).gain  # each fit chose its own
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other(tokens()), model(tokens()))
+    plain = rf.add_adapters(made(), rank=2, alpha=1.0)
+    sine = moved(rf.add_adapters(made(), rank=2, sine=True))
+    plain.load_state_dict(sine.state_dict())
+    assert torch.equal(plain(tokens()), sine(tokens()))
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
