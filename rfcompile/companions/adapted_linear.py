@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rfcompile.companions.factor import AnyFactor
-from rfcompile.companions.scales import Scaled
 from rfcompile.companions.targets import is_conv1d
 from rfcompile.errors import PolicyError
+from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import uncompiled, without_wrappers
 
 
-class AdaptedLinear(Scaled):
+class AdaptedLinear(FactoredLinear):
     """``y = x (W + dW)^T + b``, where ``dW`` is ``low_rank_weight(B, A, omega, gain)``.
 
     ``lora_A()`` is A, [rank, in], and ``lora_B()`` is B, [out, rank]. With ``lora_magnitude`` m,

@@ -34,7 +34,8 @@ def broadcast_adapters(
 
     Raises:
         PolicyError: no adapters, or quantized ones, whose codes no codec shortens. On every rank
-        RankMismatchError: other adapters, dtypes, formats or versions there, or none. FormatError, DtypeError.
+        RankMismatchError: other adapters, dtypes, formats or versions there, or none. FormatError,
+        DtypeError.
     """
     chosen = as_format(fmt)
     if chosen is None:

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfcompile.companions.scales import Scaled
 from rfcompile.companions.targets import is_conv1d
+from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 
 
-class LowRankLinear(Scaled):
+class LowRankLinear(FactoredLinear):
     """``y = x W^T + b``, with ``W`` of two factors; see :func:`low_rank_weight`.
 
     Parameters: ``left`` [out, rank], ``right`` [rank, in], and the ``bias`` that there was. Omega

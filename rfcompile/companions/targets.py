@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from rfcompile.boundaries import find_boundaries
 from rfcompile.errors import BoundaryError, PolicyError
+from rfcompile.factored_linear import FactoredLinear
 
 Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Paths or shell patterns; the last parts of a path do ("q_proj", as PEFT's ``target_modules``). Or
@@ -77,7 +78,7 @@ def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) ->
         return [path for path in paths if modules(path, paths[path])]
     patterns = (modules,) if isinstance(modules, str) else tuple(modules)
     for path, module in model.named_modules():
-        is_odd = hasattr(module, "dense_class") or isinstance(module, nn.Linear)
+        is_odd = isinstance(module, (nn.Linear, FactoredLinear))
         if path not in paths and is_odd and any(_matches(path, p) for p in patterns):
             rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
             raise PolicyError("modules", path, rule)

@@ -1,4 +1,4 @@
-"""Omega and the gain of a weight of two factors, which a state_dict has to carry."""
+"""What the linears whose weight has two factors have in common: omega and the gain."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 
-class Scaled(nn.Module):
-    """A module with ``omega`` (None: no sine) and ``gain``, which are numbers and no tensors.
+class FactoredLinear(nn.Module):
+    """A linear with ``omega`` (None: no sine) and ``gain``, which are numbers and no tensors.
 
     Without them its factors say nothing: a fit chooses its gain from the weights, an adapter from
     alpha. So they are in the state_dict, as ``_extra_state``: float64 [omega or 0, gain].
