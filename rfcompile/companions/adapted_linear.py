@@ -12,16 +12,18 @@ from torch.distributed.tensor import DTensor
 from rfcompile.companions.factor import AnyFactor
 from rfcompile.companions.targets import is_conv1d
 from rfcompile.errors import PolicyError
+from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import uncompiled, without_wrappers
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(FactoredLinear):
     """``y = x (W + dW)^T + b``, where ``dW`` is ``low_rank_weight(B, A, omega, gain)``.
 
     ``lora_A()`` is A, [rank, in], and ``lora_B()`` is B, [out, rank]. With ``lora_magnitude`` m,
     [out], (DoRA) the weight is ``m_i (W + dW)_i / |(W + dW)_i|``, the norm of row i without a
-    gradient. Names in the state_dict are those of the linear, and ``lora_A.weight`` and so on.
+    gradient. Names in the state_dict are those of the linear, ``lora_A.weight`` and so on, and
+    ``_extra_state``, which has omega and gain.
 
     A plain adapter costs two thin products a call. With a sine or a magnitude the sum ``W + dW``
     is formed at each call, a dense matrix, and training keeps its phase for the backward pass.
@@ -34,8 +36,6 @@ class AdaptedLinear(nn.Module):
     lora_B: AnyFactor
     lora_magnitude: nn.Parameter | None
     bias: nn.Parameter | None
-    omega: float | None
-    gain: float
     is_transposed: bool
     dense_class: type[nn.Module]
 

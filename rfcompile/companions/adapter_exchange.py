@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rfcompile.collectives import broadcast
-from rfcompile.companions.adapted_linear import adapters_of
+from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.factor import Factor
 from rfcompile.errors import PolicyError
 from rfcompile.formats import QuantFormat, as_format
@@ -34,19 +34,23 @@ def broadcast_adapters(
 
     Raises:
         PolicyError: no adapters, or quantized ones, whose codes no codec shortens. On every rank
-        RankMismatchError: other adapters, formats or versions there. FormatError, DtypeError.
+        RankMismatchError: other adapters, dtypes, formats or versions there, or none. FormatError,
+        DtypeError.
     """
     chosen = as_format(fmt)
     if chosen is None:
         raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
-    found = adapters_of(model)
-    factors = [f for m in found.values() for f in (m.lora_A, m.lora_B)]
-    if not all(isinstance(factor, Factor) for factor in factors):
-        rule = "its adapters are quantized: send what save_adapters wrote."
-        raise PolicyError("model", type(model).__name__, rule)
     used = group if group is not None else dist.group.WORLD
-    described = [f"{p} {m.omega} {m.gain} {tuple(m.lora_A().shape)}" for p, m in found.items()]
+    problem = None
+    try:
+        found = _to_send(model)
+        described = str([_described(path, module) for path, module in found.items()])
+    except PolicyError as error:  # the other ranks wait: all of them are told before one raises
+        problem, described = error, str(error)
     require_same(used, f"adapters {chosen.spec} src={src} {described}")
+    if problem is not None:
+        raise problem
+    factors = [factor for m in found.values() for factor in (m.lora_A, m.lora_B)]
     sent = 0
     for factor in factors:
         factor().copy_(broadcast(factor().detach(), chosen, src, group))
@@ -56,3 +60,19 @@ def broadcast_adapters(
             dist.broadcast(module.lora_magnitude.detach(), group=used, group_src=src)
             sent += module.lora_magnitude.nbytes
     return sent
+
+
+def _to_send(model: nn.Module) -> dict[str, AdaptedLinear]:
+    found = adapters_of(model)
+    for module in found.values():
+        if not (isinstance(module.lora_A, Factor) and isinstance(module.lora_B, Factor)):
+            rule = "its adapters are quantized: send what save_adapters wrote."
+            raise PolicyError("model", type(model).__name__, rule)
+    return found
+
+
+def _described(path: str, module: AdaptedLinear) -> tuple[object, ...]:
+    """What has to be the same on all ranks; B's rows are those of the linear."""
+    tensors = (module.lora_A(), module.lora_B(), module.lora_magnitude)
+    shapes = [None if x is None else (tuple(x.shape), str(x.dtype)) for x in tensors]
+    return path, module.omega, module.gain, shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile.capture import Inputs
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
+from rfcompile.companions.adapter_codebooks import BITS, unpack_codes
 from rfcompile.companions.adapters import AdapterReport, NewAdapter, attach, refuse_adapted
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor
 from rfcompile.companions.targets import find_linears, is_linear, matrix_of
@@ -52,6 +54,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
         if module.lora_magnitude is not None:
             tensors[f"{_PREFIX}{path}.{_MAGNITUDE}"] = module.lora_magnitude.detach()
         modules[path] = [module.omega, module.gain, *(_described(module, n) for n in _FACTORS)]
+        modules[path].append(module.lora_magnitude is not None)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "rfcompile": json.dumps(modules, separators=(",", ":"))}
@@ -96,20 +99,26 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
     They compute in the dtype of the weights that they are added to.
 
     Raises:
-        StateError: tensors that fit no linear of the model, or do not make up adapters.
-        PolicyError: a configuration of PEFT that is not plain LoRA or DoRA with one rank; a graph;
-        as :func:`~rfcompile.add_adapters`. MissingPackageError: safetensors is not installed.
+        StateError: a damaged file; tensors that fit no linear of the model, are of another shape or
+        dtype, are missing or too many. PolicyError: a configuration of PEFT that is not plain LoRA
+        or DoRA with one rank; a graph; as :func:`~rfcompile.add_adapters`. MissingPackageError:
+        safetensors is not installed. FileNotFoundError.
     """
-    with _safetensors().safe_open(str(Path(folder) / WEIGHTS), framework="pt") as file:
-        metadata = file.metadata() or {}
-        names = file.keys()
-        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
-    paths = dict.fromkeys(name.partition(".lora_")[0] for name in tensors)
-    if "rfcompile" in metadata:
-        described = json.loads(metadata["rfcompile"])
-    else:
-        config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
-        described = _of_peft(paths, config)
+    safetensors = _safetensors()
+    place = Path(folder) / WEIGHTS
+    try:
+        with safetensors.safe_open(str(place), framework="pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys()
+            tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
+        paths = dict.fromkeys(name.partition(".lora_")[0] for name in tensors)
+        if "rfcompile" in metadata:
+            described = _checked(json.loads(metadata["rfcompile"]))
+        else:
+            config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+            described = _of_peft(paths, config)
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise StateError("a damaged file", [str(place)], f"({error}) Save it anew.") from error
     if described.keys() != paths.keys():
         odd = sorted(described.keys() ^ paths.keys())
         raise StateError("tensors and their description differ", odd, "Save them anew.")
@@ -143,35 +152,96 @@ class _Stored:
         raise PolicyError("model", type(gm).__name__, "load adapters into the module.")
 
     def _adapter(self, path: str, matrix: Tensor) -> NewAdapter:
-        omega, gain, *described = self.described[path]
-        try:
-            a, b = (
-                self._factor(f"{path}.{name}", how, matrix)
-                for name, how in zip(_FACTORS, described, strict=True)
-            )
-        except KeyError as error:
-            rule = "Save them anew with save_adapters."
-            raise StateError("missing tensors of an adapter", [str(error.args[0])], rule) from error
+        omega, gain, of_a, of_b, has_magnitude = self.described[path]
+        found = {n: t for n, t in self.tensors.items() if n.startswith(f"{path}.lora_")}
+        a, b = (
+            _factor(f"{path}.{name}", how, found, matrix)
+            for name, how in zip(_FACTORS, (of_a, of_b), strict=True)
+        )
         shapes = [tuple(factor().shape) for factor in (b, a)]
         (outputs, rank), (other, inputs) = shapes
         if (outputs, inputs) != tuple(matrix.shape) or rank != other:
             rule = f"The linear is {tuple(matrix.shape)}, B and A are {shapes}: another model's."
             raise StateError("adapters of another shape", [path], rule)
-        magnitude = self.tensors.get(f"{path}.{_MAGNITUDE}")
-        return NewAdapter(b, a, omega, gain, None if magnitude is None else magnitude.to(matrix))
+        magnitude = None
+        if has_magnitude:
+            magnitude = _taken(found, f"{path}.{_MAGNITUDE}", matrix.dtype, (outputs,)).to(matrix)
+        if found:
+            rule = "No adapter here has them; merge such adapters where they were made."
+            raise StateError("tensors of an adapter that would be left out", list(found), rule)
+        return NewAdapter(b, a, omega, gain, magnitude)
 
-    def _factor(self, name: str, described: list[Any], like: Tensor) -> AnyFactor:
-        factor: AnyFactor
-        if not described:
-            return Factor(self.tensors[f"{name}.weight"].to(like))
-        how, rows, columns = described
-        size = (rows, columns)
-        if isinstance(how, str):
-            factor = WireFactor(self.tensors[f"{name}.payload"], how, size, like.dtype)
-        else:
-            codes, levels = (self.tensors[f"{name}.{part}"] for part in ("codes", "levels"))
-            factor = CodebookFactor(codes, levels, how, size, like.dtype)
-        return factor.to(like.device)
+
+def _factor(name: str, described: list[Any], found: dict[str, Tensor], like: Tensor) -> AnyFactor:
+    factor: AnyFactor
+    if not described:
+        return Factor(_taken(found, f"{name}.weight", like.dtype, (None, None)).to(like))
+    how, rows, columns = described
+    size = (rows, columns)
+    if isinstance(how, str):
+        payload = _taken(found, f"{name}.payload", torch.uint8, (None,))
+        factor = WireFactor(payload, how, size, like.dtype)
+    else:
+        number = (rows * columns * how + 7) // 8
+        codes = _taken(found, f"{name}.codes", torch.uint8, (number,))
+        levels = _taken(found, f"{name}.levels", torch.float32, (None,))
+        if rows * columns and int(unpack_codes(codes, how, rows * columns).max()) >= len(levels):
+            raise StateError("codes beyond their levels", [f"{name}.codes"], "Save them anew.")
+        factor = CodebookFactor(codes, levels, how, size, like.dtype)
+    return factor.to(like.device)
+
+
+def _taken(
+    found: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> Tensor:
+    """A tensor out of ``found``; None in ``shape`` is any size, a floating dtype any other."""
+    if name not in found:
+        raise StateError("missing tensors of an adapter", [name], "Save them anew.")
+    tensor = found.pop(name)
+    fits = len(tensor.shape) == len(shape)
+    fits &= all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=False))
+    if not fits or tensor.dtype.is_floating_point != dtype.is_floating_point:
+        wanted = "x".join("n" if size is None else str(size) for size in shape)
+        rule = f"It is {tensor.dtype} {list(tensor.shape)}, not {dtype} of {wanted}. Save it anew."
+        raise StateError("a tensor of another shape or dtype", [name], rule)
+    return tensor
+
+
+def _checked(described: Any) -> dict[str, list[Any]]:
+    """The description that :func:`save_adapters` wrote.
+
+    Raises:
+        StateError: it is none.
+    """
+
+    def is_factor(how: Any) -> bool:
+        if how == []:
+            return True
+        if not isinstance(how, list) or len(how) != 3:
+            return False
+        return (isinstance(how[0], str) or how[0] in BITS) and all(
+            type(size) is int and size >= 0 for size in how[1:]
+        )
+
+    def is_positive(value: Any) -> bool:
+        return isinstance(value, (int, float)) and 0 < value < math.inf
+
+    def fits(entry: Any) -> bool:
+        return (
+            isinstance(entry, list)
+            and len(entry) == 5
+            and (entry[0] is None or is_positive(entry[0]))
+            and is_positive(entry[1])
+            and is_factor(entry[2])
+            and is_factor(entry[3])
+            and isinstance(entry[4], bool)
+        )
+
+    if not isinstance(described, dict):
+        raise StateError("no description of adapters", [WEIGHTS], "Save them anew.")
+    if odd := [path for path, entry in described.items() if not fits(entry)]:
+        raise StateError("damaged descriptions of adapters", odd, "Save them anew.")
+    return described
 
 
 def _of_peft(paths: Mapping[str, None], config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -182,8 +252,16 @@ def _of_peft(paths: Mapping[str, None], config: Mapping[str, Any]) -> dict[str, 
     if unusual or config.get("bias", "none") != "none":
         names = ", ".join(unusual or ["bias"])
         raise PolicyError(names, "set", "merge such adapters with PEFT and load the merged model.")
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "eva", "orthogonal"):
+        rule = "it changed the weights, too: convert it with PEFT to plain LoRA, or merge it there."
+        raise PolicyError("init_lora_weights", start, rule)
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise PolicyError(name, value, f"{CONFIG} needs a positive number.")
     gain = config["r"] / config["lora_alpha"]
-    return {path: [None, gain, [], []] for path in paths}
+    return {path: [None, gain, [], [], bool(config.get("use_dora"))] for path in paths}
 
 
 def _safetensors() -> ModuleType:

@@ -9,15 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfcompile.companions.targets import is_conv1d
+from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(FactoredLinear):
     """``y = x W^T + b``, with ``W`` of two factors; see :func:`low_rank_weight`.
 
-    Parameters: ``left`` [out, rank], ``right`` [rank, in], and the ``bias`` that there was. The
-    weight is formed once a call, so a call costs what the dense linear costs and a product more;
-    what is small is what is kept: parameters, gradients, optimizer states, checkpoints, traffic.
+    Parameters: ``left`` [out, rank], ``right`` [rank, in], and the ``bias`` that there was. Omega
+    and gain are in the state_dict as ``_extra_state``. The weight is formed once a call, so a call
+    costs what the dense linear costs and a product more; what is small is what is kept:
+    parameters, gradients, optimizer states, checkpoints, traffic.
 
     The module is the linear that it was, hooks and attributes included, of another class, which
     ``weight`` reads as before. (``torch.nn.utils.parametrize`` would keep the class, too, but its
@@ -27,8 +29,6 @@ class LowRankLinear(nn.Module):
     left: nn.Parameter
     right: nn.Parameter
     bias: nn.Parameter | None
-    omega: float | None
-    gain: float
     is_transposed: bool
     dense_class: type[nn.Module]
 

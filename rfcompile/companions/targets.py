@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -12,26 +13,30 @@ from torch.nn.parameter import is_lazy
 
 from rfcompile.boundaries import find_boundaries
 from rfcompile.errors import BoundaryError, PolicyError
+from rfcompile.factored_linear import FactoredLinear
 
 Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Paths or shell patterns; the last parts of a path do ("q_proj", as PEFT's ``target_modules``). Or
 a function of (path, module). "auto": the linears of the repeated blocks."""
 
+_WHY = "its forward is its own, its weight computed or integer, or changed already (merge it first)"
+
 
 def is_linear(module: nn.Module) -> bool:
     """A multiplication by a matrix that is a parameter: ``nn.Linear`` or transformers' ``Conv1D``,
-    and what derives from them; no computed or integer weight.
+    and what derives from them and keeps their forward; no computed or integer weight.
     """
     weight = module._parameters.get("weight")
-    is_known = isinstance(module, nn.Linear) or is_conv1d(module)
-    if not is_known or weight is None:
+    forward = type(module).forward
+    if weight is None or (forward is not nn.Linear.forward and not is_conv1d(module)):
         return False
     return is_lazy(weight) or weight.is_floating_point()
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear, whose weight is [in, out]."""
-    return any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) and hasattr(module, "nf")
+    named: list[Any] = [cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"]
+    return bool(named) and type(module).forward is named[0].forward and hasattr(module, "nf")
 
 
 def matrix_of(module: nn.Module) -> Tensor:
@@ -44,8 +49,9 @@ def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     """The chosen linears by path; one that has several paths by the first.
 
     Raises:
-        PolicyError: a pattern matches no linear; or one that matches has a weight that is tied to
-            another parameter, sharded, or without values.
+        PolicyError: a pattern matches no linear, or one that has a forward of its own, a computed
+            or integer weight, or is changed already; or one that matches has a weight that is tied
+            to another parameter, sharded, or without values.
     """
     paths = {p: m for p, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
     chosen = _matched(model, modules, paths)
@@ -70,7 +76,13 @@ def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) ->
         return [path for path in paths if any(path.startswith(f"{block}.") for block in blocks)]
     if callable(modules):
         return [path for path in paths if modules(path, paths[path])]
-    return match_linears((modules,) if isinstance(modules, str) else tuple(modules), paths)
+    patterns = (modules,) if isinstance(modules, str) else tuple(modules)
+    for path, module in model.named_modules():
+        is_odd = isinstance(module, (nn.Linear, FactoredLinear))
+        if path not in paths and is_odd and any(_matches(path, p) for p in patterns):
+            rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
+            raise PolicyError("modules", path, rule)
+    return match_linears(patterns, paths)
 
 
 def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str]:

@@ -13,6 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from rfcompile.attention import anatomy
 from rfcompile.capture import capture, inputs_of
 from rfcompile.errors import ResidualError
+from rfcompile.factored_linear import FactoredLinear
 from rfcompile.models import uncompiled, without_wrappers
 from rfcompile.passes.find_residuals import find_residuals
 from rfcompile.residual_report import residual_report
@@ -76,7 +77,8 @@ def optimizers(
     The blocks' linears are those in a branch of a residual add: as the report of
     ``rfcompile.transform`` names them, else as ``example_inputs`` show. So embeddings, heads,
     norms, biases, gains and temperatures get AdamW, whatever their shape; only the blocks' linears
-    get weight decay.
+    get weight decay. The factors of low-rank weights and adapters get AdamW without decay: a step
+    that is orthogonal in a factor is not so in the weight.
 
     Args:
         lr: of AdamW. matrix_lr: of "muon" (``torch.optim.Muon``) or "soap" (of the package
@@ -101,17 +103,18 @@ def optimizers(
         for params, decay in ((decayed, weight_decay), (plain, 0.0))
         if params
     ]
-    if matrices == "adamw":
-        first: Optimizer = AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-    elif matrices == "muon":
-        first = Muon(parameters, lr=matrix_lr, weight_decay=weight_decay)
-    elif matrices == "soap":
-        first = _soap(parameters, matrix_lr, betas, weight_decay)
-    else:
+    first: list[Optimizer] = []
+    if matrices not in ("muon", "soap", "adamw"):
         raise ResidualError(
             f"matrices={matrices!r} is not supported: choose 'muon', 'soap' or 'adamw'."
         )
-    return Optimizers(first, *([AdamW(other, lr=lr, betas=betas)] if other else []))
+    if parameters and matrices == "adamw":
+        first = [AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)]
+    elif parameters and matrices == "muon":
+        first = [Muon(parameters, lr=matrix_lr, weight_decay=weight_decay)]
+    elif parameters:
+        first = [_soap(parameters, matrix_lr, betas, weight_decay)]
+    return Optimizers(*first, *([AdamW(other, lr=lr, betas=betas)] if other else []))
 
 
 def _hidden(model: nn.Module, example_inputs: Any) -> set[nn.Parameter]:
@@ -131,7 +134,13 @@ def _hidden(model: nn.Module, example_inputs: Any) -> set[nn.Parameter]:
             for module in model.modules()
             if isinstance(module, ResidualSite) and module.mode == "mix"
         }
-        return mixing | {parameters[name] for name in names if name in parameters}
+        factors = {
+            factor
+            for module in model.modules()
+            if isinstance(module, FactoredLinear)
+            for factor in module.parameters()
+        }
+        return (mixing | {parameters[name] for name in names if name in parameters}) - factors
 
 
 def _weights_in(model: nn.Module, branches: set[str] | None, example_inputs: Any) -> set[str]:

@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +335,40 @@ def test_files_of_another_model(tmp_path: Path) -> None:
     assert rf.rewrites(load_adapters(made(), tmp_path))[0].sites[0].rank == 4
 
 
+def test_damaged_files(tmp_path: Path) -> None:
+    """Each is an error that names what is wrong; none loads as another function."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    a = f"base_model.model.{UP}.lora_A"
+    dora, packed = {"dora": True}, rf.quantize_adapters(moved(rf.add_adapters(made(), 2)), 4)
+    cases: list[tuple[nn.Module, Callable[[dict[str, Any]], Any], str]] = [
+        (rf.add_adapters(made(), 2, **dora), lambda t: t.pop(f"{a[:-2]}_magnitude_vector"), "miss"),
+        (rf.add_adapters(made(), 2), lambda t: t.update({f"{a}.bias": torch.ones(2)}), "left out"),
+        (rf.add_adapters(made(), 2), lambda t: t.update({f"{a}.weight": torch.ones(2)}), "of nxn"),
+        (packed, lambda t: t.update({f"{a}.codes": t[f"{a}.codes"].repeat(2)}), "not torch.uint8"),
+        (packed, lambda t: t.update({f"{a}.codes": t[f"{a}.codes"].float()}), "not torch.uint8"),
+        (packed, lambda t: t.update({f"{a}.levels": t[f"{a}.levels"][:1]}), "beyond their levels"),
+        (packed, lambda t: t.update(meta=t["meta"].replace("[4,", "[9,")), "damaged desc"),
+        (packed, lambda t: t.update(meta=t["meta"].replace("0.5", "0")), "damaged desc"),
+        (packed, lambda t: t.update(meta="[]"), "no description"),
+        (packed, lambda t: t.update(meta="{"), "damaged file"),
+    ]
+    for model, damage, message in cases:
+        save_adapters(model, tmp_path)
+        file = tmp_path / "adapter_model.safetensors"
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors["meta"] = opened.metadata()["rfcompile"]
+        damage(tensors)
+        save_file(tensors, file, {"rfcompile": tensors.pop("meta")})
+        with pytest.raises(StateError, match=message):
+            load_adapters(made(), tmp_path)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(StateError, match="damaged file"):
+        load_adapters(made(), tmp_path)
+
+
 def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'rfcompile\[adapters\]'"):
@@ -381,6 +416,8 @@ def test_peft_configurations_that_mean_more_are_refused(tmp_path: Path) -> None:
         ({"peft_type": "LOHA"}, "peft_type='LOHA'"),
         ({"use_rslora": True}, "use_rslora"),
         ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "pissa"}, "it changed the weights, too"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
     ]
     for more, message in cases:
         save_file(tensors, tmp_path / "adapter_model.safetensors")

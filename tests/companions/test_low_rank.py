@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 from typing import Any
@@ -17,7 +18,7 @@ from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_low_r
 from rfcompile.companions.factors import drawn, fitted, omega_for
 from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning
 from rfcompile.low_rank_weight import low_rank_weight
-from tests.companions.models import WIDTH, graph_of, made, tokens
+from tests.companions.models import WIDTH, graph_of, made, moved, tokens
 
 UP, DOWN = "blocks.0.up", "blocks.1.down"
 
@@ -183,6 +184,21 @@ def test_the_new_model_is_an_ordinary_one() -> None:
         assert low(model)(torch.randn(2, WIDTH)).dtype is torch.bfloat16
     half = copy.deepcopy(model).bfloat16()
     assert half(x).dtype is torch.bfloat16
+
+
+def test_a_state_dict_says_omega_and_gain() -> None:
+    fit = Rank(2, fit_steps=0)
+    model, other = (rf.transform(made(seed=seed), low_rank=fit) for seed in (0, 1))
+    assert low(model).gain != low(other).gain  # each fit chose its own
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file))
+    assert torch.equal(other(tokens()), model(tokens()))
+    plain = rf.add_adapters(made(), rank=2, alpha=1.0)
+    sine = moved(rf.add_adapters(made(), rank=2, sine=True))
+    plain.load_state_dict(sine.state_dict())
+    assert torch.equal(plain(tokens()), sine(tokens()))
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
@@ -361,6 +377,24 @@ def test_modules_that_match_nothing() -> None:
 def test_ways_to_choose(modules: object) -> None:
     new = rf.transform(made(), low_rank=Rank(2, start="fresh"), modules=modules)  # type: ignore[arg-type]
     assert [site.path for site in report_of(new).sites] == ["blocks.0.up", "blocks.1.up"]
+
+
+class Tripled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_stays() -> None:
+    model = made()
+    model.blocks[0].up = Tripled(WIDTH, 2 * WIDTH)
+    new = rf.add_adapters(model, rank=2)
+    assert torch.equal(new(tokens()), model(tokens()))
+    assert "blocks.0.up.weight" in str(rf.rewrites(new)[-1])
+    with pytest.raises(PolicyError, match=r"'blocks\.0\.up' .* Tripled: its forward is its own"):
+        rf.transform(model, low_rank=2, modules=["up"])
+    fresh = rf.transform(made(), low_rank=Rank(2, start="fresh"), modules=["up"])
+    with pytest.raises(PolicyError, match=r"LowRankLinear: .* changed already \(merge it first\)"):
+        rf.add_adapters(fresh, rank=2, modules=["up"])
 
 
 def test_tied_meta_and_sharded_weights() -> None:

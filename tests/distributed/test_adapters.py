@@ -56,6 +56,11 @@ def check_exchange(rank: Rank) -> None:
             broadcast_adapters(rf.quantize_adapters(new, 8), 4)
     with pytest.raises(PolicyError, match="no adapters"):
         broadcast_adapters(model, 4)
+    plain = rf.add_adapters(model, 4)
+    half = rf.add_adapters(made().bfloat16(), 4, dora=True)
+    for other in (new, half, rf.quantize_adapters(plain, 4), model):  # plain on rank 0 only
+        with pytest.raises(RankMismatchError):
+            broadcast_adapters(other if rank.index else plain, 4)
     with pytest.raises(PolicyError, match="give a format"):
         broadcast_adapters(new, "exact")
     check_sharded(rank)

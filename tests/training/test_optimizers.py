@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Muon
 
 import rfcompile as rf
 from rfcompile.errors import ResidualError
@@ -64,6 +65,21 @@ def test_linears_of_blocks_get_muon_and_the_rest_adamw(residual: str, start: boo
     every = {name for name, _ in model.named_parameters()}
     assert names_of(model, adamw) == every - matrices
     assert [group["weight_decay"] for group in adamw.param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("how", ["low_rank", "adapters"])
+def test_factors_get_adamw(how: str) -> None:
+    model = rf.transform(Model(), **{how: 2}, modules=["up"])  # type: ignore[arg-type]
+    both = optimizers(model, example_inputs=(IDS,))
+    downs = {f"blocks.{i}.down.weight" for i in range(2)} if how == "low_rank" else set()
+    muon = {n for o in both.optimizers if isinstance(o, Muon) for n in names_of(model, o)}
+    assert muon == downs
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names_of(model, both) == trained
+    factors = {id(p) for name, p in model.named_parameters() if "up." in name}
+    for group in both.param_groups:
+        assert not group["weight_decay"] or not factors & {id(p) for p in group["params"]}
+    step(model, both)
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
