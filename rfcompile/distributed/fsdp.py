@@ -59,6 +59,8 @@ def quantize_fsdp(
         PolicyError, FormatError: the policy is not understood.
     """
     chosen = as_policy(policy)
+    if not isinstance(module, nn.Module):
+        raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")
     units = units_of(module)
     _require_free(module, units)
     _agree(units, f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}")

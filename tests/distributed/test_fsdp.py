@@ -807,7 +807,7 @@ def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
     own = shard(Net())
     own.layers[2].set_custom_all_gather(Own())
     quantize_fsdp(twice, 4)
-    modules = [error_of(lambda m=m: quantize_fsdp(m, 4)) for m in (Net(), twice, own)]
+    modules = [error_of(lambda m=m: quantize_fsdp(m, 4)) for m in (3, Net(), twice, own)]  # type: ignore[misc, arg-type]
 
     me = rank.index
     model = shard(Net())
@@ -826,6 +826,7 @@ def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
 def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
     for modules, mismatches in ranks(2, wrong):
         patterns = [
+            r"^int cannot be quantized: give a module that fully_shard was applied to",
             r"^Net cannot be quantized: apply torch\.distributed\.fsdp\.fully_shard to it first",
             r"unit \(root\) has the custom communication 'QuantizedAllGather'\. .* \(remove\(\) of",
             r"unit layers\.2 has the custom communication 'Own'",
