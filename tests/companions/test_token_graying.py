@@ -149,6 +149,25 @@ def test_it_compiles_exports_copies_and_pickles(encoder: Encoder) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in new.parameters())
 
 
+def test_inductor_computes_the_same(encoder: Encoder) -> None:
+    encoder.blocks = encoder.blocks[:1].double()  # whose rounding stays small after the powers
+    new: Any = rf.transform(
+        encoder, attention="polynomial", example_inputs=(X.double(),),
+        token_graying=rf.TokenGraying(where=("blocks.0",)),
+    )  # fmt: skip
+    compiled = torch.compile(new, fullgraph=True, dynamic=True)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, 4:] = False
+    for n in (7, 6):
+        made = []
+        for call in (new, compiled):
+            x = X[:, :n].double().requires_grad_()
+            y = call(x, mask[:, :n])
+            made.append((y, *torch.autograd.grad(y.square().sum(), [x, *new.parameters()])))
+        for a, b in zip(*made, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_a_second_graying_takes_the_place_of_the_first(encoder: Encoder) -> None:
     twice = grayed(grayed(encoder, epsilon=0.5), epsilon=0.9)
     assert torch.equal(twice(X), grayed(encoder, epsilon=0.9)(X))
