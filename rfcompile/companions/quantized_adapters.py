@@ -13,7 +13,7 @@ from torch import nn
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.adapter_codebooks import BITS
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor, nbytes_of
-from rfcompile.companions.ranks import effective_ranks
+from rfcompile.companions.ranks import stable_rank
 from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.formats import QuantFormat
 from rfcompile.models import copy_of, uncompiled
@@ -149,7 +149,7 @@ def _quantize(
         rank,
         (module.omega or 0.0) * spread,
         off / size if size else off,
-        (effective_ranks(delta)[0], effective_ranks(new)[0]),
+        (stable_rank(delta), stable_rank(new)),
         (sum(map(nbytes_of, factors)), sum(map(nbytes_of, made))),
     )
 
