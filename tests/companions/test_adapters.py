@@ -283,6 +283,26 @@ def test_bits_and_codebooks_outside_their_rule() -> None:
         rf.quantize_adapters(rf.quantize_adapters(new, 4), 4)
 
 
+def test_a_state_dict_resumes_quantized_adapters() -> None:
+    """An untrained factor of zeros has one level, a trained one has many."""
+    new = rf.add_adapters(made(), 4, sine=True)
+    fresh = rf.quantize_adapters(new, 4)
+    packed = rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True)), 4)
+    fresh.load_state_dict(packed.state_dict())
+    assert torch.equal(fresh(tokens()), packed(tokens()))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        rf.quantize_adapters(new, 2).load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("codebook", ["kmeans", "wire"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_adapters_follow_the_model_to_a_dtype(kind: str, codebook: Any) -> None:
+    new = moved(rf.add_adapters(made(), 4, **KINDS[kind]))
+    packed = rf.quantize_adapters(new, 4, codebook=codebook)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert copy.deepcopy(packed).to(dtype)(tokens()).dtype is dtype
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
