@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,12 +156,12 @@ def _quantize(
 
 
 def _warn(sites: list[QuantizedSite], bits: int) -> None:
-    worst = max(sites, key=lambda site: site.phase_error)
-    if worst.phase_error > PHASE_ERROR:
-        number = sum(site.phase_error > PHASE_ERROR for site in sites)
+    off = [site for site in sites if not site.phase_error <= PHASE_ERROR]  # NaN, too
+    if off:
+        worst = max(off, key=lambda site: (math.isnan(site.phase_error), site.phase_error))
         warnings.warn(
             f"at {bits} bits the phase of {worst.path} is off by {worst.phase_error:.2f} radians "
-            f"(omega * std of the error), and {number} of {len(sites)} adapters are off by more "
+            f"(omega * std of the error), and {len(off)} of {len(sites)} adapters are off by more "
             f"than {PHASE_ERROR}: take more bits, or train with a smaller omega.",
             RFCompileWarning,
             stacklevel=3,
