@@ -160,18 +160,21 @@ class RankMismatchError(RFCompileError, RuntimeError):
 
 
 class NonFiniteError(RFCompileError, ArithmeticError):
-    """A tensor at a site with ``nonfinite="raise"`` holds NaN or Inf."""
+    """A tensor at a site with ``nonfinite="raise"``, or that has to be finite, holds NaN or Inf."""
 
-    def __init__(self, site: str, ranks: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        site: str,
+        ranks: Sequence[int] | None = None,
+        rule: str = "The format says nonfinite='raise'; use nonfinite='propagate' to carry it as "
+        "NaN instead.",
+    ) -> None:
         where = (
             ""
             if ranks is None
             else f" on rank{'s' if len(ranks) > 1 else ''} " + ", ".join(map(str, ranks))
         )
-        super().__init__(
-            f"NaN or Inf in the input of {site}{where}. The format says nonfinite='raise'; "
-            "use nonfinite='propagate' to carry it as NaN instead."
-        )
+        super().__init__(f"NaN or Inf in the input of {site}{where}. {rule}")
         self.site, self.ranks = site, None if ranks is None else tuple(ranks)
 
 

@@ -67,7 +67,12 @@ class AdaptedLinear(FactoredLinear):
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""
-        return low_rank_weight(self.lora_B(), self.lora_A(), self.omega, self.gain)
+        return low_rank_weight(*self._factors(), self.omega, self.gain)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """B and A in the dtype of the weight, whatever the model was cast to since."""
+        dtype = self.base().dtype
+        return self.lora_B().to(dtype), self.lora_A().to(dtype)
 
     def matrix(self) -> Tensor:
         """The weight with the adapter, [out, in]."""
@@ -86,8 +91,9 @@ class AdaptedLinear(FactoredLinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.omega is not None or self.lora_magnitude is not None:
             return F.linear(x, self.matrix(), self.bias)
-        thin = F.linear(x, self.lora_A() / self.gain)
-        return F.linear(x, self.base(), self.bias) + F.linear(thin, self.lora_B())
+        b, a = self._factors()
+        thin = F.linear(x, a / self.gain)
+        return F.linear(x, self.base(), self.bias) + F.linear(thin, b)
 
     @torch.no_grad()
     def merge(self) -> None:

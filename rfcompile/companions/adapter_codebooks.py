@@ -43,7 +43,8 @@ def codebook_of(x: Tensor, bits: int, kind: Codebook = "kmeans") -> tuple[Tensor
         raise DtypeError("the tensor", x.dtype, ["torch.float32", "torch.bfloat16"])
     values = x.detach().double().flatten()
     if not bool(values.isfinite().all()):
-        raise NonFiniteError("a codebook")
+        rule = "Mend the factor; the codebook 'wire' carries it as NaN."
+        raise NonFiniteError("a codebook", rule=rule)
     levels = _levels(values, 2**bits, kind).float()
     middles = (levels[1:].double() + levels[:-1].double()) / 2
     codes: Tensor = torch.searchsorted(middles, values)

@@ -124,9 +124,10 @@ class Adapters:
             new = {}
             for place, (path, module) in enumerate(found.items()):
                 matrix = matrix_of(module)
+                scale = self.scale(path, matrix)
                 b, a = self._factors(matrix, place)
                 norms = _row_norms(path, matrix) if self.dora else None
-                new[path] = NewAdapter(Factor(b), Factor(a), *self.scale(path, matrix), norms)
+                new[path] = NewAdapter(Factor(b), Factor(a), *scale, norms)
             return attach(model, found, new, left)
 
     def on_graph(self, gm: fx.GraphModule) -> AdapterReport:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,13 @@ class CodebookFactor(nn.Module):
         rows, columns = self.shape
         codes = unpack_codes(self.codes, self.bits, rows * columns)
         return self.levels[codes].to(self.dtype).view(self.shape)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Another adapter may have another number of levels: up to ``2**bits``."""
+        levels = state_dict.get(f"{prefix}levels")
+        if isinstance(levels, Tensor) and levels.dim() == 1 and len(levels) <= 2**self.bits:
+            self.levels = self.levels.new_empty(levels.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class WireFactor(nn.Module):

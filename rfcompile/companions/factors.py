@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rfcompile.companions.leading import leading_svd
 from rfcompile.errors import NonFiniteError
 from rfcompile.low_rank_weight import low_rank_weight
 
@@ -75,7 +76,8 @@ def fitted(
     generator: torch.Generator,
     steps: int,
 ) -> Factors:
-    """The factors nearest to a weight, by ``|W - fit|_F``; without a sine exactly the nearest.
+    """The factors nearest to a weight, by ``|W - fit|_F``; without a sine exactly the nearest, but
+    for what :func:`~rfcompile.companions.leading.leading_svd` says of large matrices.
 
     With one: the truncated SVD of ``arcsin(g W) / omega``, clipped to where arcsin is defined, then
     ``steps`` of Adam with a cosine schedule; the best of them all is kept, so the fit is never
@@ -87,31 +89,35 @@ def fitted(
 
     Source: ours.
     """
-    exact = weight.float()
-    if not bool(exact.isfinite().all()):
-        raise NonFiniteError("the fit of a weight")
-    if not exact.any():
+    if not bool(weight.isfinite().all()):
+        raise NonFiniteError("the fit of a weight", rule="Mend it, or Rank(start='fresh').")
+    if not weight.any():
         return drawn(weight, rank, omega, gain, generator)
+    # Of a largest element of 1, so that no norm overflows or vanishes.
+    wide = weight if weight.dtype is torch.float64 else weight.float()
+    peak = float(wide.abs().max())
+    exact = (wide / peak).float()
     left, right, rest = _truncated(exact, rank)
     svd_error = float(rest / exact.norm())
     if omega is None:
         scale = 1.0 if gain is None else gain
-        return Factors(left * scale**0.5, right * scale**0.5, None, scale, svd_error, svd_error)
-    gains = [gain] if gain is not None else [1 / float(exact.abs().max())]
+        root = (scale * peak) ** 0.5
+        return Factors(left * root, right * root, None, scale, svd_error, svd_error)
+    gains = [1.0] if gain is None else [gain * peak]
     if gain is None and float(exact.std(correction=0)) > 0:
         gains.append(math.sqrt(0.5) / float(exact.std(correction=0)))
     fits = [_fitted(exact, rank, omega, g, steps) for g in gains]
     error, left, right, best = min(fits, key=lambda fit: fit[0])
-    return Factors(left, right, omega, best, error, svd_error)
+    return Factors(left, right, omega, best / peak, error, svd_error)
 
 
 def _truncated(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Balanced factors of the nearest matrix of this rank, and its distance."""
-    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
-    root = values[:rank].sqrt()
-    left, right = u[:, :rank] * root, root[:, None] * v[:rank]
+    u, values, v = leading_svd(matrix, rank)
+    root = values.sqrt()
     # FSDP2 takes no other parameters.
-    return left.contiguous(), right.contiguous(), values[rank:].norm()
+    left, right = (u * root).contiguous(), (root[:, None] * v).contiguous()
+    return left, right, torch.linalg.norm(matrix - left @ right)
 
 
 def _fitted(

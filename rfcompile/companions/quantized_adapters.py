@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.adapter_codebooks import BITS
 from rfcompile.companions.factor import AnyFactor, CodebookFactor, Factor, WireFactor, nbytes_of
-from rfcompile.companions.ranks import effective_ranks
+from rfcompile.companions.ranks import stable_rank
 from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.formats import QuantFormat
 from rfcompile.models import copy_of, uncompiled
@@ -149,18 +150,18 @@ def _quantize(
         rank,
         (module.omega or 0.0) * spread,
         off / size if size else off,
-        (effective_ranks(delta)[0], effective_ranks(new)[0]),
+        (stable_rank(delta), stable_rank(new)),
         (sum(map(nbytes_of, factors)), sum(map(nbytes_of, made))),
     )
 
 
 def _warn(sites: list[QuantizedSite], bits: int) -> None:
-    worst = max(sites, key=lambda site: site.phase_error)
-    if worst.phase_error > PHASE_ERROR:
-        number = sum(site.phase_error > PHASE_ERROR for site in sites)
+    off = [site for site in sites if not site.phase_error <= PHASE_ERROR]  # NaN, too
+    if off:
+        worst = max(off, key=lambda site: (math.isnan(site.phase_error), site.phase_error))
         warnings.warn(
             f"at {bits} bits the phase of {worst.path} is off by {worst.phase_error:.2f} radians "
-            f"(omega * std of the error), and {number} of {len(sites)} adapters are off by more "
+            f"(omega * std of the error), and {len(off)} of {len(sites)} adapters are off by more "
             f"than {PHASE_ERROR}: take more bits, or train with a smaller omega.",
             RFCompileWarning,
             stacklevel=3,

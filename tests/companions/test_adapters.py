@@ -202,6 +202,8 @@ def test_what_cannot_be() -> None:
     nn.init.zeros_(zeros.get_submodule(UP).weight)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="rows of zeros"):
         rf.add_adapters(zeros, 2, dora=True)
+    with pytest.raises(PolicyError, match="is 4 x 0: the rank is at most 0"):
+        rf.add_adapters(nn.Sequential(nn.utils.skip_init(nn.Linear, 0, 4)), 1, modules=["0"])
     gm = torch.fx.symbolic_trace(made())
     with pytest.raises(PolicyError, match="dora=True"):
         rf.add_adapters(gm, 2, dora=True)
@@ -212,9 +214,11 @@ def test_what_is_not_finite_becomes_no_number() -> None:
         new = moved(rf.add_adapters(made(), 2, sine=True))
         adapter(new).lora_B.weight.data[0, 0] = bad  # type: ignore[index, operator]
         assert new(tokens()).isnan().any()
-        with pytest.raises(NonFiniteError):
+        with pytest.raises(NonFiniteError, match="codebook 'wire' carries it as NaN"):
             rf.quantize_adapters(new, 4)
-        assert rf.quantize_adapters(new, 4, codebook="wire")(tokens()).isnan().any()
+        with pytest.warns(RFCompileWarning, match=r"phase of blocks\.0\.up is off by nan"):
+            wire = rf.quantize_adapters(new, 4, codebook="wire")
+        assert wire(tokens()).isnan().any()
 
 
 # ---- quantizing ----------------------------------------------------------------------------------
@@ -281,6 +285,26 @@ def test_bits_and_codebooks_outside_their_rule() -> None:
         rf.quantize_adapters(made(), 4)
     with pytest.raises(PolicyError, match="quantized before"):
         rf.quantize_adapters(rf.quantize_adapters(new, 4), 4)
+
+
+def test_a_state_dict_resumes_quantized_adapters() -> None:
+    """An untrained factor of zeros has one level, a trained one has many."""
+    new = rf.add_adapters(made(), 4, sine=True)
+    fresh = rf.quantize_adapters(new, 4)
+    packed = rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True)), 4)
+    fresh.load_state_dict(packed.state_dict())
+    assert torch.equal(fresh(tokens()), packed(tokens()))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        rf.quantize_adapters(new, 2).load_state_dict(packed.state_dict())
+
+
+@pytest.mark.parametrize("codebook", ["kmeans", "wire"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_adapters_follow_the_model_to_a_dtype(kind: str, codebook: Any) -> None:
+    new = moved(rf.add_adapters(made(), 4, **KINDS[kind]))
+    packed = rf.quantize_adapters(new, 8, codebook=codebook)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert copy.deepcopy(packed).to(dtype)(tokens()).dtype is dtype
 
 
 # ---- files ---------------------------------------------------------------------------------------

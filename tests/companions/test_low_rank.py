@@ -152,6 +152,16 @@ def test_a_fit_reports_its_error_and_is_not_worse_than_its_start() -> None:
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("omega", [None, 7.0])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_fit_has_no_unit(scale: float, omega: float | None) -> None:
+    weight = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    fit = fitted(weight * scale, 3, omega, None, torch.Generator(), 10)
+    dense = low_rank_weight(fit.left, fit.right, fit.omega, fit.gain) / scale
+    measured = float((weight - dense).norm() / weight.norm())
+    assert math.isclose(fit.error or 0, measured, rel_tol=1e-4)
+
+
 def test_a_weight_that_is_a_sine_of_low_rank_is_found_again() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = (0.4 * torch.randn(*s, generator=generator) for s in ((30, 3), (3, 30)))

@@ -9,6 +9,8 @@ import torch
 
 from rfcompile.companions import effective_ranks, stable_rank_bounds
 from rfcompile.companions.adapter_codebooks import codebook_of
+from rfcompile.companions.leading import leading_svd
+from rfcompile.companions.ranks import stable_rank
 
 
 def test_ranks_of_known_matrices() -> None:
@@ -23,6 +25,44 @@ def test_ranks_of_known_matrices() -> None:
     stable, numerical = effective_ranks(torch.full((2, 2), math.nan))
     assert math.isnan(stable)
     assert numerical == 0
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_ranks_have_no_unit(scale: float) -> None:
+    matrix = torch.diag(torch.tensor([2.0, 1.0, 1.9e-3], dtype=torch.float64)) * scale
+    assert effective_ranks(matrix) == effective_ranks(matrix / scale)
+    assert stable_rank(matrix) == pytest.approx(1.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1030, 1100), (1100, 1030)])
+def test_ranks_of_a_large_matrix_need_no_decomposition(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = torch.logspace(0, -5, 1030)  # 3/5 of them above 1e-3
+    frames = [torch.linalg.qr(torch.randn(n, 1030, generator=seeded(n)))[0] for n in shape]
+    matrix = (frames[0] * sizes) @ frames[1].t()
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda _: pytest.fail("decomposed"))
+    stable, numerical = effective_ranks(matrix)
+    assert stable == stable_rank(matrix)
+    assert stable == pytest.approx(float(sizes.square().sum()), rel=1e-4)
+    # float32 of the matrix moves a singular value by some 1e-7 of the largest: neighbours of the
+    # bound are 1.1 % of it, 1.1e-5, apart
+    assert numerical == int((sizes > 1e-3).sum())
+
+
+def test_leading_values_of_a_flat_spectrum() -> None:
+    matrix = torch.randn(1100, 1030, generator=seeded(0))
+    u, values, v = leading_svd(matrix, 4)
+    exact = torch.linalg.svdvals(matrix)[:4]
+    assert torch.all(values <= exact * (1 + 1e-5))  # float32
+    torch.testing.assert_close(values, exact, rtol=1e-2, atol=0)
+    torch.testing.assert_close(u.t() @ matrix @ v.t(), values.diag(), rtol=1e-4, atol=1e-3)
+    for again, first in zip(leading_svd(matrix, 4), (u, values, v), strict=True):
+        assert torch.equal(again, first)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
