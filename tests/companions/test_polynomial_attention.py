@@ -345,7 +345,7 @@ def test_a_checkpoint_must_hold_the_whole_module() -> None:
         with torch.no_grad():  # nothing will be computed again
             assert torch.equal(new(x, reentrant), new(x))
     with pytest.raises(AttentionError, match="checkpoint the module itself"):
-        torch.compile(new, backend="aot_eager")(x, False)
+        torch.compile(new, backend="aot_eager")(x, False)  # type: ignore[no-untyped-call]
 
 
 def test_twice_is_an_error(gpt: NanoGPT) -> None:
