@@ -233,7 +233,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     # To be differentiated again it is its parts, which autograd knows.
-    backward_of = _sum_backward if torch.is_grad_enabled() else polynomial_sum_backward
+    backward_of: Any = _sum_backward if torch.is_grad_enabled() else polynomial_sum_backward
     dq, dk, dv, factors, mask = backward_of(g, *ctx.saved_tensors, *ctx.options, ctx.of_mask)
     return dq, dk, dv, mask if ctx.of_mask else None, factors, None, None, None, None
 

@@ -194,7 +194,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
     # To be differentiated again it is its parts, which autograd knows.
-    backward = _gray_svd_backward if torch.is_grad_enabled() else gray_svd_backward
+    backward: Any = _gray_svd_backward if torch.is_grad_enabled() else gray_svd_backward
     with without_autocast(g):
         return backward(g, *ctx.saved_tensors, ctx.epsilon), None
 

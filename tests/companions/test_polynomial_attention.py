@@ -338,14 +338,16 @@ def test_a_checkpoint_must_hold_the_whole_module() -> None:
     new: Any = polynomial(Checkpointed(), (x,))
     (expected,) = torch.autograd.grad(new(x).square().sum(), x)
     for reentrant in (False, True):
-        (g,) = torch.autograd.grad(checkpoint(new, x, use_reentrant=False).square().sum(), x)
+        y: Any = checkpoint(new, x, use_reentrant=False)
+        (g,) = torch.autograd.grad(y.square().sum(), x)
         assert torch.equal(g, expected)
         with pytest.raises(AttentionError, match="checkpoint the module itself"):
             new(x, reentrant)
         with torch.no_grad():  # nothing will be computed again
             assert torch.equal(new(x, reentrant), new(x))
+    compiled: Any = torch.compile(new, backend="aot_eager")
     with pytest.raises(AttentionError, match="checkpoint the module itself"):
-        torch.compile(new, backend="aot_eager")(x, False)
+        compiled(x, False)
 
 
 def test_twice_is_an_error(gpt: NanoGPT) -> None:
