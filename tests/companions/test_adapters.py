@@ -296,6 +296,7 @@ def test_a_state_dict_resumes_quantized_adapters() -> None:
     packed = rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True)), 4)
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(fresh(tokens()), packed(tokens()))
+    assert "codes are not trained" in str(report_of(packed))
     with pytest.raises(RuntimeError, match="size mismatch"):
         rf.quantize_adapters(new, 2).load_state_dict(packed.state_dict())
 
