@@ -31,7 +31,8 @@ def codebook_of(x: Tensor, bits: int, kind: Codebook = "kmeans") -> tuple[Tensor
         Codes, uint8 of the shape of ``x``, and levels, float32, ascending, ``2**bits`` at most.
 
     Raises:
-        PolicyError: bits or kind. DtypeError. NonFiniteError: ``x`` has NaN or Inf.
+        PolicyError: bits or kind. DtypeError. NonFiniteError: ``x`` has NaN,
+        Inf, or float64 values beyond float32.
 
     Source: k-means codebooks of adapters are those of arXiv:2505.21895; the start is ours.
     """
@@ -46,6 +47,9 @@ def codebook_of(x: Tensor, bits: int, kind: Codebook = "kmeans") -> tuple[Tensor
         rule = "Mend the factor; the codebook 'wire' carries it as NaN."
         raise NonFiniteError("a codebook", rule=rule)
     levels = _levels(values, 2**bits, kind).float()
+    if not bool(levels.isfinite().all()):
+        rule = "Its values exceed float32, in which levels are kept: scale the factor."
+        raise NonFiniteError("a codebook", rule=rule)
     middles = (levels[1:].double() + levels[:-1].double()) / 2
     codes: Tensor = torch.searchsorted(middles, values)
     return codes.to(torch.uint8).view(x.shape), levels

@@ -73,6 +73,7 @@ class QuantizedReport:
             row += [" -> ".join(f"{rank:.1f}" for rank in site.stable_ranks)]
             rows.append([*row, " -> ".join(f"{size:,}" for size in site.nbytes)])
         yield from table(rows)
+        yield "codes are not trained: train the model that was quantized, and quantize it anew"
 
 
 def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kmeans") -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,9 @@ def test_codes_take_their_bits_and_come_back(bits: int, numel: int) -> None:
     assert packed.dtype is torch.uint8
     assert packed.numel() == math.ceil(numel * bits / 8)
     assert torch.equal(unpack_codes(packed, bits, numel).to(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "uniform"])
+def test_values_beyond_float32_become_no_inf(kind: Any) -> None:
+    with pytest.raises(NonFiniteError, match="exceed float32"):
+        codebook_of(torch.tensor([1e300, 0.0], dtype=torch.float64), 2, kind)

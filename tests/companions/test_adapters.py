@@ -202,8 +202,10 @@ def test_what_cannot_be() -> None:
     nn.init.zeros_(zeros.get_submodule(UP).weight)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="rows of zeros"):
         rf.add_adapters(zeros, 2, dora=True)
+    empty = nn.Linear(1, 4)
+    empty.weight = nn.Parameter(torch.empty(4, 0))
     with pytest.raises(PolicyError, match="is 4 x 0: the rank is at most 0"):
-        rf.add_adapters(nn.Sequential(nn.utils.skip_init(nn.Linear, 0, 4)), 1, modules=["0"])
+        rf.add_adapters(nn.Sequential(empty), 1, modules=["0"])
     gm = torch.fx.symbolic_trace(made())
     with pytest.raises(PolicyError, match="dora=True"):
         rf.add_adapters(gm, 2, dora=True)
@@ -294,6 +296,7 @@ def test_a_state_dict_resumes_quantized_adapters() -> None:
     packed = rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True)), 4)
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(fresh(tokens()), packed(tokens()))
+    assert "codes are not trained" in str(report_of(packed))
     with pytest.raises(RuntimeError, match="size mismatch"):
         rf.quantize_adapters(new, 2).load_state_dict(packed.state_dict())
 
