@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_low_rank
+from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_adapters, merge_low_rank
 from rfcompile.companions.factors import drawn, fitted, omega_for
 from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning
 from rfcompile.low_rank_weight import low_rank_weight
@@ -232,6 +232,19 @@ def test_merging_gives_the_dense_model_back() -> None:
     assert model.state_dict().keys() == made().state_dict().keys()
     assert torch.equal(model(tokens()), expected)
     assert merge_low_rank(model) == ()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_merging_what_was_compiled_returns_its_own_paths(whole: bool) -> None:
+    model: Any = made()
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    rank = Rank(2, start="fresh", modules=["up"])
+    paths = ("blocks.0.up", "blocks.1.up")
+    assert merge_low_rank(rf.transform(model, low_rank=rank)) == paths
+    assert merge_adapters(rf.add_adapters(model, 2, modules=["up"])) == paths
 
 
 def test_hooks_and_shared_modules_stay() -> None:
