@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rfcompile as rf
 from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_adapters, merge_low_rank
 from rfcompile.companions.factors import drawn, fitted, omega_for
-from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning
+from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning, StateError
 from rfcompile.low_rank_weight import low_rank_weight
 from tests.companions.models import WIDTH, graph_of, made, moved, tokens
 
@@ -209,6 +209,9 @@ def test_a_state_dict_says_omega_and_gain() -> None:
     sine = moved(rf.add_adapters(made(), rank=2, sine=True))
     plain.load_state_dict(sine.state_dict())
     assert torch.equal(plain(tokens()), sine(tokens()))
+    for bad in ([1.0], [math.nan, 1.0], [1.0, 0.0]):
+        with pytest.raises(StateError, match="damaged scales"):
+            low(model).set_extra_state(torch.tensor(bad))
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
@@ -440,6 +443,7 @@ def test_tied_meta_and_sharded_weights() -> None:
         ({"rank": 2, "omega": -1.0}, r"omega=-1\.0"),
         ({"rank": 2, "omega": math.nan}, "omega=nan"),
         ({"rank": 2, "g": 0}, "g=0"),
+        ({"rank": 2, "spread": "auto"}, r"spread='auto' .* give a positive number\."),
         ({"rank": 2, "start": "svd"}, "start='svd'"),
         ({"rank": 2, "fit_steps": -1}, "fit_steps=-1"),
         ({"rank": 2, "sine": False, "omega": 3.0}, "without a sine"),
