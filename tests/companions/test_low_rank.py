@@ -390,6 +390,9 @@ def test_modules_that_match_nothing() -> None:
         rf.transform(made(), low_rank=4, modules=["blocks.*.upp"])
     with pytest.raises(PolicyError, match="chooses no linear"):
         rf.transform(made(), low_rank=4, modules=lambda *_: False)
+    for odd in (3, [3]):
+        with pytest.raises(PolicyError, match="paths or patterns as texts"):
+            rf.transform(made(), low_rank=4, modules=odd)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="no repeated blocks"):
         rf.transform(nn.Sequential(nn.Linear(4, 4)), low_rank=2)
     with pytest.raises(PolicyError, match="give it with one of low_rank and adapters"):
