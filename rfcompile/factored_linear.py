@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfcompile.errors import StateError
+
 
 class FactoredLinear(nn.Module):
     """A linear with ``omega`` (None: no sine) and ``gain``, which are numbers and no tensors.
@@ -22,5 +24,9 @@ class FactoredLinear(nn.Module):
         return torch.tensor([self.omega or 0.0, self.gain], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
+        fits = isinstance(state, Tensor) and state.shape == (2,) and bool(state.isfinite().all())
+        if not fits or state[0] < 0 or state[1] <= 0:
+            rule = f"It is {state}, not [omega or 0, gain]: save the state_dict anew."
+            raise StateError("damaged scales of a weight of two factors", ["_extra_state"], rule)
         omega, self.gain = state.tolist()
         self.omega = omega or None

@@ -114,21 +114,21 @@ class AdaptedLinear(FactoredLinear):
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The linears of ``model`` that have an adapter, by path."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    """The linears that have an adapter, by path; wrappers of ``torch.compile`` are in none."""
+    inner = uncompiled(model)
+    with without_wrappers(inner):
+        return {path: m for path, m in inner.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The same; wrappers of ``torch.compile`` are in no path.
+    """The same.
 
     Raises:
         PolicyError: there are none, or they are sharded.
     """
-    inner = uncompiled(model)
-    with without_wrappers(inner):
-        found = adapted(inner)
+    found = adapted(model)
     if not found:
-        name = type(inner).__name__
+        name = type(uncompiled(model)).__name__
         raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
     for path, module in found.items():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):

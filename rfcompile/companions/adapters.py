@@ -98,7 +98,7 @@ class Adapters:
 
     def __post_init__(self) -> None:
         check_positive_integer("rank", self.rank)
-        check_scale("omega", self.omega)
+        check_scale("omega", self.omega, or_auto=True)
         check_scale("growth", self.growth)
         if self.alpha is not None:
             check_scale("alpha", self.alpha)

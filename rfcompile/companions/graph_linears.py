@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from rfcompile.companions.targets import Modules, is_conv1d, is_linear, match_linears
+from rfcompile.companions.targets import Modules, is_conv1d, is_linear, match_linears, patterns_of
 from rfcompile.errors import PolicyError
 from rfcompile.linears import linears_in
 
@@ -38,8 +38,7 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
     elif callable(modules):
         chosen = [path for path in every if modules(path, gm.get_submodule(path))]
     else:
-        patterns = (modules,) if isinstance(modules, str) else tuple(modules)
-        chosen = match_linears(patterns, list(every))
+        chosen = match_linears(patterns_of(modules), list(every))
     if not chosen:
         rule = f"it chooses no linear of the graph; its linears are {', '.join(every) or '(none)'}."
         raise PolicyError("modules", modules, rule)

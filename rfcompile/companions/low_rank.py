@@ -131,8 +131,9 @@ class Rank:
         check_positive_integer("rank", self.rank)
         if self.omega != "auto" and not self.sine:
             raise PolicyError("omega", self.omega, "there is no omega without a sine.")
-        for option in ("omega", "g", "spread"):
-            check_scale(option, getattr(self, option))
+        for option in ("omega", "g"):
+            check_scale(option, getattr(self, option), or_auto=True)
+        check_scale("spread", self.spread)
         if self.start not in ("fit", "fresh"):
             raise PolicyError("start", self.start, "choose 'fit' or 'fresh'.")
         if type(self.fit_steps) is not int or self.fit_steps < 0:
@@ -199,10 +200,13 @@ def check_positive_integer(option: str, value: object) -> None:
         raise PolicyError(option, value, "give a whole number from 1.")
 
 
-def check_scale(option: str, value: object) -> None:
+def check_scale(option: str, value: object, or_auto: bool = False) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value != "auto" and not (is_number and 0 < float(value) < math.inf):  # type: ignore[arg-type]
-        raise PolicyError(option, value, "give a positive number, or 'auto'.")
+    if is_number and 0 < float(value) < math.inf:  # type: ignore[arg-type]
+        return
+    if not (or_auto and value == "auto"):
+        rule = "give a positive number, or 'auto'." if or_auto else "give a positive number."
+        raise PolicyError(option, value, rule)
 
 
 def check_rank(rank: int, path: str, weight: Tensor) -> None:

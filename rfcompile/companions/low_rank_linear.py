@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rfcompile.companions.targets import is_conv1d
 from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
+from rfcompile.models import uncompiled, without_wrappers
 
 
 class LowRankLinear(FactoredLinear):
@@ -85,7 +86,9 @@ def merge_low_rank(model: nn.Module) -> tuple[str, ...]:
     """Make every low-rank linear of ``model`` dense again, in place: the same function, bit for bit
     in one dtype. Returns their paths; none is an empty tuple.
     """
-    found = {p: m for p, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    inner = uncompiled(model)
+    with without_wrappers(inner):
+        found = {p: m for p, m in inner.named_modules() if isinstance(m, LowRankLinear)}
     for module in found.values():
         module.merge()
     return tuple(found)

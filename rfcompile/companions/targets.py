@@ -76,13 +76,27 @@ def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) ->
         return [path for path in paths if any(path.startswith(f"{block}.") for block in blocks)]
     if callable(modules):
         return [path for path in paths if modules(path, paths[path])]
-    patterns = (modules,) if isinstance(modules, str) else tuple(modules)
+    patterns = patterns_of(modules)
     for path, module in model.named_modules():
         is_odd = isinstance(module, (nn.Linear, FactoredLinear))
         if path not in paths and is_odd and any(_matches(path, p) for p in patterns):
             rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
             raise PolicyError("modules", path, rule)
     return match_linears(patterns, paths)
+
+
+def patterns_of(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns that a user wrote.
+
+    Raises:
+        PolicyError: they are no texts.
+    """
+    given = (modules,) if isinstance(modules, str) else modules
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        rule = "give paths or patterns as texts, or a function of (path, module)."
+        raise PolicyError("modules", modules, rule)
+    return patterns
 
 
 def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str]:

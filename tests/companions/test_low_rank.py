@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_low_rank
+from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_adapters, merge_low_rank
 from rfcompile.companions.factors import drawn, fitted, omega_for
-from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning
+from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning, StateError
 from rfcompile.low_rank_weight import low_rank_weight
 from tests.companions.models import WIDTH, graph_of, made, moved, tokens
 
@@ -209,6 +209,9 @@ def test_a_state_dict_says_omega_and_gain() -> None:
     sine = moved(rf.add_adapters(made(), rank=2, sine=True))
     plain.load_state_dict(sine.state_dict())
     assert torch.equal(plain(tokens()), sine(tokens()))
+    for bad in ([1.0], [math.nan, 1.0], [1.0, 0.0]):
+        with pytest.raises(StateError, match="damaged scales"):
+            low(model).set_extra_state(torch.tensor(bad))
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
@@ -232,6 +235,19 @@ def test_merging_gives_the_dense_model_back() -> None:
     assert model.state_dict().keys() == made().state_dict().keys()
     assert torch.equal(model(tokens()), expected)
     assert merge_low_rank(model) == ()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_merging_what_was_compiled_returns_its_own_paths(whole: bool) -> None:
+    model: Any = made()
+    if whole:
+        model = torch.compile(model, backend="eager")
+    else:
+        model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    rank = Rank(2, start="fresh", modules=["up"])
+    paths = ("blocks.0.up", "blocks.1.up")
+    assert merge_low_rank(rf.transform(model, low_rank=rank)) == paths
+    assert merge_adapters(rf.add_adapters(model, 2, modules=["up"])) == paths
 
 
 def test_hooks_and_shared_modules_stay() -> None:
@@ -374,6 +390,9 @@ def test_modules_that_match_nothing() -> None:
         rf.transform(made(), low_rank=4, modules=["blocks.*.upp"])
     with pytest.raises(PolicyError, match="chooses no linear"):
         rf.transform(made(), low_rank=4, modules=lambda *_: False)
+    for odd in (3, [3]):
+        with pytest.raises(PolicyError, match="paths or patterns as texts"):
+            rf.transform(made(), low_rank=4, modules=odd)  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="no repeated blocks"):
         rf.transform(nn.Sequential(nn.Linear(4, 4)), low_rank=2)
     with pytest.raises(PolicyError, match="give it with one of low_rank and adapters"):
@@ -427,6 +446,7 @@ def test_tied_meta_and_sharded_weights() -> None:
         ({"rank": 2, "omega": -1.0}, r"omega=-1\.0"),
         ({"rank": 2, "omega": math.nan}, "omega=nan"),
         ({"rank": 2, "g": 0}, "g=0"),
+        ({"rank": 2, "spread": "auto"}, r"spread='auto' .* give a positive number\."),
         ({"rank": 2, "start": "svd"}, "start='svd'"),
         ({"rank": 2, "fit_steps": -1}, "fit_steps=-1"),
         ({"rank": 2, "sine": False, "omega": 3.0}, "without a sine"),
