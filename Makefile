@@ -1,6 +1,6 @@
 # Two commands set everything up on a fresh machine with Python 3.11 or later:
 #   make demo   trains a small language model, tensor parallel, with 32 to 2 bit collectives
-#   make test   lint, types, tests
+#   make test   lint, types, tests (and make test-benchmarks: the benchmarks' scripts, tiny)
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,13 +11,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-benchmarks lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark'
+
+test-benchmarks: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.benchmark
 
 MACHINE = {"processor", "cores", "torch", "python", "date"}
 
