@@ -226,7 +226,7 @@ def states(wire: str, setting: Setting) -> Trainer:
         return Trainer(step, model.state_dict, lambda: None)
     step()  # from here on there are states
     handle = quantize_states(optimizer, policy)
-    at_rest = handle.report().bytes_after
+    at_rest = sum(site.bytes_after or 0 for site in handle.report().sites)
     handle.remove()
     parts = getattr(optimizer, "optimizers", [optimizer])
 

@@ -146,9 +146,10 @@ def test_explain(run: Run, target: str) -> None:
     assert result.err == ""
     lines = result.out.splitlines()
     assert lines[0].startswith("4 of 4 sites quantized, 16.38 kB -> 2.11 kB sent by each rank")
-    assert len(lines) == 7
-    assert "layers.0" in lines[3]
-    assert "4b:g128:rise" in lines[3]
+    assert len(lines) == 11
+    assert lines[3].split() == ["activations", "2", "of", "2", "8,192", "1,056", "7.76x"]
+    assert "layers.0" in lines[7]
+    assert "4b:g128:rise" in lines[7]
 
 
 def test_formats_and_other_options(run: Run) -> None:

@@ -135,7 +135,8 @@ def check_same(
     for step in range(steps):
         with mock.patch.object(codec, "quantize", wraps=codec.quantize) as eagerly:
             compiled = gradients_of(models[0], batch(rank, step))
-            assert step == 0 or not eagerly.called, f"{what}: coded eagerly"
+            # Compiling calls the formula too: weight_delta sends its first difference in step 1.
+            assert step < 2 or not eagerly.called, f"{what}: coded eagerly"
             eager = gradients_of(models[1], batch(rank, step))
             assert eagerly.called
         assert compiled.keys() == eager.keys()
