@@ -99,8 +99,9 @@ def _panel(axis: Any, rows: list[Row], kind: str, world: int) -> None:
         place = (row["median_ms"], difference)
         axis.annotate(wire, place, (4, 4), textcoords="offset points", fontsize="small")
     what = "broadcast" if kind.startswith("states") else "step"
-    axis.set(title=f"{kind}, {world} ranks", xlabel=f"{what} over the slow link, ms", xscale="log")
+    axis.set(title=f"{kind}, {world} ranks", xlabel=f"{what} over the slow link, ms")
     axis.set(ylabel="validation loss to float32, %")
     axis.axhline(0, color="0.8", zorder=0)
     axis.margins(x=0.2, y=0.15)
+    axis.set_xlim(left=0)
     axis.grid(alpha=0.3, which="both")
