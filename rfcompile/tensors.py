@@ -20,6 +20,8 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
     Args:
         x: float32, bfloat16 or float16, any shape and stride.
         fmt: a :class:`~rfcompile.QuantFormat` (formula and error bound there), bits, or its text.
+            Nothing says what kind of traffic ``x`` is: a grid that is not named is that of
+            activations, mid-rise up to 4 bits. Name mid-tread where zeros have to stay zero.
         seed: added to the format's seed; matters for stochastic rounding only.
 
     Raises:

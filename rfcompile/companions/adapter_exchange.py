@@ -26,7 +26,8 @@ def broadcast_adapters(
     bit-identical adapters. Magnitudes (DoRA) travel exactly.
 
     Args:
-        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text.
+        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text. A grid that is
+            not named is that of weights: zeros stay zero.
         src: a rank of the group.
 
     Returns:
@@ -37,9 +38,10 @@ def broadcast_adapters(
         RankMismatchError: other adapters, dtypes, formats or versions there, or none. FormatError,
         DtypeError.
     """
-    chosen = as_format(fmt)
-    if chosen is None:
+    wanted = as_format(fmt)
+    if wanted is None:
         raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
+    chosen = wanted.for_kind("weights")
     used = group if group is not None else dist.group.WORLD
     problem = None
     try:
