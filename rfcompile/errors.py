@@ -17,6 +17,10 @@ class RFCompileError(Exception):
         # The default would call the class with the message; ours are made from facts.
         return _restore, (type(self), str(self), vars(self))
 
+    def on_rank(self, rank: int) -> RFCompileError:
+        """The same error for other ranks; the message names the rank (of the group) that met it."""
+        return _restore(type(self), f"rank {rank}: {self}", vars(self))
+
 
 def _restore(kind: type[RFCompileError], message: str, facts: dict[str, Any]) -> RFCompileError:
     error = kind.__new__(kind, message)
@@ -112,6 +116,17 @@ class TransportError(RFCompileError, RuntimeError):
             "nothing more is sent there; start again from a checkpoint with new process groups."
         )
         self.site, self.group, self.reason = site, group, reason
+
+
+class PeerError(RFCompileError, RuntimeError):
+    """Another rank failed before or after a collective, by no error of this package."""
+
+    def __init__(self, site: str, rank: int, reason: str) -> None:
+        super().__init__(
+            f"{site}: rank {rank} failed with {reason}. All ranks stop here, none waits for it; "
+            "mend it there and call again on every rank."
+        )
+        self.site, self.rank, self.reason = site, rank, reason
 
 
 class HookError(RFCompileError, ValueError):

@@ -1,6 +1,6 @@
 """Tensors of optimizer states as payloads of the wire; open this file to see what is stored.
 
-A packed tensor is a dict of plain values, so that ``torch.save`` and a loader with
+A packed tensor in a state_dict is a dict of plain values, so that ``torch.save`` and a loader with
 ``weights_only=True`` take it. Tensors without a negative value (second moments) are coded as their
 fourth root: they span many decades, and an update divides by their square root. On the mid-rise
 grid none of them becomes zero beside others that are not, so no update grows without bound.
@@ -10,28 +10,56 @@ The codec is that of the wire; the fourth root is our rule.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rfcompile import codec, ops
-from rfcompile.errors import StateError
+from rfcompile.errors import FormatError, NonFiniteError, PayloadError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy, as_policy
+from rfcompile.training.moments import MOMENTS, Owner, format_of, holds_weights
+from rfcompile.training.sharded_payloads import IN_ROWS, from_rows, is_in_rows, to_rows
 
-Packed = dict[str, Any]
-"""``payload`` (uint8), ``format``, ``shape`` and ``dtype`` of the tensor, and ``root``: 1 or 4."""
+
+class Packed(dict[str, Any]):
+    """``payload`` (uint8), ``format``, ``shape`` and ``dtype`` of the tensor, and ``root``: 1 or 4.
+
+    It stands where the tensor was. Code that takes it for the tensor gets an error that says so.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any, **__: Any) -> NoReturn:
+        name = getattr(function, "__name__", str(function))
+        raise StateError(
+            "a quantized state was used as a tensor between two steps",
+            [name],
+            "States are tensors while the optimizer steps, and in its state_dict(). Call remove() "
+            "of the handle (QuantizedStates.of(optimizer)) before, or leave the state exact: "
+            "sites={'*.KEY': None}.",
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"a quantized state has no {name!r}: it is a tensor only while the optimizer steps, "
+            "and in its state_dict()"
+        )
+
 
 _KEYS = {"payload", "format", "shape", "dtype", "root"}
-_EXACT = ("step",)
+_CHECK = "check"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in codec.DTYPES}
 
 
-def is_packed(value: object) -> TypeGuard[Packed]:
-    return isinstance(value, dict) and value.keys() == _KEYS
+def is_packed(value: object) -> TypeGuard[dict[str, Any]]:
+    """It is a packed state, whole or damaged; :func:`check_packed` tells."""
+    return isinstance(value, dict) and len(_KEYS & value.keys()) >= 3
 
 
 def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
@@ -44,36 +72,36 @@ def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
         seed: for stochastic rounding.
     """
     local = x.to_local() if isinstance(x, DTensor) else x
-    root = 4 if local.numel() and bool(local.min() >= 0) else 1
+    root = 4 if local.numel() and not bool((local < 0).any()) else 1
     coded = local.float().sqrt().sqrt() if root == 4 else local
     used = replace(fmt, grid="mid-rise", rotate=None) if root == 4 else fmt
-    return {
-        "payload": ops.quantize(coded.reshape(1, local.numel()), used.spec, seed).reshape(-1),
-        "format": used.spec,
-        "shape": list(local.shape),
-        "dtype": str(local.dtype).removeprefix("torch."),
-        "root": root,
-    }
+    return Packed(
+        payload=ops.quantize(coded.reshape(1, local.numel()), used.spec, seed).reshape(-1),
+        format=used.spec,
+        shape=list(local.shape),
+        dtype=str(local.dtype).removeprefix("torch."),
+        root=root,
+    )
 
 
-def unpack(packed: Packed, like: Tensor | None = None) -> Tensor:
+def unpack(
+    packed: Mapping[str, Any], like: Tensor | None = None, name: str = "a state"
+) -> Tensor:
     """Decode what :func:`pack` returned: on the device of ``like``, and with its mesh and
     placements if it is a DTensor.
 
     Raises:
-        PayloadError: the payload does not fit the shape and format.
+        PayloadError: it is damaged. StateError: it was sharded in another way than ``like``.
     """
-    fmt, shape = QuantFormat.parse(packed["format"]), tuple(packed["shape"])
-    dtype = getattr(torch, packed["dtype"])
-    numel = torch.Size(shape).numel()
-    payload: Tensor = packed["payload"]
+    here = localized(packed, like, name)
+    fmt, shape, dtype = QuantFormat.parse(here["format"]), here["shape"], _DTYPES[here["dtype"]]
+    payload: Tensor = here["payload"]
     if like is not None:
         payload = payload.to(like.device, non_blocking=True)
-    codec.check_payload(payload, fmt, numel, 1)
-    decoded = torch.float32 if packed["root"] == 4 else dtype
+    decoded = torch.float32 if here["root"] == 4 else dtype
     values = ops.dequantize(payload.reshape(1, -1), fmt.spec, decoded)
-    x = values.narrow(1, 0, numel).reshape(shape)
-    x = x.square().square().to(dtype) if packed["root"] == 4 else x
+    x = values.narrow(1, 0, math.prod(shape)).reshape(shape)
+    x = x.square().square().to(dtype) if here["root"] == 4 else x
     if isinstance(like, DTensor):
         return DTensor.from_local(
             x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
@@ -81,44 +109,136 @@ def unpack(packed: Packed, like: Tensor | None = None) -> Tensor:
     return x
 
 
-def format_of(policy: Policy, name: str, key: str, value: object) -> tuple[QuantFormat | None, str]:
-    """The format of a state, and if it is None the reason."""
-    if not isinstance(value, Tensor):
-        return None, "no tensor"
-    local = value.to_local() if isinstance(value, DTensor) else value
-    if key in _EXACT:
-        return None, "counts steps"
-    if local.dim() == 0:
-        return None, "a single number, such as NAdam's mu_product: its errors would add up"
-    if local.dtype not in codec.DTYPES:
-        return None, f"{str(local.dtype).removeprefix('torch.')} data is not quantized"
-    return policy.format_for("optimizer_state", name, local.nbytes)
+# ---- what is in a state_dict ---------------------------------------------------------------------
+
+
+def sealed(packed: Mapping[str, Any], like: Tensor | None = None) -> dict[str, Any]:
+    """A packed state for a state_dict: plain, a copy, with a checksum of what describes the payload.
+
+    Of a sharded parameter ``like`` the payload becomes a DTensor of all ranks' payloads; see
+    ``sharded_payloads.py``.
+    """
+    plain = {key: packed[key] for key in packed if key != _CHECK}
+    if isinstance(like, DTensor) and not is_in_rows(plain):
+        plain = to_rows(plain, like)
+    else:
+        plain["payload"] = plain["payload"].clone()
+    return {**plain, _CHECK: _checksum(plain)}
+
+
+def localized(packed: Mapping[str, Any], like: Tensor | None, name: str) -> Packed:
+    """A packed state of a state_dict as it is kept on this rank.
+
+    Raises:
+        PayloadError: it is damaged. StateError: it was sharded in another way than ``like``.
+    """
+    check_packed(packed, name)
+    plain = {key: packed[key] for key in _KEYS}
+    if is_in_rows(plain):
+        plain = from_rows(plain, like, name)
+        check_packed(plain, name)
+    elif isinstance(like, DTensor) and plain["shape"] != list(like.to_local().shape):
+        here = f"{list(like.to_local().shape)}, this rank's part of the parameter"
+        _damaged(name, plain, f"of shape {plain['shape']}", here)
+    return Packed(plain)
+
+
+def check_packed(packed: Mapping[str, Any], name: str) -> None:
+    """Refuse a packed state that is not as :func:`pack` or :func:`sealed` made it.
+
+    Raises:
+        PayloadError: a key is missing, unknown or has a value that it cannot have.
+    """
+    if packed.keys() - {_CHECK} != _KEYS:
+        keys = ", ".join(sorted(map(str, packed)))
+        _damaged(name, packed, f"a dict of {keys}", f"{', '.join(sorted(_KEYS))} (and {_CHECK})")
+    spec, shape, root = packed["format"], packed["shape"], packed["root"]
+    try:
+        fmt = QuantFormat.parse(spec) if isinstance(spec, str) else None
+    except FormatError:
+        fmt = None
+    if fmt is None:
+        _damaged(name, packed, f"of format {spec!r}", "the text of a format")
+    if not isinstance(packed["dtype"], str) or packed["dtype"] not in _DTYPES:
+        _damaged(name, packed, f"of dtype {packed['dtype']!r}", " or ".join(_DTYPES))
+    if type(root) is not int or root not in (IN_ROWS, 1, 4):
+        _damaged(name, packed, f"a root of {root!r}", "1 or 4")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        _damaged(name, packed, f"of shape {shape!r}", "a list of sizes")
+    payload = packed["payload"]
+    if not isinstance(payload, Tensor) or payload.dtype != torch.uint8:
+        got = str(payload.dtype) if isinstance(payload, Tensor) else type(payload).__name__
+        _damaged(name, packed, got, "a tensor of torch.uint8")
+    size = fmt.row_bytes(math.prod(shape))
+    if root != IN_ROWS and (payload.dim() != 1 or len(payload) != size):
+        _damaged(name, packed, f"{list(payload.shape)} bytes", f"{size} for {shape}")
+    if _CHECK in packed and packed[_CHECK] != _checksum(packed):
+        _damaged(name, packed, f"described by {_described(packed)}", "what its checksum is of")
+
+
+def _damaged(name: str, packed: Mapping[str, Any], got: str, expected: str) -> NoReturn:
+    rule = f"{name} is damaged, or of another version of rfcompile; load another copy of it."
+    raise PayloadError(got, expected, str(packed.get("format"))[:100], rule)
+
+
+def _checksum(packed: Mapping[str, Any]) -> int:
+    return zlib.crc32(_described(packed).encode())
+
+
+def _described(packed: Mapping[str, Any]) -> str:
+    return " ".join(str(packed[key]) for key in ("format", "shape", "dtype", "root"))
+
+
+def require_finite(x: Tensor, fmt: QuantFormat, name: str, rule: str) -> None:
+    """Raise NonFiniteError where the format says ``nonfinite="raise"`` and ``x`` has NaN or Inf."""
+    local = x.to_local() if isinstance(x, DTensor) else x
+    if fmt.nonfinite == "raise" and not bool(local.isfinite().all()):
+        raise NonFiniteError(name, rule=rule)
 
 
 def pack_state_dict(
-    state_dict: Mapping[str, Any], policy: Policy | int | str = 8
+    state_dict: Mapping[str, Any],
+    policy: Policy | int | str = 8,
+    parameters: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
-    """The ``state_dict()`` of an optimizer with its large tensors packed, to save or to send.
+    """The ``state_dict()`` of an optimizer with its large moments packed, to save or to send.
 
-    Formats are ``policy.optimizer_state``; ``sites`` takes parameter names, where the optimizer
-    was made from named parameters. Undo it with :func:`unpack_state_dict`.
+    Formats are ``policy.optimizer_state``; ``sites`` takes names of parameters, and of states as
+    ``parameter.key``. What is no moment stays exact unless it is named so:
+    :func:`~rfcompile.training.packing_report` tells why. Undo it with :func:`unpack_state_dict`.
+
+    Args:
+        parameters: of the optimizer in order; with them weights under a moment's key are seen.
 
     Raises:
-        StateError: it is no state_dict of an optimizer. PolicyError, FormatError: the policy is not
-        understood.
+        StateError: it is no state_dict of an optimizer. NonFiniteError: as the format asks for.
+        PolicyError, FormatError: the policy is not understood.
     """
-    _require_state_dict(state_dict, "Pass what optimizer.state_dict() returned.")
+    require_state_dict(state_dict, "Pass what optimizer.state_dict() returned.")
     chosen = as_policy(policy)
-    names = dict(_names(state_dict["param_groups"]))
-    state = {
-        index: {
-            key: pack(value, fmt) if (fmt := format_of(chosen, name, key, value)[0]) else value
-            for key, value in entries.items()
-        }
-        for index, entries in state_dict["state"].items()
-        for name in (names.get(index, ""),)
-    }
+    weights = _weights_in(state_dict, parameters)
+    rule = "Nothing was packed: put finite values in it, or use nonfinite='propagate'."
+    state = {}
+    for index, owner, entries in entries_of(state_dict):
+        state[index] = dict(entries) if isinstance(entries, Mapping) else entries
+        for key, value in entries.items() if isinstance(entries, Mapping) else ():
+            fmt, _ = format_of(chosen, owner, key, value, is_weight=key in weights)
+            if fmt is not None:
+                require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
+                like = value if isinstance(value, DTensor) else None
+                state[index][key] = sealed(pack(value, fmt), like)
     return {**state_dict, "state": state}
+
+
+def _weights_in(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> set[str]:
+    """Keys of moments that hold weights, as far as the parameters are known."""
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for _, owner, entries in entries_of(state_dict):
+        if isinstance(entries, Mapping) and owner.index < len(parameters):
+            for key in entries.keys() & MOMENTS:
+                if isinstance(entries[key], Tensor):
+                    pairs.setdefault(key, []).append((entries[key], parameters[owner.index]))
+    return {key for key, found in pairs.items() if holds_weights(found)}
 
 
 def unpack_state_dict(
@@ -131,22 +251,59 @@ def unpack_state_dict(
             sharded as they are. Without them states stay on the payloads' device.
 
     Raises:
-        StateError: it is no state_dict of an optimizer. PayloadError: a payload is damaged.
+        StateError: it is no state_dict of an optimizer, or its states were sharded in another way.
+        PayloadError: a packed state is damaged.
     """
-    _require_state_dict(state_dict, "Pass what pack_state_dict returned.")
-    likes = dict(enumerate(parameters))
-    state = {
-        index: {k: unpack(v, likes.get(index)) if is_packed(v) else v for k, v in entries.items()}
-        for index, entries in state_dict["state"].items()
-    }
+    require_state_dict(state_dict, "Pass what pack_state_dict returned.")
+    return converted(state_dict, parameters, unpack)
+
+
+def converted(
+    state_dict: Mapping[str, Any],
+    likes: Sequence[Tensor],
+    convert: Callable[[Mapping[str, Any], Tensor | None, str], Any],
+) -> dict[str, Any]:
+    """A state_dict with every packed state converted, given its parameter and its name."""
+    state = {}
+    for index, owner, entries in entries_of(state_dict):
+        like = likes[owner.index] if owner.index < len(likes) else None
+        state[index] = entries
+        if isinstance(entries, Mapping):
+            state[index] = {
+                key: convert(v, like, f"state {key!r} of {owner.label}") if is_packed(v) else v
+                for key, v in entries.items()
+            }
     return {**state_dict, "state": state}
 
 
-def _require_state_dict(state_dict: Mapping[str, Any], rule: str) -> None:
-    if not {"state", "param_groups"} <= state_dict.keys():
-        raise StateError("this is no state_dict of an optimizer", list(state_dict), rule)
+def require_state_dict(state_dict: object, rule: str) -> None:
+    """Raise StateError unless it has the shape of ``optimizer.state_dict()``."""
+    found = list(map(str, state_dict)) if isinstance(state_dict, Mapping) else []
+    what = "this is no state_dict of an optimizer"
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise StateError(what, found or [type(state_dict).__name__], rule)
+    groups = state_dict["param_groups"]
+    are_groups = isinstance(groups, list | tuple) and all(
+        isinstance(group, Mapping) and isinstance(group.get("params"), list | tuple)
+        for group in groups
+    )
+    if not are_groups or not isinstance(state_dict["state"], Mapping):
+        raise StateError(what, ["state", "param_groups"], rule)
 
 
-def _names(groups: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    for group in groups:
-        yield from zip(group["params"], group.get("param_names", ()), strict=False)
+def entries_of(state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Owner, Any]]:
+    """For each entry of ``state``: its key there, whose it is, and its states.
+
+    The place of a parameter is where its key stands in the groups, as ``load_state_dict`` reads it.
+    """
+    owners = {}
+    for group in state_dict["param_groups"]:
+        names = group.get("param_names") or ()
+        for i, index in enumerate(group["params"]):
+            owners[index] = Owner(str(names[i]) if i < len(names) else "", len(owners))
+    for index, entries in state_dict["state"].items():
+        yield index, owners.get(index, Owner(str(index), _NOWHERE)), entries
+
+
+_NOWHERE = 2**62
+"""The place of a state that belongs to no parameter."""
