@@ -6,6 +6,7 @@ Open this file to see what a format means; ``codec.py`` holds the arithmetic.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -90,6 +91,8 @@ class QuantFormat:
     range: Range = "fitted"
 
     def __post_init__(self) -> None:
+        for name in ("bits", "group_size", "rotate", "seed"):
+            object.__setattr__(self, name, _constant(getattr(self, name)))
         if type(self.bits) is not int or self.bits not in BITS:
             raise FormatError("bits", self.bits, f"choose one of {BITS}.")
         group = self.group_size
@@ -113,6 +116,8 @@ class QuantFormat:
         _one_of("range", self.range, get_args(Range))
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise FormatError("seed", self.seed, "use an integer from 0 to 2**31 - 1.")
+        # A text: torch.compile takes numbers that change between calls for symbols.
+        object.__setattr__(self, "_spec", self._text())
 
     # ---- the grid ------------------------------------------------------------------------
 
@@ -214,6 +219,9 @@ class QuantFormat:
 
         Without a word for the grid it is "auto".
         """
+        return self._spec
+
+    def _text(self) -> str:
         parts = [f"{self.bits}b", "tensor" if self.group_size is None else f"g{self.group_size}"]
         if self.grid != "auto":
             parts.append(self.grid.removeprefix("mid-"))
@@ -238,16 +246,19 @@ class QuantFormat:
         """
         head, *rest = spec.split(":")
         rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise, saturate or full if wanted.'
-        if not (head.endswith("b") and head[:-1].isdecimal()):
+        if not (head.endswith("b") and _is_number(head[:-1])):
             raise FormatError("format", spec, rule)
         values: dict[str, object] = {"bits": int(head[:-1])}
         for part in rest:
             if part in _WORDS:
-                values.update(_WORDS[part])
-            elif part[:1] in _NUMBERS and part[1:].isdecimal():
-                values[_NUMBERS[part[0]]] = int(part[1:])
+                ((name, value),) = _WORDS[part].items()
+            elif part[:1] in _NUMBERS and _is_number(part[1:]):
+                name, value = _NUMBERS[part[0]], int(part[1:])
             else:
                 raise FormatError("format", spec, f"{part!r} is not understood; {rule}")
+            if name in values:
+                raise FormatError("format", spec, f"{part!r} says {name} once more; {rule}")
+            values[name] = value
         return cls(**values)  # type: ignore[arg-type]  # checked by __post_init__
 
     def __str__(self) -> str:
@@ -278,7 +289,7 @@ def as_format(value: object, **changes: object) -> QuantFormat | None:
         return replace(value, **changes) if changes else value  # type: ignore[arg-type]
     if isinstance(value, str):
         return as_format(QuantFormat.parse(value), **changes)
-    if isinstance(value, int):
+    if isinstance(value, (int, np.integer)):
         return QuantFormat(value, **changes)  # type: ignore[arg-type]
     if isinstance(value, Mapping) and value.keys() <= set(FORMAT_FIELDS) and "bits" in value:
         return QuantFormat(**{**value, **changes})
@@ -295,6 +306,18 @@ def expected_peak(n: int) -> float:
     t = np.linspace(0.0, 9.0, 9001)
     below = np.array([math.erf(v / math.sqrt(2)) for v in t])
     return float(np.trapezoid(1 - below**n, t))
+
+
+def _is_number(text: str) -> bool:
+    """Digits that a field can hold: ``int`` takes other scripts too, and refuses some lengths."""
+    return text.isascii() and text.isdecimal() and len(text) <= 10
+
+
+def _constant(value: object) -> object:
+    """A number as a Python int that is known while compiling; anything else as it is."""
+    if isinstance(value, np.integer):
+        return int(value)
+    return operator.index(value) if type(value) is int else value
 
 
 def _is_power_of_two(value: object, low: int, high: int) -> bool:

@@ -63,4 +63,5 @@ def _required(fmt: QuantFormat | str | int) -> QuantFormat:
     format = as_format(fmt)
     if format is None:
         raise PolicyError("fmt", fmt, "give a format; there is no payload of an exact tensor.")
-    return format
+    # Read from the text, its numbers are constants while compiling too.
+    return QuantFormat.parse(format.spec) if torch.compiler.is_compiling() else format
