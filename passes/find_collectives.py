@@ -13,6 +13,7 @@ from torch import fx
 
 from rfcompile.errors import ProcessGroupError
 from rfcompile.process_groups import name_of, resolve
+from rfcompile.torch_versions import reduction_name
 
 c10d = torch.ops._c10d_functional
 
@@ -26,7 +27,6 @@ KNOWN: dict[Any, str] = {
 WAIT = c10d.wait_tensor.default
 TRANSFERS = {"isend", "irecv", "batch_p2p_ops"}
 """Between two ranks: ``quantize_transfers.py``."""
-_NOT_COLLECTIVE = {"wait_tensor", "_wrap_tensor_autograd", *TRANSFERS}
 
 aten = torch.ops.aten
 _KEEPS_A_WEIGHT = frozenset(
@@ -120,7 +120,9 @@ def _is_collective(node: fx.Node) -> bool:
         return False
     if target.namespace == "_dtensor":
         return "alltoall" in target._opname
-    return target.namespace == "_c10d_functional" and target._opname not in _NOT_COLLECTIVE
+    # What waits for or wraps a tensor has no group, whatever torch calls it.
+    has_group = any(argument.name == "group_name" for argument in target._schema.arguments)
+    return target.namespace == "_c10d_functional" and has_group and target._opname not in TRANSFERS
 
 
 def _describe(node: fx.Node) -> Collective:
@@ -129,19 +131,26 @@ def _describe(node: fx.Node) -> Collective:
     names = [argument.name for argument in target._schema.arguments]
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     sent = next(iter(arguments.values()))
-    while isinstance(sent, (list, tuple)):  # coalesced: the first tensor stands for all
+    while isinstance(sent, (list, tuple)) and sent:  # coalesced: the first tensor stands for all
         sent = sent[0]
     waits = [user for user in node.users if user.target is WAIT]
     group = arguments.get("group_name", "")
+    if isinstance(group, fx.Node):  # torch.compiler.config.compile_on_one_rank
+        group = f"%{group.name}"
     return Collective(
         node=node,
         wait=waits[0] if len(waits) == 1 and len(node.users) == 1 else None,
         kind=KNOWN.get(target, target._opname),
-        input=sent.meta["val"] if isinstance(sent, fx.Node) else torch.empty(0),
-        op=str(arguments.get("reduce_op", "")),
+        input=_value_of(sent),
+        op=reduction_name(arguments.get("reduce_op", "")),
         group=name_of(group) if group else "",
         world=_world_size(arguments, group),
     )
+
+
+def _value_of(sent: object) -> torch.Tensor:
+    value = sent.meta["val"] if isinstance(sent, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else torch.empty(0)
 
 
 def _world_size(arguments: dict[str, Any], group: Any) -> int:

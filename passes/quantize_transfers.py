@@ -22,6 +22,7 @@ from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.process_groups import resolve
 from rfcompile.report import Site
+from rfcompile.torch_versions import global_rank, split_joined_waits
 from rfcompile.transfers import finish_receive, finish_send, start_transfers
 
 aten = torch.ops.aten
@@ -54,12 +55,12 @@ class _Transfer:
 class QuantizeTransfers:
     """Send payloads in ``torch.distributed.isend``, ``irecv`` and ``batch_isend_irecv``.
 
-    Dynamo captures them with ``TORCHDYNAMO_ENABLE_P2P_COMPILATION=1`` (torch 2.13). Each end has a
-    graph of its own and decides for itself, so both must come to the same decision: the format
-    follows from the policy, the direction (forward: activations, backward: gradients), the dtype,
-    the size (``min_bytes``; a symbolic one counts as large) and the ``sites`` pattern of the module
-    that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends no
-    bytes.
+    Dynamo captures them with ``TORCHDYNAMO_ENABLE_P2P_COMPILATION=1`` (torch 2.13 or later). Each
+    end has a graph of its own and decides for itself, so both must come to the same decision: the
+    format follows from the policy, the direction (forward: activations, backward: gradients), the
+    dtype, the size (``min_bytes``; a symbolic one counts as large) and the ``sites`` pattern of the
+    module that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends
+    no bytes.
 
     Rewrites (see ``transfers.py``):
         isend(x, dst); wait_tensor -> payload = quantize(x); start_transfers(payload, dst);
@@ -94,6 +95,7 @@ class QuantizeTransfers:
     ) -> None:
         """All transfers of a graph, exact ones too: they keep their order among each other."""
         first = next(iter(calls))
+        split_joined_waits(first.graph)
         tensor = calls[first][0][0].tensor
 
         def token(x: Tensor) -> Tensor:
@@ -196,7 +198,9 @@ def _replace(
     received = [payload for (transfer, _), payload in both if not transfer.is_send]
     names = ["isend" if transfer.is_send else "irecv" for transfer, _ in decided]
     tags = [_tag(tag, fmt) for (_, fmt), tag in zip(decided, tags, strict=True)]
-    started = (order, sent, received, names, list(peers), tags, args[-1], is_batch)
+    group = resolve(args[-1])
+    peers = [global_rank(peer, group) for peer in peers]
+    started = (order, sent, received, names, peers, tags, args[-1], is_batch)
     _insert(start_transfers, started, node, before=node)
     for (transfer, fmt), payload in both:
         _finish(transfer, fmt, payload, order, decompositions)
@@ -237,8 +241,9 @@ def _finish(
             "that this function sends and receives stay exact (a policy whose sites name its "
             "module with None, on both ranks)."
         )
-    # torch waits for a receive as soon as it has begun; the user does where it says so.
-    first = waits[0] if transfer.is_send else waits[:2][-1]
+    # torch 2.13 and 2.14 wait for a receive as soon as it has begun: the user waits for that wait.
+    by_user = [wait for wait in waits if wait.args[0] in waits]
+    first = (by_user or waits)[0]
     finish = finish_send if transfer.is_send else finish_receive
     _insert(finish, (order, payload), node, before=first)
     if not transfer.is_send:

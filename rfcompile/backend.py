@@ -4,7 +4,7 @@ The rewrite runs on AOTAutograd's forward and backward graphs just before Induct
 Inductor's own passes and those the user configured all still run, and its cache sees the rewritten
 graph. AOTAutograd's cache is bypassed: on a hit no pass would run and there would be no report.
 
-Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
+Private torch symbols used here, tried on torch 2.11 to 2.15:
 ``_inductor.compile_fx.{compile_fx, compile_fx_inner}`` and its ``inner_compile`` argument,
 ``_inductor.decomposition.select_decomp_table``,
 ``_functorch.config.enable_autograd_cache``, ``utils._python_dispatch._disable_current_modes``.
@@ -32,6 +32,7 @@ from rfcompile.pipeline import run
 from rfcompile.policy import Policy
 from rfcompile.process_groups import agree
 from rfcompile.report import Site
+from rfcompile.torch_versions import warn_if_untried
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def rfquant(
         if mode is not None:
             rule = f"torch.compile takes it or options: options={{'mode': {mode!r}, 'bits': 4}}."
             raise PolicyError("mode", mode, rule)
+        warn_if_untried()
         tag_caches()
         settings = Settings.of(options)
         entry = new_entry(settings.policy)

@@ -80,7 +80,9 @@ _broadcast = define_operator(
 
 
 def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
+    """Those of the gradient's collective: it has the format's grid for gradients."""
+    _, fmt, *rest = inputs
+    ctx.arguments = (QuantFormat.parse(fmt).for_kind("gradients").spec, *rest)
 
 
 def _all_reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -168,7 +170,9 @@ def all_reduce(
 
     Args:
         x: float32, bfloat16 or float16, any shape and stride; the same shape on every rank.
-        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``.
+        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``. Where it names no grid, ``x``
+            travels on that of activations and its gradient on that of gradients, which keeps
+            zeros: to average gradients with this function, name it (``"4b:tread"``).
         group: a ProcessGroup, a group's name, or None for the default group.
         op: "sum" or "avg".
         segments: pipelined segments, so that coding overlaps sending; None chooses by size.

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "torch_versions"),
     (
         *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),

@@ -28,7 +28,8 @@ def broadcast_adapters(
     all of the new ones; after an error every rank has its old ones.
 
     Args:
-        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text.
+        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text. A grid that is
+            not named is that of weights: zeros stay zero.
         src: a rank of the group.
 
     Returns:
@@ -60,9 +61,10 @@ def _prepared(
     model: nn.Module, fmt: Any, src: int, group: Any
 ) -> tuple[QuantFormat, dict[str, AdaptedLinear], PolicyError | None]:
     """The format and the adapters, or why there are none: ranks compare that, too."""
-    chosen = as_format(fmt)
-    if chosen is None:
+    wanted = as_format(fmt)
+    if wanted is None:
         raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
+    chosen = wanted.for_kind("weights")
     if type(src) is not int or not 0 <= src < group.size():
         raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
     try:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.distributed.buckets import Part, parts_of, path_of, site_of
+from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, site_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
@@ -109,13 +109,16 @@ class DDPHandle:
         self._buckets: dict[int, _Bucket] = {}
         self._coder = coder_of(compile)
         self._num_sent = 0
-        self._worker = Worker(self._group, next(iter(parameters.values())).device)
+        self._worker = Worker(self._group, next(iter(parameters.values())).device, owner=ddp)
+        self._is_removed = False
 
     # ---- the hook ------------------------------------------------------------------------
 
     def _reduce(self, bucket: Any) -> Any:
         """Start averaging a bucket; a future of its buffer, where the mean takes its place."""
         known, buffer = self._bucket(bucket), bucket.buffer()
+        if self._is_removed:
+            return self._average_alone(known.parts, buffer)
         site = f"DDP gradient bucket {bucket.index()}"
         job = partial(self._average, site, known.parts, buffer)
         future = self._worker.submit(site, buffer.device, job)
@@ -131,8 +134,9 @@ class DDPHandle:
         identities = tuple(map(id, parameters))
         known = self._buckets.get(index)
         if known is None or known.parameters != identities:
-            sizes = [(self._names[id(p)], p.numel()) for p in parameters]
-            parts = parts_of(self._policy, sizes, buffer, self._world)
+            sizes = [(self._names[id(p)], elements_of(p)) for p in parameters]
+            what = f"DDP gradient bucket {index}"
+            parts = parts_of(self._policy, sizes, buffer, self._world, what=what)
             known = self._buckets[index] = _Bucket(identities, buffer.dtype, parts)
         if bucket.is_last():
             self._buckets = {i: b for i, b in self._buckets.items() if i <= index}
@@ -183,6 +187,15 @@ class DDPHandle:
             self._feedback.keep(part.names, live, part.pieces(residual))
         return mean
 
+    def _average_alone(self, parts: tuple[Part, ...], buffer: Tensor) -> Any:
+        """After :meth:`remove`: what DDP does itself, in its own process group."""
+        if self._feedback is not None and buffer.layout == torch.strided:
+            for part in parts:  # one, which is all of the buffer: its pieces are views
+                self._feedback.release(part.names, part.pieces(part.gather(buffer)))
+        buffer.mul_(1 / self._world)
+        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        return work.get_future().then(lambda _: buffer)
+
     # ---- what the user has of it ---------------------------------------------------------
 
     def report(self) -> Report:
@@ -206,7 +219,7 @@ class DDPHandle:
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32, in the parameter's shape: what its mean gradient is
+        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean gradient is
         still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
         rank must call, between two steps.
         """
@@ -239,11 +252,13 @@ class DDPHandle:
     def remove(self) -> None:
         """Average exactly from the next step on; every rank must call.
 
-        DDP cannot take a hook back: this one stays, with its thread and its process group, and
-        sends what error feedback still holds with the first exact gradients.
+        The thread ends and the process group is destroyed, as they are when the module is
+        collected. DDP cannot take a hook back: this one stays, averages in the module's own group,
+        and adds what error feedback still holds to the first exact gradients.
         """
-        self._policy = Policy()
+        self._policy, self._is_removed = Policy(), True
         self._buckets.clear()
+        self._worker.close()
 
 
 def _require_free(ddp: object) -> None:

@@ -335,7 +335,7 @@ def check_kinds(rank: Rank) -> None:
     expected = {
         ("forward", "stages.0"): "2b:g128:rise", ("forward", "stages.1"): exact,
         ("forward", "stages.2"): "2b:g128:rise", ("backward", "stages.1"): exact,
-        ("backward", "stages.2"): "2b:g128:rise", ("backward", "stages.3"): "8b:g128:tread",
+        ("backward", "stages.2"): "2b:g128:tread", ("backward", "stages.3"): "8b:g128:tread",
     }  # fmt: skip
     assert found == {k: v for k, v in expected.items() if int(k[1][-1]) % 2 == rank.index}
 
