@@ -11,21 +11,29 @@ The codec is that of the wire; the fourth root is our rule.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rfcompile import codec, ops
-from rfcompile.errors import FormatError, NonFiniteError, PayloadError, StateError
+from rfcompile import ops
+from rfcompile.errors import NonFiniteError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy, as_policy
 from rfcompile.training.moments import MOMENTS, Owner, format_of, holds_weights
-from rfcompile.training.sharded_payloads import IN_ROWS, from_rows, is_in_rows, to_rows
+from rfcompile.training.packed_checks import (
+    CHECK,
+    DTYPES,
+    KEYS,
+    check_packed,
+    checksum,
+    damaged,
+    is_packed,
+)
+from rfcompile.training.sharded_payloads import from_rows, is_in_rows, to_rows
 
 
 class Packed(dict[str, Any]):
@@ -50,16 +58,6 @@ class Packed(dict[str, Any]):
             f"a quantized state has no {name!r}: it is a tensor only while the optimizer steps, "
             "and in its state_dict()"
         )
-
-
-_KEYS = {"payload", "format", "shape", "dtype", "root"}
-_CHECK = "check"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in codec.DTYPES}
-
-
-def is_packed(value: object) -> TypeGuard[dict[str, Any]]:
-    """It is a packed state, whole or damaged; :func:`check_packed` tells."""
-    return isinstance(value, dict) and len(_KEYS & value.keys()) >= 3
 
 
 def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
@@ -94,7 +92,7 @@ def unpack(
         PayloadError: it is damaged. StateError: it was sharded in another way than ``like``.
     """
     here = localized(packed, like, name)
-    fmt, shape, dtype = QuantFormat.parse(here["format"]), here["shape"], _DTYPES[here["dtype"]]
+    fmt, shape, dtype = QuantFormat.parse(here["format"]), here["shape"], DTYPES[here["dtype"]]
     payload: Tensor = here["payload"]
     if like is not None:
         payload = payload.to(like.device, non_blocking=True)
@@ -118,12 +116,12 @@ def sealed(packed: Mapping[str, Any], like: Tensor | None = None) -> dict[str, A
     Of a sharded parameter ``like`` the payload becomes a DTensor of all ranks' payloads; see
     ``sharded_payloads.py``.
     """
-    plain = {key: packed[key] for key in packed if key != _CHECK}
+    plain = {key: packed[key] for key in packed if key != CHECK}
     if isinstance(like, DTensor) and not is_in_rows(plain):
         plain = to_rows(plain, like)
     else:
         plain["payload"] = plain["payload"].clone()
-    return {**plain, _CHECK: _checksum(plain)}
+    return {**plain, CHECK: checksum(plain)}
 
 
 def localized(packed: Mapping[str, Any], like: Tensor | None, name: str) -> Packed:
@@ -133,60 +131,14 @@ def localized(packed: Mapping[str, Any], like: Tensor | None, name: str) -> Pack
         PayloadError: it is damaged. StateError: it was sharded in another way than ``like``.
     """
     check_packed(packed, name)
-    plain = {key: packed[key] for key in _KEYS}
+    plain = {key: packed[key] for key in KEYS}
     if is_in_rows(plain):
         plain = from_rows(plain, like, name)
         check_packed(plain, name)
     elif isinstance(like, DTensor) and plain["shape"] != list(like.to_local().shape):
         here = f"{list(like.to_local().shape)}, this rank's part of the parameter"
-        _damaged(name, plain, f"of shape {plain['shape']}", here)
+        damaged(name, plain, f"of shape {plain['shape']}", here)
     return Packed(plain)
-
-
-def check_packed(packed: Mapping[str, Any], name: str) -> None:
-    """Refuse a packed state that is not as :func:`pack` or :func:`sealed` made it.
-
-    Raises:
-        PayloadError: a key is missing, unknown or has a value that it cannot have.
-    """
-    if packed.keys() - {_CHECK} != _KEYS:
-        keys = ", ".join(sorted(map(str, packed)))
-        _damaged(name, packed, f"a dict of {keys}", f"{', '.join(sorted(_KEYS))} (and {_CHECK})")
-    spec, shape, root = packed["format"], packed["shape"], packed["root"]
-    try:
-        fmt = QuantFormat.parse(spec) if isinstance(spec, str) else None
-    except FormatError:
-        fmt = None
-    if fmt is None:
-        _damaged(name, packed, f"of format {spec!r}", "the text of a format")
-    if not isinstance(packed["dtype"], str) or packed["dtype"] not in _DTYPES:
-        _damaged(name, packed, f"of dtype {packed['dtype']!r}", " or ".join(_DTYPES))
-    if type(root) is not int or root not in (IN_ROWS, 1, 4):
-        _damaged(name, packed, f"a root of {root!r}", "1 or 4")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-        _damaged(name, packed, f"of shape {shape!r}", "a list of sizes")
-    payload = packed["payload"]
-    if not isinstance(payload, Tensor) or payload.dtype != torch.uint8:
-        got = str(payload.dtype) if isinstance(payload, Tensor) else type(payload).__name__
-        _damaged(name, packed, got, "a tensor of torch.uint8")
-    size = fmt.row_bytes(math.prod(shape))
-    if root != IN_ROWS and (payload.dim() != 1 or len(payload) != size):
-        _damaged(name, packed, f"{list(payload.shape)} bytes", f"{size} for {shape}")
-    if _CHECK in packed and packed[_CHECK] != _checksum(packed):
-        _damaged(name, packed, f"described by {_described(packed)}", "what its checksum is of")
-
-
-def _damaged(name: str, packed: Mapping[str, Any], got: str, expected: str) -> NoReturn:
-    rule = f"{name} is damaged, or of another version of rfcompile; load another copy of it."
-    raise PayloadError(got, expected, str(packed.get("format"))[:100], rule)
-
-
-def _checksum(packed: Mapping[str, Any]) -> int:
-    return zlib.crc32(_described(packed).encode())
-
-
-def _described(packed: Mapping[str, Any]) -> str:
-    return " ".join(str(packed[key]) for key in ("format", "shape", "dtype", "root"))
 
 
 def require_finite(x: Tensor, fmt: QuantFormat, name: str, rule: str) -> None:

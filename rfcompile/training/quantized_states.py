@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import HookError, StateError
+from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy, as_policy
 from rfcompile.report import Report, Site
-from rfcompile.training.moments import (
-    MOMENTS,
-    Owner,
-    compared_name,
-    format_of,
-    holds_weights,
-)
-from rfcompile.training.optimizers import Optimizers
-from rfcompile.training.packing import (
-    Packed,
-    converted,
-    entries_of,
-    is_packed,
-    localized,
-    pack,
-    require_finite,
-    require_state_dict,
-    sealed,
-    unpack,
-)
+from rfcompile.training.loading import to_load
+from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of, holds_weights
+from rfcompile.training.optimizer_copies import carry, drop, handle_of
+from rfcompile.training.packed_checks import is_packed
+from rfcompile.training.packing import Packed, converted, pack, require_finite, sealed, unpack
 from rfcompile.training.state_report import made, names_before, site_of
+from rfcompile.training.wrapped_optimizers import parts_of
 
 
 def quantize_states(
@@ -72,9 +57,9 @@ def quantize_states(
         Inf and the format says "raise"; nothing was changed.
     """
     chosen = as_policy(policy, min_bytes=4096)
-    parts, wrappers = _parts_of(optimizer)
+    parts, wrappers = parts_of(optimizer)
     for part in parts:
-        if _HANDLE in part.__dict__:
+        if handle_of(part) is not None:
             raise StateError(
                 "the states are quantized already",
                 [type(part).__name__],
@@ -86,44 +71,14 @@ def quantize_states(
     return handle
 
 
-_HANDLE = "_rfcompile_states"
-_REDUCE = "__reduce_ex__"
 _COUNT = "rfcompile_num_packed"
 """In the first group of a packed state_dict: how many tensors were packed, which seeds rounding."""
-_INNER = ("optimizer", "_optimizer", "optim", "base_optimizer")
-"""Where wrappers keep the optimizer that has the states."""
 
-
-def _parts_of(optimizer: Any) -> tuple[list[Optimizer], list[Optimizer]]:
-    """The optimizers that hold and step the states, and the wrappers around them.
-
-    Raises:
-        HookError: there is none.
-    """
-    if isinstance(optimizer, Optimizers):
-        found = [_parts_of(part) for part in optimizer.optimizers]
-        return [p for parts, _ in found for p in parts], [w for _, outer in found for w in outer]
-    if isinstance(optimizer, Optimizer) or hasattr(optimizer, "param_groups"):
-        for name in _INNER:
-            inner = getattr(optimizer, name, None)
-            if inner is not optimizer and (isinstance(inner, Optimizer) or _is_wrapper(inner)):
-                parts, wrappers = _parts_of(inner)
-                return parts, [optimizer, *wrappers]
-    if not isinstance(optimizer, Optimizer):
-        raise HookError(
-            type(optimizer).__name__,
-            "pass a torch.optim.Optimizer, or a wrapper that has one as .optimizer.",
-        )
-    return [optimizer], []
 
 
 def takes_packed(optimizer: Optimizer) -> bool:
     """Its ``load_state_dict`` keeps packed states as they are."""
-    return all(_HANDLE in part.__dict__ for part in _parts_of(optimizer)[0])
-
-
-def _is_wrapper(x: Any) -> bool:
-    return hasattr(x, "param_groups") and hasattr(x, "step")
+    return all(handle_of(part) is not None for part in parts_of(optimizer)[0])
 
 
 class QuantizedStates:
@@ -149,8 +104,8 @@ class QuantizedStates:
         Raises:
             StateError: they are not.
         """
-        part = _parts_of(optimizer)[0][0]
-        handle = part.__dict__.get(_HANDLE)
+        part = parts_of(optimizer)[0][0]
+        handle = handle_of(part)
         if not isinstance(handle, QuantizedStates):
             raise StateError(
                 "the states are not quantized", [type(part).__name__], "Call quantize_states."
@@ -163,8 +118,7 @@ class QuantizedStates:
             hook.remove()
         for optimizer in self._optimizers:
             self._unpack(optimizer)
-            if optimizer.__dict__.get(_HANDLE) is self:
-                del optimizer.__dict__[_HANDLE], optimizer.__dict__[_REDUCE]
+            drop(optimizer)
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
@@ -190,12 +144,13 @@ class QuantizedStates:
             list(self._to_pack(part, rule))  # raises before anything is changed
         self._optimizers = []
         for part in parts:
-            self._attach(part)
+            self.attach(part)
             self._pack(part)
         for wrapper in wrappers:
             self._attach_wrapper(wrapper)
 
-    def _attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hook an optimizer, as it is; a copy attaches itself."""
         self._optimizers.append(optimizer)
         self._hooks += [
             optimizer.register_step_pre_hook(lambda o, *_: self._unpack(o)),
@@ -204,8 +159,7 @@ class QuantizedStates:
             optimizer.register_load_state_dict_post_hook(self._after_loading),
             optimizer.register_state_dict_post_hook(self._outside),
         ]
-        optimizer.__dict__[_HANDLE] = self
-        optimizer.__dict__[_REDUCE] = partial(_reduce, optimizer)
+        carry(optimizer, self)
 
     def _attach_wrapper(self, wrapper: Optimizer) -> None:
         """States stay decoded until the wrapper's step is over: Lookahead reads them after the
@@ -316,35 +270,12 @@ class QuantizedStates:
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Check and decode all of it before torch changes anything."""
-        require_state_dict(state_dict, "Pass what optimizer.state_dict() returned.")
         likes = [parameter for _, _, parameter in self._owners(optimizer)]
-        loading: dict[Tensor, dict[str, Packed]] = {}
-
-        def kept(value: Mapping[str, Any], like: Tensor | None, name: str) -> Packed:
-            return localized(value, like, name)
-
-        local = converted(state_dict, likes, kept)
-        for _, owner, entries in entries_of(local):
-            if owner.index < len(likes) and isinstance(entries, Mapping):
-                packed = {key: v for key, v in entries.items() if isinstance(v, Packed)}
-                loading[likes[owner.index]] = packed
-        plain = converted(local, likes, unpack)
-        self._require_finite_in(local, likes)
+        plain, self._loading = to_load(state_dict, likes, self._policy)
         groups = [dict(group) for group in state_dict["param_groups"]]
-        counts = [group.pop(_COUNT, None) for group in groups]
-        count = counts[0] if counts else None
-        self._loading, self._loading_count = loading, count if type(count) is int else None
+        count = [group.pop(_COUNT, None) for group in groups][0]
+        self._loading_count = count if type(count) is int else None
         return {**plain, "param_groups": groups}
-
-    def _require_finite_in(self, state_dict: Mapping[str, Any], likes: list[Tensor]) -> None:
-        rule = "Nothing was loaded: load another copy, or use nonfinite='propagate'."
-        for _, owner, entries in entries_of(state_dict):
-            if owner.index >= len(likes) or not isinstance(entries, Mapping):
-                continue
-            for key, value in entries.items():
-                fmt, _ = format_of(self._policy, owner, key, value)
-                if fmt is not None:
-                    require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         """Take payloads as they are: coding what they decode to would not always return them."""
@@ -376,33 +307,3 @@ class QuantizedStates:
         if not is_packed(value):
             reason = self._format_of(part, owner, key, value, parameter)[1]
         return site_of(owner, key, value, reason or "decoded after an error")
-
-
-# ---- copies --------------------------------------------------------------------------------------
-
-
-def _reduce(optimizer: Optimizer, protocol: int) -> tuple[Any, ...]:
-    """How an optimizer with quantized states is copied and pickled: with its handle."""
-    reduced = type(optimizer).__reduce_ex__(optimizer, protocol)
-    assert isinstance(reduced, tuple)
-    new, arguments, state, *rest = reduced
-    if isinstance(state, dict):
-        state = {k: v for k, v in state.items() if k not in (_HANDLE, _REDUCE)}
-    return (_restored, (new, arguments, optimizer.__dict__[_HANDLE]), state, *rest)
-
-
-def _restored(
-    new: Callable[..., Optimizer], arguments: tuple[Any, ...], handle: QuantizedStates
-) -> Optimizer:
-    """A copy without its state, which attaches itself to the handle when it gets that."""
-    optimizer = new(*arguments)
-    optimizer.__dict__["__setstate__"] = partial(_set_state, optimizer, handle)
-    return optimizer
-
-
-def _set_state(optimizer: Optimizer, handle: QuantizedStates, state: dict[str, Any]) -> None:
-    del optimizer.__dict__["__setstate__"]
-    optimizer.__setstate__(state)
-    handle._attach(optimizer)
-
-

@@ -12,12 +12,8 @@ from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy, as_policy
 from rfcompile.report import AT_REST, Report, Site
 from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of
-from rfcompile.training.packing import (
-    entries_of,
-    is_packed,
-    pack_state_dict,
-    require_state_dict,
-)
+from rfcompile.training.packed_checks import is_packed
+from rfcompile.training.packing import entries_of, pack_state_dict, require_state_dict
 
 
 def packing_report(state_dict: Mapping[str, Any], policy: Policy | int | str = 8) -> Report:
