@@ -21,6 +21,10 @@ class RFCompileError(Exception):
         """The same error for other ranks; the message names the rank (of the group) that met it."""
         return _restore(type(self), f"rank {rank}: {self}", vars(self))
 
+    def bare(self) -> RFCompileError:
+        """The same error without its fields."""
+        return _restore(type(self), str(self), {})
+
 
 def _restore(kind: type[RFCompileError], message: str, facts: dict[str, Any]) -> RFCompileError:
     error = kind.__new__(kind, message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -49,9 +50,13 @@ def together(group: Any, site: str, action: Callable[[], T]) -> T:
 
 def _sent(error: Exception | None) -> RFCompileError | str | None:
     """An error as other ranks get it: foreign ones may not load there."""
-    if error is None or isinstance(error, RFCompileError):
-        return error
-    return f"{type(error).__name__}: {error}"
+    if error is None or not isinstance(error, RFCompileError):
+        return error if error is None else f"{type(error).__name__}: {error}"
+    try:
+        pickle.dumps(error)
+    except Exception:  # a field that cannot travel: the type and the message are enough
+        return error.bare()
+    return error
 
 
 @contextlib.contextmanager

@@ -75,6 +75,13 @@ CASES: dict[str, Case] = {
         "so nothing more is sent there; start again from a checkpoint with new process groups.",
         {"site": "bucket 2", "group": "dp", "reason": "RuntimeError: timed out"},
     ),
+    "PeerError": (
+        lambda: errors.PeerError("broadcast_states", 2, "MemoryError: no more"),
+        RuntimeError,
+        "broadcast_states: rank 2 failed with MemoryError: no more. All ranks stop here, none "
+        "waits for it; mend it there and call again on every rank.",
+        {"site": "broadcast_states", "rank": 2, "reason": "MemoryError: no more"},
+    ),
     "HookError": (
         lambda: HookError("Linear", "wrap it first."),
         ValueError,

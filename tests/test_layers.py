@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
-        *("polynomial", "polynomial_linear", "attention_ops", "graying"),
+        *("polynomial", "polynomial_linear", "attention_ops", "graying", "together"),
     ),
     ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report"),
     ("journal", "step_report", "transfers"),

@@ -23,6 +23,7 @@ from rfcompile.errors import HookError, StateError
 from rfcompile.policy import Formatish, Policy, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
+from rfcompile.together import together, transport
 from rfcompile.wire import all_reduce_wire
 
 
@@ -222,14 +223,22 @@ class DDPHandle:
         still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
         rank must call, between two steps.
         """
-        return {} if self._feedback is None else self._feedback.state_dict(self._group)
+        if self._feedback is None:
+            return {}
+        with transport(self._group, "the state of error feedback"):
+            return self._feedback.state_dict(self._group)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with the residuals of a :meth:`state_dict`; every rank must call.
 
         Raises:
-            StateError: the model has no such parameter, or error feedback is off.
+            On every rank, naming the one that met it: StateError: the model has no such parameter,
+            or error feedback is off. TransportError: a rank died, or did not answer in time.
         """
+        site = "loading the state of error feedback"
+        together(self._group, site, lambda: self._load_residuals(state))
+
+    def _load_residuals(self, state: Mapping[str, Tensor]) -> None:
         if self._feedback is not None:
             self._feedback.load_state_dict(state)
         elif state:

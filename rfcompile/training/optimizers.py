@@ -38,7 +38,7 @@ class Optimizers(Optimizer):
         self.param_groups = groups  # the very dicts that the optimizers read
 
     @property
-    def state(self) -> MutableMapping[Any, Any]:  # type: ignore[override]
+    def state(self) -> Any:
         """The states of all optimizers by parameter; what is written goes to the parameter's."""
         return _States(self.optimizers)
 
@@ -173,7 +173,10 @@ class _States(MutableMapping[Any, Any]):
         return any(parameter in optimizer.state for optimizer in self._optimizers)
 
     def get(self, parameter: Any, default: Any = None) -> Any:
-        return self[parameter] if parameter in self else default
+        for optimizer in self._optimizers:
+            if parameter in optimizer.state:
+                return optimizer.state[parameter]
+        return default
 
     def __iter__(self) -> Iterator[Any]:
         for optimizer in self._optimizers:

@@ -142,7 +142,7 @@ def _fourth_power(roots: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sealed(packed: Mapping[str, Any], like: Tensor | None = None) -> dict[str, Any]:
-    """A packed state for a state_dict: plain, a copy, with a checksum of what describes the payload.
+    """A packed state for a state_dict: plain, a copy, with a checksum of its description.
 
     Of a sharded parameter ``like`` the payload becomes a DTensor of all ranks' payloads; see
     ``sharded_payloads.py``.
@@ -325,7 +325,7 @@ def entries_of(state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Owner, Any]
 
     The place of a parameter is where its key stands in the groups, as ``load_state_dict`` reads it.
     """
-    owners = {}
+    owners: dict[Any, Owner] = {}
     for group in state_dict["param_groups"]:
         names = group.get("param_names") or ()
         for i, index in enumerate(group["params"]):

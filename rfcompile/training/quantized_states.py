@@ -117,6 +117,11 @@ def _parts_of(optimizer: Any) -> tuple[list[Optimizer], list[Optimizer]]:
     return [optimizer], []
 
 
+def takes_packed(optimizer: Optimizer) -> bool:
+    """Its ``load_state_dict`` keeps packed states as they are."""
+    return all(_HANDLE in part.__dict__ for part in _parts_of(optimizer)[0])
+
+
 def _is_wrapper(x: Any) -> bool:
     return hasattr(x, "param_groups") and hasattr(x, "step")
 
@@ -163,7 +168,9 @@ class QuantizedStates:
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
-        sites, owners, compared = [], [], []
+        sites: list[Site] = []
+        owners: list[Owner] = []
+        compared: list[str] = []
         for part, owner, parameter in self._owners():
             state = self._optimizers[part].state.get(parameter, {})
             owners.append(owner)
@@ -376,7 +383,9 @@ class QuantizedStates:
 
 def _reduce(optimizer: Optimizer, protocol: int) -> tuple[Any, ...]:
     """How an optimizer with quantized states is copied and pickled: with its handle."""
-    new, arguments, state, *rest = type(optimizer).__reduce_ex__(optimizer, protocol)  # type: ignore[misc]
+    reduced = type(optimizer).__reduce_ex__(optimizer, protocol)
+    assert isinstance(reduced, tuple)
+    new, arguments, state, *rest = reduced
     if isinstance(state, dict):
         state = {k: v for k, v in state.items() if k not in (_HANDLE, _REDUCE)}
     return (_restored, (new, arguments, optimizer.__dict__[_HANDLE]), state, *rest)

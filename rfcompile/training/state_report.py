@@ -1,4 +1,4 @@
-"""Reports on optimizer states: which are quantized, the bytes of each, and why others stay exact."""
+"""Reports on optimizer states: which are quantized, their bytes, and why others stay exact."""
 
 from __future__ import annotations
 
