@@ -192,7 +192,7 @@ class QuantFormat:
     @property
     def spec(self) -> str:
         """The format as a short text, such as ``"4b:g128:rise"``; :meth:`parse` reads it back."""
-        return self._spec
+        return self._spec  # type: ignore[attr-defined,no-any-return]  # set by __post_init__
 
     def _text(self) -> str:
         parts = [f"{self.bits}b", "tensor" if self.group_size is None else f"g{self.group_size}"]

@@ -7,13 +7,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policyish, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.training.packing import pack_state_dict, unpack_state_dict
 
 
 def broadcast_states(
-    optimizer: Optimizer, policy: Policy | int | str = 8, *, src: int = 0, group: Any = None
+    optimizer: Optimizer, policy: Policyish = 8, *, src: int = 0, group: Any = None
 ) -> None:
     """Give every rank the optimizer's state of rank ``src``, in ``policy.optimizer_state``.
 

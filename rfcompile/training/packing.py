@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from rfcompile import codec, ops
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 
 Packed = dict[str, Any]
 """``payload`` (uint8), ``format``, ``shape`` and ``dtype`` of the tensor, and ``root``: 1 or 4."""
@@ -96,7 +96,7 @@ def format_of(policy: Policy, name: str, key: str, value: object) -> tuple[Quant
 
 
 def pack_state_dict(
-    state_dict: Mapping[str, Any], policy: Policy | int | str = 8
+    state_dict: Mapping[str, Any], policy: Policyish = 8
 ) -> dict[str, Any]:
     """The ``state_dict()`` of an optimizer with its large tensors packed, to save or to send.
 

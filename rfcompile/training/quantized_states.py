@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from rfcompile.errors import HookError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.report import AT_REST, Report, Site
 from rfcompile.training.optimizers import Optimizers
 from rfcompile.training.packing import (
@@ -27,7 +27,7 @@ from rfcompile.training.packing import (
 
 def quantize_states(
     optimizer: Optimizer,
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     *,
     offload: bool = False,
     packed_state_dict: bool = False,
@@ -39,8 +39,8 @@ def quantize_states(
     step they are whole. Any optimizer whose states are tensors in ``optimizer.state`` will do.
 
     Args:
-        policy: a Policy (``optimizer_state``, ``min_bytes``, ``sites`` by parameter name), or bits
-            or a text for all states.
+        policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
+            ``min_bytes``, ``sites`` by parameter name).
         offload: keep the payloads in host memory between steps.
         packed_state_dict: ``optimizer.state_dict()`` holds payloads (a quarter of the size at 8
             bits), from which training goes on bit for bit, instead of decoded tensors, which any
@@ -50,7 +50,7 @@ def quantize_states(
         HookError: it is no optimizer. StateError: its states are quantized already.
         PolicyError, FormatError: the policy is not understood.
     """
-    chosen = as_policy(policy, min_bytes=4096)
+    chosen = as_policy(policy)
     parts = optimizer.optimizers if isinstance(optimizer, Optimizers) else (optimizer,)
     if not isinstance(optimizer, Optimizer):
         raise HookError(type(optimizer).__name__, "pass a torch.optim.Optimizer.")
