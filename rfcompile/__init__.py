@@ -14,9 +14,11 @@ from rfcompile.companions import (
     add_adapters,
     quantize_adapters,
 )
+from rfcompile.default_policy import set_default_policy
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
+from rfcompile.fingerprint import package_version
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
 from rfcompile.passes.find_residuals import ResidualAdd
@@ -63,8 +65,11 @@ __all__ = [
     "reports",
     "residual_report",
     "rewrites",
+    "set_default_policy",
     "transform",
 ]
+
+__version__ = package_version()
 
 # Inductor is loaded when something compiles, not when this package is imported.
 collectives.BEFORE_COMPILING.append(lambda: importlib.import_module("rfcompile.lowering"))

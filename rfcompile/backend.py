@@ -24,12 +24,13 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rfcompile.default_policy import WAYS, default_policy
 from rfcompile.errors import PolicyError, RFCompileError
 from rfcompile.journal import Entry, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
 from rfcompile.pipeline import run
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import agree
 from rfcompile.report import Site
 from rfcompile.torch_versions import warn_if_untried
@@ -60,8 +61,7 @@ class Settings:
         if residual != "keep":
             rule = "a backend has no modules to change: rfcompile.transform(model, residual=...)."
             raise PolicyError("residual", residual, rule)
-        mode = left.pop("mode", None)
-        inductor = dict(list_mode_options(mode)) if mode else {}
+        inductor = _inductor_options(left.pop("mode", None))
         given = left.pop("inductor", {})
         if not isinstance(given, Mapping):
             raise PolicyError("inductor", given, "use {Inductor option: value}.")
@@ -69,16 +69,33 @@ class Settings:
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise PolicyError(name, value, "use True or False.")
-        policy = left.pop("policy", None)
-        if policy is None:
-            if not left:
-                rule = "give bits, formats by kind of traffic, or a policy; bits=None is all exact."
-                raise PolicyError("options", dict(options or {}), rule)
-            policy = Policy.of(**left)
-        elif left or not isinstance(policy, Policy):
-            rule = "use an rfcompile.Policy, and no other option that a policy takes."
+        return cls(_policy_of(left, options), **flags, inductor=inductor | dict(given))
+
+
+def _policy_of(left: dict[str, Any], options: Mapping[str, Any] | None) -> Policy:
+    """The policy of the options that are left, or the default one."""
+    policy = left.pop("policy", None)
+    if policy is not None:
+        if left:
+            rule = "use no other option that a policy takes beside it."
             raise PolicyError("policy", policy, rule)
-        return cls(policy, **flags, inductor=inductor | dict(given))
+        return as_policy(policy)
+    if left:
+        return as_policy(left)
+    found = default_policy(compiles=True)
+    if found is None:
+        rule = f"there is no policy; use {WAYS}. bits=None is all exact."
+        raise PolicyError("options", dict(options or {}), rule)
+    return found
+
+
+def _inductor_options(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    modes = list_mode_options()
+    if not isinstance(mode, str) or mode not in modes:
+        raise PolicyError("mode", mode, f"Inductor has {', '.join(map(repr, modes))}.")
+    return dict(modes[mode])
 
 
 def rfquant(
@@ -93,9 +110,10 @@ def rfquant(
     Args:
         gm, example_inputs: from Dynamo.
         options: everything :class:`~rfcompile.Policy` takes (``bits`` and the other fields of
-            QuantFormat as a shorthand) or a ``policy``; ``strict``, ``merge``, ``inductor``, and
-            ``mode``, one of Inductor's ("max-autotune", ...).
-        mode: refused, since torch takes a mode or options, and there must be options.
+            QuantFormat as a shorthand) or a ``policy``, in any spelling; ``strict``, ``merge``,
+            ``inductor``, and ``mode``, one of Inductor's ("max-autotune", ...). Without a policy
+            the default one: see :func:`~rfcompile.set_default_policy`.
+        mode: one of Inductor's, beside a default policy: torch takes a mode or options.
 
     Raises (when the compiled function is first called):
         PolicyError, FormatError: an option is not understood.
@@ -103,12 +121,9 @@ def rfquant(
         RankMismatchError: the ranks of a process group have different options or package versions.
     """
     try:
-        if mode is not None:
-            rule = f"torch.compile takes it or options: options={{'mode': {mode!r}, 'bits': 4}}."
-            raise PolicyError("mode", mode, rule)
         warn_if_untried()
         tag_caches()
-        settings = Settings.of(options)
+        settings = Settings.of(options if mode is None else {"mode": mode, **(options or {})})
         entry = new_entry(settings.policy)
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(

@@ -112,8 +112,9 @@ class FakeWire:
 
     def __init__(self, module: str, policy: Policy) -> None:
         self.module = module
+        policy = policy.for_fake_wire()
         self.arguments = wire_arguments(policy, module, 2**62)
-        self.min_bytes = 0 if policy.override_for(module) is not None else policy.min_bytes
+        self.min_bytes = 0 if policy.override_for(module) is not None else policy.smallest
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
         if _travels(output):

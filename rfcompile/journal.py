@@ -42,6 +42,15 @@ def new_entry(policy: Policy) -> Entry:
 
 
 @contextmanager
+def watch() -> Iterator[list[Report]]:
+    """Reports of what compiles in the ``with`` block, afterwards."""
+    earlier = _ENTRIES[:]
+    found: list[Report] = []
+    yield found
+    found += [entry.report() for entry in _ENTRIES if entry not in earlier]
+
+
+@contextmanager
 def aside() -> Iterator[list[Report]]:
     """Reports of what compiles in the ``with`` block; :func:`reports` never has them."""
     earlier = _ENTRIES[:]

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "torch_versions"),
     (
-        *("formats", "bitmath", "policy", "graph", "cost", "rotation", "fingerprint"),
+        *("formats", "bitmath", "policy", "default_policy", "graph", "cost"),
+        *("rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
         *("low_rank_weight", "factored_linear"),
     ),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rfcompile.errors import HookError, PolicyError, StateError
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same, resolve
 from rfcompile.report import Report
 from rfcompile.together import together, transport
@@ -27,7 +27,7 @@ SENT = "broadcast"
 
 def broadcast_states(
     optimizer: Optimizer,
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     group: Any = None,
     *,
     src: int = 0,

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from rfcompile import codec, ops
 from rfcompile.errors import FormatError, NonFiniteError, PayloadError, StateError
 from rfcompile.formats import QuantFormat, Rounding
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policyish, as_policy
 from rfcompile.training.moments import MOMENTS, Owner, format_of, holds_weights
 from rfcompile.training.sharded_payloads import IN_ROWS, from_rows, is_in_rows, to_rows
 
@@ -227,7 +227,7 @@ def require_finite(x: Tensor, fmt: QuantFormat, name: str, rule: str) -> None:
 
 def pack_state_dict(
     state_dict: Mapping[str, Any],
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     parameters: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """The ``state_dict()`` of an optimizer with its large moments packed, to save or to send.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from rfcompile.errors import HookError, StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.report import Report, Site
 from rfcompile.training.moments import (
     MOMENTS,
@@ -39,7 +39,7 @@ from rfcompile.training.state_report import made, names_before, site_of
 
 def quantize_states(
     optimizer: Optimizer,
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     *,
     offload: bool = False,
     packed_state_dict: bool = False,
@@ -56,7 +56,8 @@ def quantize_states(
     ``torch.save``) is quantized, too, with a handle of its own: :meth:`QuantizedStates.of`.
 
     Args:
-        policy: a Policy, or bits or a text for all states. ``sites`` takes names of parameters, and
+        policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
+            ``min_bytes``, ``sites``). ``sites`` takes names of parameters, and
             of states as ``parameter.key``: ``{"*.exp_avg_sq": 8, "embedding.weight.*": None}``; a
             parameter without a name is ``parameter 3``, and its state also the key alone. With
             ``nonfinite="raise"`` a step that leaves NaN or Inf in a state raises NonFiniteError:
@@ -71,7 +72,7 @@ def quantize_states(
         PolicyError, FormatError: the policy is not understood. NonFiniteError: a state has NaN or
         Inf and the format says "raise"; nothing was changed.
     """
-    chosen = as_policy(policy, min_bytes=4096)
+    chosen = as_policy(policy)
     parts, wrappers = _parts_of(optimizer)
     for part in parts:
         if _HANDLE in part.__dict__:
