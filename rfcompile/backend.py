@@ -29,6 +29,7 @@ from rfcompile.errors import PolicyError, RFCompileError
 from rfcompile.journal import Entry, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import agree
@@ -147,6 +148,7 @@ class _Inner:
         self.settings = settings
         self.entry = entry
         self.parameters: frozenset[str] = frozenset()
+        self.saved: dict[str, Origin] = {}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         direction = "backward" if kwargs.get("is_backward") else "forward"
@@ -160,7 +162,10 @@ class _Inner:
             self.parameters,
             select_decomp_table(),
             merge=self.settings.merge,
+            saved=self.saved,
         )
+        if direction == "forward":
+            self.saved = Statistics(gm, direction, self.parameters).returned()
         record = run(gm, passes)
         self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
