@@ -219,6 +219,14 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
         self.sites = tuple(sites)
 
 
+class DerivativeError(RFCompileError, NotImplementedError):
+    """An operator has no derivative of the kind that was asked for; none is taken for zero."""
+
+    def __init__(self, operator: str, kind: str, rule: str) -> None:
+        super().__init__(f"{operator} has no {kind}: {rule}")
+        self.operator, self.kind, self.rule = operator, kind, rule
+
+
 class ReportError(RFCompileError, TypeError):
     """:func:`~rfcompile.merge_reports` was given something that has no report."""
 

@@ -218,9 +218,9 @@ class DDPHandle:
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean gradient is
-        still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
-        rank must call, between two steps.
+        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean
+        gradient is still owed. It is the same on every rank and fits any number of ranks and any
+        buckets. Every rank must call, between two steps.
         """
         if self._feedback is None:
             return {}
