@@ -12,6 +12,7 @@ Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +25,16 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rfcompile.errors import PolicyError, RFCompileError
-from rfcompile.journal import Entry, new_entry
+from rfcompile import left_out
+from rfcompile.errors import PolicyError, RFCompileError, UnquantizedSiteError
+from rfcompile.journal import Entry, forget_frames, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy
 from rfcompile.process_groups import agree
 from rfcompile.report import Site
+from rfcompile.runs import counted
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +110,9 @@ def rfquant(
             raise PolicyError("mode", mode, rule)
         tag_caches()
         settings = Settings.of(options)
-        entry = new_entry(settings.policy)
+        left_out.check_settings(strict=settings.strict)
+        left_out.watch_recompile_limit()
+        entry = _entry(gm, settings)
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(
                 gm,
@@ -123,6 +128,20 @@ def rfquant(
     return compiled
 
 
+rfquant.reset = forget_frames  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
+    place, frame = left_out.place_of(gm), left_out.frame_of_compile()
+    entry = new_entry(settings.policy, place, frame, strict=settings.strict)
+    breaks = left_out.new_breaks()
+    if breaks:
+        entry.notes.append(left_out.note_on_breaks(breaks))
+    if settings.strict and (lost := [text for text in breaks if left_out.is_collective(text)]):
+        raise UnquantizedSiteError([(text, "it breaks the graph") for text in lost])
+    return entry
+
+
 class _Inner:
     """Rewrites the forward and the backward graph of one compile, then calls Inductor."""
 
@@ -133,9 +152,9 @@ class _Inner:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         direction = "backward" if kwargs.get("is_backward") else "forward"
+        static = tuple(kwargs.get("static_input_idxs") or ())
         if direction == "forward":
             inputs = gm.graph.find_nodes(op="placeholder")
-            static = kwargs.get("static_input_idxs") or ()
             self.parameters = frozenset(inputs[i].name for i in static)
         passes = wire_pipeline(
             self.settings.policy,
@@ -145,13 +164,14 @@ class _Inner:
             merge=self.settings.merge,
         )
         record = run(gm, passes)
-        self.entry.add(direction, record)
+        runs = self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
         self._agree(sites)
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
-        return compile_fx_inner(record.gm, example_inputs, **kwargs)
+        compiled = compile_fx_inner(record.gm, example_inputs, **kwargs)
+        return counted(compiled, runs, static if direction == "forward" else ())
 
     def _agree(self, sites: Sequence[Site]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
@@ -164,6 +184,10 @@ class _Inner:
 
 def _failing(error: BaseException) -> Callable[..., Any]:
     def raise_it(*args: Any) -> Any:
-        raise error
+        # A copy: an exception that is raised again keeps the frames of every time.
+        raise copy.copy(error) from error.__cause__
 
     return raise_it
+
+
+left_out.warn_if_disabled()
