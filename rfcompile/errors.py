@@ -227,6 +227,19 @@ class DerivativeError(RFCompileError, NotImplementedError):
         self.operator, self.kind, self.rule = operator, kind, rule
 
 
+class RecompileLimitError(UnquantizedSiteError):
+    """``strict=True`` and Dynamo would run a function exact, as it compiled it too often."""
+
+    def __init__(self, place: str, limit: str, value: int) -> None:
+        self.rule = (
+            f"Dynamo compiled the function at {place or 'an unknown place'} {value} times, which is "
+            f"its {limit}: calls that fit none of these graphs run exact. Raise "
+            f"torch._dynamo.config.{limit}, or compile with dynamic=True"
+        )
+        Exception.__init__(self, f"strict=True, but {self.rule}, or drop strict.")
+        self.sites = ((place, f"{limit} {value}"),)
+
+
 class ReportError(RFCompileError, TypeError):
     """:func:`~rfcompile.merge_reports` was given something that has no report."""
 

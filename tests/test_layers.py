@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
         *("polynomial", "polynomial_linear", "attention_ops", "graying", "together"),
     ),
-    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report"),
-    ("journal", "step_report", "transfers"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "runs"),
+    ("journal", "step_report", "measure", "left_out", "transfers"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
