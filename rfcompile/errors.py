@@ -232,8 +232,8 @@ class RecompileLimitError(UnquantizedSiteError):
 
     def __init__(self, place: str, limit: str, value: int) -> None:
         self.rule = (
-            f"Dynamo compiled the function at {place or 'an unknown place'} {value} times, which is "
-            f"its {limit}: calls that fit none of these graphs run exact. Raise "
+            f"Dynamo compiled the function at {place or 'an unknown place'} {value} times, which "
+            f"is its {limit}: calls that fit none of these graphs run exact. Raise "
             f"torch._dynamo.config.{limit}, or compile with dynamic=True"
         )
         Exception.__init__(self, f"strict=True, but {self.rule}, or drop strict.")

@@ -289,8 +289,8 @@ def _module_path(path: str) -> str:
     """The path in a name that Dynamo gave to a module: how it got from what it compiles to there.
 
     Where a module's forward was replaced (compiled, bound, wrapped by a function or a partial), it
-    leads through that function: ``L['self'].layers.0.forward.__closure__[0].cell_contents.__self__``
-    is layers.0.
+    leads through that function:
+    ``L['self'].layers.0.forward.__closure__[0].cell_contents.__self__`` is layers.0.
     """
     path = _ITEM.sub(r".\1", _ROOT.sub("", _PARTIAL.sub("", path))).replace(".__dict__", "")
     return without_wrappers_in(_HELD.sub("", _OWNER.sub("", path)))

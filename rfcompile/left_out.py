@@ -51,9 +51,9 @@ def place_of(gm: fx.GraphModule) -> str:
 
 def watch_recompile_limit() -> None:
     """From now on Dynamo's recompile limit is not reached without a word."""
-    if not isinstance(convert_frame.exceeds_recompile_limit, _Watched):
-        watched = _Watched(convert_frame.exceeds_recompile_limit)
-        convert_frame.exceeds_recompile_limit = watched
+    dynamo: Any = convert_frame
+    if not isinstance(dynamo.exceeds_recompile_limit, _Watched):
+        dynamo.exceeds_recompile_limit = _Watched(dynamo.exceeds_recompile_limit)
 
 
 class _Watched:

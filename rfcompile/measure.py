@@ -44,9 +44,7 @@ class MeasuredStep:
     def _left_out(self) -> Iterator[str]:
         yield from journal.notes()
         idle = [
-            graph.name
-            for graph in journal.graphs()
-            if graph.sites and graph not in self._counts
+            graph.name for graph in journal.graphs() if graph.sites and graph not in self._counts
         ]
         if idle:
             yield f"not run in this step, and not counted: {', '.join(dict.fromkeys(idle))}"

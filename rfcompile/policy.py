@@ -103,8 +103,8 @@ class Policy:
     def auto(cls, bits: Formatish = 4, *, rotate: int | None = None, **options: Any) -> Policy:
         """A format for each kind of traffic that suits what it looks like; our rule.
 
-        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for: useful
-          where channels have outliers, which residual-free models have not.
+        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for:
+          useful where channels have outliers, which residual-free models have not.
         - gradients: ``bits`` with stochastic rounding, whose errors cancel over steps and ranks.
         - weights and optimizer state: at least 8 bits, as their errors stay.
 

@@ -250,7 +250,7 @@ class Report:
     def require_patterns(self) -> None:
         """Raise PolicyError if a pattern of ``sites`` applies to nothing here."""
         for pattern in self.idle_patterns:
-            rule = f"{idle_note(pattern)}. Correct it, or give the report all that share the policy."
+            rule = f"{idle_note(pattern)}. Correct it, or report on all that share the policy."
             raise PolicyError("sites", pattern, rule)
 
 

@@ -20,7 +20,6 @@ from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import uncompiled, without_wrappers
 
-
 BASE = "base_weight"
 """The parameter that was ``weight``."""
 

@@ -73,9 +73,7 @@ def broadcast_states(
     return report_of(chosen, sent, SENT)
 
 
-def _prepared(
-    optimizer: Optimizer, policy: Policy | int | str, src: int, group: Any
-) -> tuple[Policy, str]:
+def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> tuple[Policy, str]:
     """The policy, and what must be the same on all ranks."""
     chosen = as_policy(policy)
     if type(src) is not int or not 0 <= src < group.size():
@@ -97,9 +95,7 @@ def _prepared(
     return chosen, f"optimizer states {chosen.describe()} src={src}, {described}"
 
 
-def _packed(
-    optimizer: Optimizer, policy: Policy, parameters: list[Tensor]
-) -> dict[str, Any]:
+def _packed(optimizer: Optimizer, policy: Policy, parameters: list[Tensor]) -> dict[str, Any]:
     """What the source sends: in host memory, as the other ranks have other devices."""
     packed = pack_state_dict(optimizer.state_dict(), policy, parameters)
     sent: dict[str, Any] = _in_host_memory(packed)

@@ -92,9 +92,7 @@ def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
     )
 
 
-def unpack(
-    packed: Mapping[str, Any], like: Tensor | None = None, name: str = "a state"
-) -> Tensor:
+def unpack(packed: Mapping[str, Any], like: Tensor | None = None, name: str = "a state") -> Tensor:
     """Decode what :func:`pack` returned: on the device of ``like``, and with its mesh and
     placements if it is a DTensor.
 

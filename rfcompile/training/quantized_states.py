@@ -405,5 +405,3 @@ def _set_state(optimizer: Optimizer, handle: QuantizedStates, state: dict[str, A
     del optimizer.__dict__["__setstate__"]
     optimizer.__setstate__(state)
     handle._attach(optimizer)
-
-

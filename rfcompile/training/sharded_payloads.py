@@ -44,9 +44,7 @@ def to_rows(packed: dict[str, Any], like: DTensor) -> dict[str, Any]:
         Replicate() if placement.is_replicate() else Shard(dim)
         for dim, placement in enumerate(like.placements)
     ]
-    rows = DTensor.from_local(
-        row.view(*[1] * mesh.ndim, -1), mesh, placements, run_check=False
-    )
+    rows = DTensor.from_local(row.view(*[1] * mesh.ndim, -1), mesh, placements, run_check=False)
     return {**packed, "payload": rows, "shape": list(like.shape), "root": IN_ROWS}
 
 
@@ -107,5 +105,3 @@ def is_in_rows(packed: dict[str, Any]) -> bool:
 def is_sharded(x: object) -> bool:
     """A DTensor of which ranks hold different parts."""
     return isinstance(x, DTensor) and not all(p.is_replicate() for p in x.placements)
-
-
