@@ -66,11 +66,12 @@ class QuantizeBoundaries:
 
     def _arguments(self, node: fx.Node, block: str) -> tuple[str, ...]:
         size = _size_bytes(node)
-        return wire_arguments(self.policy, block, 2**62 if size is None else size)
+        return wire_arguments(self.policy.for_fake_wire(), block, 2**62 if size is None else size)
 
     def _site(self, node: fx.Node, block: str, is_hidden_state: bool) -> Site:
         value, size = _value(node), _size_bytes(node)
-        fmt, reason = self.policy.format_for("activations", block, 2**62 if size is None else size)
+        compared = 2**62 if size is None else size
+        fmt, reason = self.policy.for_fake_wire().format_for("activations", block, compared)
         eligible = fmt is not None or "min_bytes" in reason
         if not is_hidden_state:
             fmt, reason, eligible = None, "it is not the hidden state of the block", False

@@ -16,8 +16,10 @@ from rfcompile.codec import DTYPES
 from rfcompile.errors import CaptureError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.find_collectives import WAIT, all_nodes
+from rfcompile.passes.axes import has_one_element, is_one
+from rfcompile.passes.find_collectives import WAIT, all_nodes, kind_of
 from rfcompile.passes.splicing import Decompositions, origin_of, splice
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.process_groups import resolve
@@ -26,7 +28,6 @@ from rfcompile.torch_versions import global_rank, split_joined_waits
 from rfcompile.transfers import finish_receive, finish_send, start_transfers
 
 aten = torch.ops.aten
-KINDS = {"forward": "activations", "backward": "gradients"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class QuantizeTransfers:
     module that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends
     no bytes.
 
+    A statistic stays exact where both ends see it by the shape: a single element, or one value a
+    row (``[..., 1]``). What receives does not know what a tensor was made of, so another statistic
+    (``statistics.py``) that would be quantized is an error of the end that sends it, until a
+    pattern of ``sites`` says on both ends what is meant.
+
     Rewrites (see ``transfers.py``):
         isend(x, dst); wait_tensor -> payload = quantize(x); start_transfers(payload, dst);
             finish_send(payload)
@@ -74,14 +80,19 @@ class QuantizeTransfers:
     policy: Policy
     direction: str = "forward"
     decompositions: Decompositions = field(default_factory=dict)
+    saved: Mapping[str, Origin] = field(default_factory=dict)
     name: str = "quantize-transfers"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         sites = []
         calls: dict[fx.Graph, dict[fx.Node, list[tuple[_Transfer, QuantFormat | None]]]] = {}
-        for transfer in [t for node in all_nodes(gm) for t in _transfers(node)]:
-            site, fmt = self._decide(transfer)
+        transfers = [t for node in all_nodes(gm) for t in _transfers(node)]
+        if not transfers:
+            return PassResult(gm, 0)
+        statistics = Statistics(gm, self.direction, saved=self.saved)
+        for transfer in transfers:
+            site, fmt = self._decide(transfer, statistics)
             sites.append(site)
             node = transfer.node
             calls.setdefault(node.graph, {}).setdefault(node, []).append((transfer, fmt))
@@ -105,17 +116,24 @@ class QuantizeTransfers:
         for node, decided in calls.items():
             _replace(node, decided, order, self.decompositions)
 
-    def _decide(self, transfer: _Transfer) -> tuple[Site, QuantFormat | None]:
-        x, kind = transfer.value, KINDS[self.direction]
+    def _decide(
+        self, transfer: _Transfer, statistics: Statistics
+    ) -> tuple[Site, QuantFormat | None]:
+        x, kind = transfer.value, kind_of(transfer.node, self.direction)
         module = module_of(transfer.node)
         size = x.numel() * x.element_size()
+        is_named = self.policy.override_for(module) is not None
         fmt, reason, eligible = None, _nothing_to_do(transfer), False
+        if not reason and not is_named:
+            reason = _looks_like_a_statistic(transfer)
         if not reason:
             known = size if isinstance(size, int) else 2**62
             fmt, reason = self.policy.format_for(kind, module, known)
             eligible = fmt is not None or "min_bytes" in reason
             if fmt is not None and (out_of_reach := _out_of_reach(transfer, fmt)):
                 fmt, reason = None, out_of_reach
+            if fmt is not None and transfer.is_send and not is_named:
+                _refuse_a_statistic(transfer, statistics)
         before = after = 0 if not transfer.is_send else size if isinstance(size, int) else None
         if fmt is not None and before:
             after = fmt.payload_bytes(x.numel())
@@ -161,6 +179,27 @@ def _nothing_to_do(transfer: _Transfer) -> str:
         return f"{dtype_text(transfer.value.dtype)} data is not quantized"
     size = transfer.value.numel()
     return "empty tensor" if isinstance(size, int) and size == 0 else ""
+
+
+def _looks_like_a_statistic(transfer: _Transfer) -> str:
+    """Why a transfer is a statistic by its shape, "" if it is not; the other end agrees."""
+    shape = tuple(transfer.value.shape)
+    if has_one_element(shape):
+        return "a statistic: a single element"
+    return "a statistic: one value a row" if is_one(shape[-1]) else ""
+
+
+def _refuse_a_statistic(transfer: _Transfer, statistics: Statistics) -> None:
+    """The end that receives would take its payload for exact values, or the other way round."""
+    why = statistics.why_exact(transfer.tensor, transfer.node)
+    if why:
+        module = module_of(transfer.node)
+        raise CaptureError(
+            f"what the isend at {source_of(transfer.node) or module or '(unknown place)'} sends is "
+            f"{why}. It must stay exact, but the rank that receives it cannot see that. Send it as "
+            "[..., 1] (both ends keep such a tensor exact), or name the module on both ranks: "
+            f"sites={{{module or '*'!r}: None}} keeps what it sends exact, a format quantizes it."
+        )
 
 
 def _out_of_reach(transfer: _Transfer, fmt: QuantFormat) -> str:

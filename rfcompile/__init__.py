@@ -14,11 +14,14 @@ from rfcompile.companions import (
     add_adapters,
     quantize_adapters,
 )
+from rfcompile.default_policy import set_default_policy
 from rfcompile.diff import GraphDiff
 from rfcompile.errors import RFCompileError
 from rfcompile.explain import explain
+from rfcompile.fingerprint import package_version
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
+from rfcompile.measure import measure_step
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
@@ -56,6 +59,7 @@ __all__ = [
     "errors",
     "explain",
     "find_residuals",
+    "measure_step",
     "merge_reports",
     "quantize",
     "quantize_adapters",
@@ -63,8 +67,11 @@ __all__ = [
     "reports",
     "residual_report",
     "rewrites",
+    "set_default_policy",
     "transform",
 ]
+
+__version__ = package_version()
 
 # Inductor is loaded when something compiles, not when this package is imported.
 collectives.BEFORE_COMPILING.append(lambda: importlib.import_module("rfcompile.lowering"))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
+from rfcompile import journal
 from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import capture
 from rfcompile.companions import Adapters, PolynomialAttention, Rank, TokenGraying
 from rfcompile.companions.options import attention_of, graying_of, linears_of
 from rfcompile.companions.targets import Modules
+from rfcompile.default_policy import default_policy
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
@@ -20,16 +23,15 @@ from rfcompile.fake_wire import FakeWire
 from rfcompile.models import (
     check_module,
     copy_of,
-    has_collectives,
     has_shapes,
-    is_in_process_group,
+    is_compiled_for_wire,
     uncompiled,
     with_shapes,
 )
 from rfcompile.passes import boundary_pipeline, wire_pipeline
 from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.pipeline import Record, run
-from rfcompile.policy import Policy
+from rfcompile.policy import Formatish, Policy, Policyish, as_policy
 from rfcompile.report import Report
 from rfcompile.residual_free import ResidualFree
 from rfcompile.rewrites import Rewrite, rewritten
@@ -37,7 +39,7 @@ from rfcompile.rewrites import Rewrite, rewritten
 
 def transform(
     model: nn.Module,
-    bits: int | None = None,
+    bits: Formatish = None,
     *,
     example_inputs: Any = None,
     residual: str | ResidualFree = "keep",
@@ -50,7 +52,7 @@ def transform(
     token_graying: str | TokenGraying | None = None,
     epsilon: float | None = None,
     boundaries: Boundaries = "auto",
-    policy: Policy | None = None,
+    policy: Policyish = None,
 ) -> nn.Module:
     """A model like ``model``, its traffic quantized, its residual connections or attentions
     rewritten; ``model`` itself stays as it is.
@@ -63,7 +65,8 @@ def transform(
 
     - A model with collectives gets them quantized when it is called: one with DTensor parameters,
       and, unless ``boundaries`` are given, any in a process group of several ranks. It is
-      compiled with backend "rfquant". (A copy of it is not: torch drops what ``Module.compile``
+      compiled with backend "rfquant"; if its first call finds no collective, the model is exact,
+      and a warning says so. (A copy of it is not compiled: torch drops what ``Module.compile``
       sets. Transform the copy.)
     - Any other gets a fake wire at its boundaries: what leaves a boundary is quantized and
       dequantized at once, and so is the gradient that comes back. It shows on one machine what the
@@ -71,7 +74,10 @@ def transform(
     - An ``fx.GraphModule`` is rewritten as a graph, in the same two ways.
 
     Args:
-        bits: bits an element for all traffic; or give a ``policy``. Neither: nothing is quantized.
+        bits: bits an element for all traffic, or a format. Or give a ``policy``, in any spelling
+            (:func:`~rfcompile.policy.as_policy`). Neither: the default policy
+            (:func:`~rfcompile.set_default_policy`), but with another rewrite nothing is quantized.
+            A fake wire quantizes tensors of any size unless ``min_bytes`` is named.
         example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
             ``model.dummy_inputs``. Used by every rewrite, and for an ``fx.GraphModule`` without
             shapes in its metadata.
@@ -122,7 +128,7 @@ def _with_wire(
     if isinstance(twin, fx.GraphModule):
         return rewrite_graph(twin, wanted, boundaries, example_inputs).gm
     inner = uncompiled(twin)
-    if has_collectives(inner) or (is_in_process_group() and boundaries == "auto"):
+    if is_compiled_for_wire(inner, boundaries):
         if boundaries != "auto":
             warnings.warn(
                 f"boundaries={boundaries!r} has no effect on a model with collectives: these are "
@@ -131,7 +137,9 @@ def _with_wire(
                 stacklevel=2,
             )
         if inner is not twin:  # its names start with _orig_mod, and go on doing so
-            return cast(nn.Module, torch.compile(inner, **_compiler(wanted)))
+            compiled: Any = torch.compile(inner, **_compiler(wanted))
+            compiled.forward = _FirstCall(compiled.forward, inner)
+            return cast(nn.Module, compiled)
         _compile_in_place(twin, wanted)
         return twin
     return with_fake_wire(twin, wanted, boundaries)
@@ -162,16 +170,49 @@ def _compile_in_place(module: nn.Module, policy: Policy) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    module._compiled_call_impl = torch.compile(call, **_compiler(policy))
+    # Code of its own: what compiled for another model is not found again, so the first call tells.
+    call.__code__ = call.__code__.replace()
+    module._compiled_call_impl = _FirstCall(torch.compile(call, **_compiler(policy)), module)
 
 
-def policy_of(bits: int | None, policy: Policy | None) -> Policy:
-    """The policy that ``bits`` or ``policy`` stands for."""
+class _FirstCall:
+    """A compiled module's call that warns when its first run found no collective.
+
+    Whether a model has some is known when it compiles: any module or function may call them.
+    """
+
+    def __init__(self, call: Callable[..., Any], model: nn.Module) -> None:
+        self._call, self._name, self._is_first = call, type(model).__name__, True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_first or torch.compiler.is_compiling():
+            return self._call(*args, **kwargs)
+        with journal.watch() as reports:
+            result = self._call(*args, **kwargs)
+        self._is_first = False
+        if not any(report.sites for report in reports):
+            warnings.warn(NO_COLLECTIVES.format(self._name), RFCompileWarning, stacklevel=2)
+        return result
+
+
+NO_COLLECTIVES = (
+    "{} has no collective in its graphs, so it is exact. In a process group of several ranks "
+    "transform quantizes the collectives that a model has; boundaries='blocks' (or 'branches', or "
+    "paths of modules) puts a fake wire into it."
+)
+
+
+def policy_of(bits: Formatish, policy: Policyish) -> Policy:
+    """The policy that ``bits`` or ``policy`` stands for, or the default one."""
     if policy is not None and bits is not None:
         raise PolicyError("bits", bits, "give bits or a policy, not both.")
-    if policy is None and bits is None:
-        raise PolicyError("bits", None, "give bits (2, 3, 4, 5, 6 or 8) or a policy.")
-    return policy if policy is not None else Policy.of(bits=bits, min_bytes=0)
+    if policy is not None or bits is not None:
+        return as_policy(policy if policy is not None else bits)
+    found = default_policy()
+    if found is None:
+        rule = "give bits (2, 3, 4, 5, 6 or 8) or a policy, 'exact' for none, or set a default one."
+        raise PolicyError("bits", None, rule)
+    return found
 
 
 def rewrite_graph(
@@ -181,8 +222,10 @@ def rewrite_graph(
     gm = with_shapes(gm, example_inputs)
     if has_shapes(gm) and find_collectives(gm):
         return run(gm, wire_pipeline(policy, "forward"))
-    if callable(boundaries) or (isinstance(boundaries, str) and boundaries != "auto"):
-        rule = "a graph has no modules to ask: use 'auto' or give the paths of the modules."
+    if callable(boundaries) or (
+        isinstance(boundaries, str) and boundaries not in ("auto", "blocks")
+    ):
+        rule = "a graph has no modules to ask: use 'blocks' or give the paths of the modules."
         raise PolicyError("boundaries", boundaries, rule)
     if isinstance(boundaries, str):
         return run(gm, boundary_pipeline(policy))

@@ -12,6 +12,7 @@ Private torch symbols used here, tried on torch 2.11 to 2.15:
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,14 +25,18 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rfcompile.errors import PolicyError, RFCompileError
-from rfcompile.journal import Entry, new_entry
+from rfcompile import left_out
+from rfcompile.default_policy import WAYS, default_policy
+from rfcompile.errors import PolicyError, RFCompileError, UnquantizedSiteError
+from rfcompile.journal import Entry, forget_frames, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import run
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import agree
 from rfcompile.report import Site
+from rfcompile.runs import counted
 from rfcompile.torch_versions import warn_if_untried
 
 log = logging.getLogger(__name__)
@@ -60,8 +65,7 @@ class Settings:
         if residual != "keep":
             rule = "a backend has no modules to change: rfcompile.transform(model, residual=...)."
             raise PolicyError("residual", residual, rule)
-        mode = left.pop("mode", None)
-        inductor = dict(list_mode_options(mode)) if mode else {}
+        inductor = _inductor_options(left.pop("mode", None))
         given = left.pop("inductor", {})
         if not isinstance(given, Mapping):
             raise PolicyError("inductor", given, "use {Inductor option: value}.")
@@ -69,16 +73,33 @@ class Settings:
         for name, value in flags.items():
             if not isinstance(value, bool):
                 raise PolicyError(name, value, "use True or False.")
-        policy = left.pop("policy", None)
-        if policy is None:
-            if not left:
-                rule = "give bits, formats by kind of traffic, or a policy; bits=None is all exact."
-                raise PolicyError("options", dict(options or {}), rule)
-            policy = Policy.of(**left)
-        elif left or not isinstance(policy, Policy):
-            rule = "use an rfcompile.Policy, and no other option that a policy takes."
+        return cls(_policy_of(left, options), **flags, inductor=inductor | dict(given))
+
+
+def _policy_of(left: dict[str, Any], options: Mapping[str, Any] | None) -> Policy:
+    """The policy of the options that are left, or the default one."""
+    policy = left.pop("policy", None)
+    if policy is not None:
+        if left:
+            rule = "use no other option that a policy takes beside it."
             raise PolicyError("policy", policy, rule)
-        return cls(policy, **flags, inductor=inductor | dict(given))
+        return as_policy(policy)
+    if left:
+        return as_policy(left)
+    found = default_policy(compiles=True)
+    if found is None:
+        rule = f"there is no policy; use {WAYS}. bits=None is all exact."
+        raise PolicyError("options", dict(options or {}), rule)
+    return found
+
+
+def _inductor_options(mode: str | None) -> dict[str, Any]:
+    if mode is None:
+        return {}
+    modes = list_mode_options()
+    if not isinstance(mode, str) or mode not in modes:
+        raise PolicyError("mode", mode, f"Inductor has {', '.join(map(repr, modes))}.")
+    return dict(modes[mode])
 
 
 def rfquant(
@@ -93,9 +114,10 @@ def rfquant(
     Args:
         gm, example_inputs: from Dynamo.
         options: everything :class:`~rfcompile.Policy` takes (``bits`` and the other fields of
-            QuantFormat as a shorthand) or a ``policy``; ``strict``, ``merge``, ``inductor``, and
-            ``mode``, one of Inductor's ("max-autotune", ...).
-        mode: refused, since torch takes a mode or options, and there must be options.
+            QuantFormat as a shorthand) or a ``policy``, in any spelling; ``strict``, ``merge``,
+            ``inductor``, and ``mode``, one of Inductor's ("max-autotune", ...). Without a policy
+            the default one: see :func:`~rfcompile.set_default_policy`.
+        mode: one of Inductor's, beside a default policy: torch takes a mode or options.
 
     Raises (when the compiled function is first called):
         PolicyError, FormatError: an option is not understood.
@@ -103,13 +125,12 @@ def rfquant(
         RankMismatchError: the ranks of a process group have different options or package versions.
     """
     try:
-        if mode is not None:
-            rule = f"torch.compile takes it or options: options={{'mode': {mode!r}, 'bits': 4}}."
-            raise PolicyError("mode", mode, rule)
         warn_if_untried()
         tag_caches()
-        settings = Settings.of(options)
-        entry = new_entry(settings.policy)
+        settings = Settings.of(options if mode is None else {"mode": mode, **(options or {})})
+        left_out.check_settings(strict=settings.strict)
+        left_out.watch_recompile_limit()
+        entry = _entry(gm, settings)
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(
                 gm,
@@ -125,6 +146,20 @@ def rfquant(
     return compiled
 
 
+rfquant.reset = forget_frames  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
+    place, frame = left_out.place_of(gm), left_out.frame_of_compile()
+    entry = new_entry(settings.policy, place, frame, strict=settings.strict)
+    breaks = left_out.new_breaks()
+    if breaks:
+        entry.notes.append(left_out.note_on_breaks(breaks))
+    if settings.strict and (lost := [text for text in breaks if left_out.is_collective(text)]):
+        raise UnquantizedSiteError([(text, "it breaks the graph") for text in lost])
+    return entry
+
+
 class _Inner:
     """Rewrites the forward and the backward graph of one compile, then calls Inductor."""
 
@@ -132,12 +167,13 @@ class _Inner:
         self.settings = settings
         self.entry = entry
         self.parameters: frozenset[str] = frozenset()
+        self.saved: dict[str, Origin] = {}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         direction = "backward" if kwargs.get("is_backward") else "forward"
+        static = tuple(kwargs.get("static_input_idxs") or ())
         if direction == "forward":
             inputs = gm.graph.find_nodes(op="placeholder")
-            static = kwargs.get("static_input_idxs") or ()
             self.parameters = frozenset(inputs[i].name for i in static)
         passes = wire_pipeline(
             self.settings.policy,
@@ -145,15 +181,19 @@ class _Inner:
             self.parameters,
             select_decomp_table(),
             merge=self.settings.merge,
+            saved=self.saved,
         )
+        if direction == "forward":
+            self.saved = Statistics(gm, direction, self.parameters).returned()
         record = run(gm, passes)
-        self.entry.add(direction, record)
+        runs = self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
         self._agree(sites)
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
-        return compile_fx_inner(record.gm, example_inputs, **kwargs)
+        compiled = compile_fx_inner(record.gm, example_inputs, **kwargs)
+        return counted(compiled, runs, static if direction == "forward" else ())
 
     def _agree(self, sites: Sequence[Site]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
@@ -166,6 +206,10 @@ class _Inner:
 
 def _failing(error: BaseException) -> Callable[..., Any]:
     def raise_it(*args: Any) -> Any:
-        raise error
+        # A copy: an exception that is raised again keeps the frames of every time.
+        raise copy.copy(error) from error.__cause__
 
     return raise_it
+
+
+left_out.warn_if_disabled()

@@ -17,7 +17,8 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
 
     Args:
         model: any module.
-        boundaries: "auto": the repeated blocks, where a pipeline would be cut. "branches": the
+        boundaries: "blocks" or "auto": the repeated blocks, where a pipeline would be cut (beside
+            other ranks ``transform`` takes "auto" for real collectives). "branches": the
             children of the repeated blocks that hold at least two matrices (attention, MLP), where
             tensor parallelism would all-reduce. A list of module paths (shell patterns are fine),
             or a function of (path, module) that says yes.
@@ -31,7 +32,7 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
     """
     # Lists of modules are never called themselves: nothing leaves them.
     modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
-    if boundaries == "auto":
+    if boundaries in ("auto", "blocks"):
         found = dict(_all_blocks(model))
     elif boundaries == "branches":
         found = dict(
@@ -39,8 +40,8 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
         )
     elif isinstance(boundaries, str):
         raise BoundaryError(
-            f"boundaries={boundaries!r} is not known: use 'auto', 'branches', a list of module "
-            "paths, or a function of (path, module)."
+            f"boundaries={boundaries!r} is not known: use 'auto', 'blocks', 'branches', a list of "
+            "module paths, or a function of (path, module)."
         )
     elif callable(boundaries):
         found = {path: module for path, module in modules.items() if boundaries(path, module)}

@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,11 @@ from torch import nn
 from rfcompile import api
 from rfcompile.analyze import analyze
 from rfcompile.capture import inputs_of
+from rfcompile.default_policy import bits_of_text, default_policy
 from rfcompile.errors import RFCompileError, TargetError
 from rfcompile.explain import explain
 from rfcompile.fingerprint import package_version
-from rfcompile.formats import as_format
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import simulated
 from rfcompile.report import Report
 from rfcompile.residuals import as_json, as_text, find_residuals
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(args)
     except (RFCompileError, NotImplementedError) as error:
         print(f"rfcompile: {error}", file=sys.stderr)
-    except Exception:  # of the user's model: Python's own exit code would be 1
+    except (Exception, SystemExit):  # of the user's model: its exit code would read as ours
         traceback.print_exc()
     return 3
 
@@ -71,22 +72,33 @@ def _parser() -> argparse.ArgumentParser:
     for command in (explain, diff, residuals, analysis):
         command.add_argument(
             "target",
+            type=_target,
             metavar="MODULE:FACTORY",
             help="a function without arguments that returns a model, (model, args) or "
             "(model, args, kwargs); MODULE is importable or a path to a .py file",
         )
         command.add_argument("--json", action="store_true", help="print JSON")
     for command in (explain, diff):
-        command.add_argument(
+        formats = command.add_mutually_exclusive_group()
+        formats.add_argument(
             "--bits",
-            dest="format",
+            dest="policy_of_bits",
             metavar="FORMAT",
-            default="4",
-            help='bits, or a format such as "4b:g64:h32" (default: 4)',
+            type=_checked(bits_of_text),
+            help='bits, or a format such as "4b:g64:h32" (default: the default policy, else 4)',
         )
-        command.add_argument("--min-bytes", type=int, default=0, help="smaller ones stay exact")
+        formats.add_argument(
+            "--policy",
+            type=_checked(Path),
+            metavar="FILE",
+            help="a policy in TOML, instead of --bits",
+        )
         command.add_argument(
-            "--policy", type=Path, metavar="FILE", help="a policy in TOML, instead of these two"
+            "--min-bytes",
+            type=_whole,
+            metavar="N",
+            help="smaller ones stay exact (default: the policy's, else 16384 with collectives and "
+            "0 for a fake wire)",
         )
         command.add_argument(
             "--world-size",
@@ -97,16 +109,56 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (explain, diff, analysis):
         command.add_argument(
-            "--boundaries", default="auto", help='"auto", "branches", or module paths with commas'
+            "--boundaries",
+            default="auto",
+            help='"auto", "blocks", "branches", or module paths with commas',
         )
-    diff.add_argument("--html", type=Path, metavar="FILE", help="also write a page to FILE")
+    diff.add_argument("--html", type=_new_file, metavar="FILE", help="also write a page to FILE")
     return parser
 
 
+def _target(text: str) -> str:
+    module, _, factory = text.rpartition(":")
+    if not (module and factory):
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODULE:FACTORY, as models.py:tiny_gpt")
+    if module.endswith(".py") and not Path(module).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {module}")
+    return text
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a file in a folder that exists")
+    return path
+
+
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not _is_number(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    if not _is_number(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not 0 or more")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 20
+
+
+def _checked(read: Callable[[str], Policyish]) -> Callable[[str], Policy]:
+    """A reader of policies for argparse."""
+
+    def policy(text: str) -> Policy:
+        try:
+            return as_policy(read(text))
+        except RFCompileError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return policy
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -161,21 +213,17 @@ def _ranks(args: argparse.Namespace) -> AbstractContextManager[None]:
 
 
 def _policy(args: argparse.Namespace) -> Policy:
-    if args.policy is not None:
-        return Policy.from_file(args.policy)
-    fmt = as_format(int(args.format) if args.format.isdigit() else args.format)
-    return Policy(fmt, fmt, fmt, fmt, min_bytes=args.min_bytes)
+    given = args.policy or args.policy_of_bits or default_policy() or as_policy(4)
+    return given if args.min_bytes is None else replace(given, min_bytes=args.min_bytes)
 
 
 def _boundaries(args: argparse.Namespace) -> str | list[str]:
     named = args.boundaries.split(",")
-    return str(args.boundaries) if args.boundaries in ("auto", "branches") else named
+    return str(args.boundaries) if args.boundaries in ("auto", "blocks", "branches") else named
 
 
 def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    module_name, colon, factory_name = target.rpartition(":")
-    if not colon:
-        raise TargetError(f"target {target!r} is not MODULE:FACTORY, such as models.py:tiny_gpt.")
+    module_name, _, factory_name = target.rpartition(":")
     path = Path(module_name)
     if path.suffix == ".py":
         sys.path.insert(0, str(path.resolve().parent))

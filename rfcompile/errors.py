@@ -32,6 +32,15 @@ def _restore(kind: type[RFCompileError], message: str, facts: dict[str, Any]) ->
     return error
 
 
+def _shown(value: object) -> str:
+    """What a message says of a value that may be anything: its repr, if there is one, in short."""
+    try:
+        text = repr(value)
+    except Exception:  # a number of too many digits, too deep a list, a class of the user's
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 class RFCompileWarning(UserWarning):
     """A setting had no effect, or a result needs a second look."""
 
@@ -68,7 +77,7 @@ class FormatError(RFCompileError, ValueError):
     """A field of a :class:`~rfcompile.QuantFormat` has a value outside its rule."""
 
     def __init__(self, field: str, value: object, rule: str) -> None:
-        super().__init__(f"{field}={value!r} is not supported: {rule}")
+        super().__init__(f"{field}={_shown(value)} is not supported: {rule}")
         self.field, self.value, self.rule = field, value, rule
 
 
@@ -76,7 +85,7 @@ class PolicyError(RFCompileError, ValueError):
     """An option of a :class:`~rfcompile.Policy`, a transform or the backend is not understood."""
 
     def __init__(self, option: str, value: object, rule: str) -> None:
-        super().__init__(f"{option}={value!r} is not supported: {rule}")
+        super().__init__(f"{option}={_shown(value)} is not supported: {rule}")
         self.option, self.value, self.rule = option, value, rule
 
 
@@ -208,6 +217,27 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
             "accept it, or drop strict."
         )
         self.sites = tuple(sites)
+
+
+class DerivativeError(RFCompileError, NotImplementedError):
+    """An operator has no derivative of the kind that was asked for; none is taken for zero."""
+
+    def __init__(self, operator: str, kind: str, rule: str) -> None:
+        super().__init__(f"{operator} has no {kind}: {rule}")
+        self.operator, self.kind, self.rule = operator, kind, rule
+
+
+class RecompileLimitError(UnquantizedSiteError):
+    """``strict=True`` and Dynamo would run a function exact, as it compiled it too often."""
+
+    def __init__(self, place: str, limit: str, value: int) -> None:
+        self.rule = (
+            f"Dynamo compiled the function at {place or 'an unknown place'} {value} times, which "
+            f"is its {limit}: calls that fit none of these graphs run exact. Raise "
+            f"torch._dynamo.config.{limit}, or compile with dynamic=True"
+        )
+        Exception.__init__(self, f"strict=True, but {self.rule}, or drop strict.")
+        self.sites = ((place, f"{limit} {value}"),)
 
 
 class ReportError(RFCompileError, TypeError):

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from rfcompile import codec, journal
 from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.api import policy_of, rewrite_graph, with_fake_wire
+from rfcompile.api import NO_COLLECTIVES, policy_of, rewrite_graph, with_fake_wire
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
 from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
@@ -21,12 +21,11 @@ from rfcompile.graph import dtype_text
 from rfcompile.models import (
     check_module,
     copy_of,
-    has_collectives,
-    is_in_process_group,
+    is_compiled_for_wire,
     uncompiled,
 )
 from rfcompile.pipeline import Record
-from rfcompile.policy import Policy
+from rfcompile.policy import Formatish, Policy, Policyish
 from rfcompile.report import GraphChange, Report, Site
 from rfcompile.rewrites import rewrites
 from rfcompile.step_report import merge_reports
@@ -36,8 +35,8 @@ def explain(
     model: nn.Module,
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
-    bits: int | None = None,
-    policy: Policy | None = None,
+    bits: Formatish = None,
+    policy: Policyish = None,
     boundaries: Boundaries = "auto",
 ) -> Report:
     """What would be quantized, where, why not the rest, and what it saves; ``print`` the result.
@@ -65,10 +64,11 @@ def explain(
         args, kwargs = inputs_of(model, None)
     kwargs = dict(kwargs or {})
     with _state_kept(model):
-        if has_collectives(model) or is_in_process_group():
+        if is_compiled_for_wire(model, boundaries):
             report = _explain_compiled(model, args, kwargs, wanted)
-            if report.sites:
-                return replace(report, notes=(*_first_lines(model), *report.notes))
+            exact = () if report.sites else (NO_COLLECTIVES.format(type(model).__name__),)
+            return replace(report, notes=(*_first_lines(model), *exact, *report.notes))
+        wanted = wanted.for_fake_wire()
         twin = with_fake_wire(copy_of(model, share=True), wanted, boundaries)
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
             with watch() as crossings:
@@ -100,9 +100,11 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _explain_graph(record: Record, policy: Policy) -> Report:
+    sites = [fact for fact in record.facts if isinstance(fact, Site)]
+    is_fake = any(site.collective == "boundary" for site in sites)
     return Report.of(
-        policy,
-        (fact for fact in record.facts if isinstance(fact, Site)),
+        policy.for_fake_wire() if is_fake else policy,
+        sites,
         graphs=(GraphChange("forward", record.steps[0].before, record.steps[-1].after),),
     )
 

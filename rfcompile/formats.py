@@ -219,7 +219,7 @@ class QuantFormat:
 
         Without a word for the grid it is "auto".
         """
-        return self._spec
+        return self._spec  # type: ignore[attr-defined,no-any-return]  # set by __post_init__
 
     def _text(self) -> str:
         parts = [f"{self.bits}b", "tensor" if self.group_size is None else f"g{self.group_size}"]

@@ -101,8 +101,14 @@ def has_collectives(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def is_in_process_group() -> bool:
-    """There are other ranks, so that a graph may have collectives that nobody sees in the model."""
+def is_compiled_for_wire(model: nn.Module, boundaries: object) -> bool:
+    """Its traffic is that of its graphs: it has DTensor parameters, or no ``boundaries`` are named
+    and there are other ranks, so that its forward may call collectives.
+    """
+    return has_collectives(model) or (boundaries == "auto" and _is_in_process_group())
+
+
+def _is_in_process_group() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -14,6 +14,9 @@ from rfcompile.errors import PolicyError
 from rfcompile.formats import FORMAT_FIELDS, QuantFormat, as_format
 
 KINDS = ("activations", "gradients", "weights", "optimizer_state")
+
+DEFAULT_MIN_BYTES = 16 * 1024
+"""4,096 elements of float32: what 8-bit optimizers leave alone, too."""
 
 Formatish = QuantFormat | Mapping[str, Any] | str | int | None
 """What users write for a format: a QuantFormat or its fields, a text such as "4b:g64", bits, or
@@ -33,7 +36,9 @@ class Policy:
         weights: all-gathers of parameters.
         optimizer_state: transfers of optimizer state.
         min_bytes: collectives whose input is smaller stay exact: small messages cost latency,
-            which quantization cannot save, and are often statistics. Zero quantizes all.
+            which quantization cannot save, and are often statistics. Zero quantizes all. None:
+            :data:`DEFAULT_MIN_BYTES` for what is sent or kept, and 0 for a fake wire, which sends
+            nothing and is often tried on tiny inputs.
         sites: overrides by module path, first match wins: ``{"layers.0.*": None, "lm_head": 8}``.
             Patterns as in a shell (``*``, ``?``, ``[...]``). An override also lifts ``min_bytes``.
 
@@ -45,40 +50,44 @@ class Policy:
     gradients: Formatish = None
     weights: Formatish = None
     optimizer_state: Formatish = None
-    min_bytes: int = 16 * 1024
+    min_bytes: int | None = None
     sites: Mapping[str, Formatish] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
             fmt = as_format(getattr(self, kind))
             object.__setattr__(self, kind, fmt and fmt.for_kind(kind))
-        if type(self.min_bytes) is not int or self.min_bytes < 0:
-            raise PolicyError("min_bytes", self.min_bytes, "use a number of bytes, 0 or more.")
+        size = self.min_bytes
+        if size is not None and (type(size) is not int or size < 0):
+            raise PolicyError("min_bytes", size, "use a number of bytes, 0 or more.")
         is_mapping = isinstance(self.sites, Mapping)
         if not (is_mapping and all(isinstance(pattern, str) for pattern in self.sites)):
             raise PolicyError("sites", self.sites, "use {module path pattern: format}.")
         object.__setattr__(self, "sites", {k: as_format(v) for k, v in self.sites.items()})
 
     @classmethod
-    def of(cls, **options: Any) -> Policy:
+    def of(cls, /, **options: Any) -> Policy:
         """A policy from options: those of Policy, and those of QuantFormat as a shorthand.
 
         ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic; kinds that
         are named as well (``gradients=8``) keep what they name. The shorthand ``rotate=32`` is for
         activations only: a rotation turns the zeros of the other kinds into numbers, so it has to
-        be named where it is wanted (``gradients="4b:h32"``).
+        be named where it is wanted (``gradients="4b:h32"``). ``auto=4`` starts from :meth:`auto`
+        instead, ``auto={"bits": 4, "rotate": 32}`` too.
 
         Raises:
             PolicyError, FormatError: an option is unknown or its value is not supported.
         """
+        if "auto" in options:
+            return _auto(options)
         names = {f.name for f in fields(cls)}
         unknown = [name for name in options if name not in names and name not in FORMAT_FIELDS]
         if unknown:
             raise PolicyError(
                 unknown[0],
                 options[unknown[0]],
-                f"the options are {', '.join(sorted(names | set(FORMAT_FIELDS)))}; the backend "
-                "also takes policy, strict, merge, mode, and inductor={option: value}.",
+                f"the options are {', '.join(sorted(names | set(FORMAT_FIELDS)))}, auto; the "
+                "backend also takes policy, strict, merge, mode, and inductor={option: value}.",
             )
         shared = {name: options.pop(name) for name in FORMAT_FIELDS if name in options}
         bits = shared.pop("bits", None)
@@ -91,45 +100,60 @@ class Policy:
         return cls(**options)
 
     @classmethod
-    def auto(cls, bits: int = 4, *, rotate: int | None = None, **options: Any) -> Policy:
+    def auto(cls, bits: Formatish = 4, *, rotate: int | None = None, **options: Any) -> Policy:
         """A format for each kind of traffic that suits what it looks like; our rule.
 
-        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for: useful where channels have
-          outliers, which residual-free models have not.
+        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for:
+          useful where channels have outliers, which residual-free models have not.
         - gradients: ``bits`` with stochastic rounding, whose errors cancel over steps and ranks.
         - weights and optimizer state: at least 8 bits, as their errors stay.
 
         ``options`` are those of Policy and win.
 
+        Args:
+            bits: or any format, which then says the rest of those two formats as well.
+
         Raises:
             PolicyError, FormatError: an option is not understood.
         """
-        named = {
-            "activations": QuantFormat(bits, rotate=rotate),
-            "gradients": QuantFormat(bits, rounding="stochastic"),
+        base = as_format(bits)
+        if base is None:
+            raise PolicyError("auto", bits, "give bits; an exact policy is Policy().")
+        if named := [name for name in FORMAT_FIELDS if name in options]:
+            rule = "auto chooses the formats: name them by kind of traffic, activations='4b:g64'."
+            raise PolicyError(named[0], options[named[0]], rule)
+        suited = {
+            "activations": base if rotate is None else replace(base, rotate=rotate),
+            "gradients": replace(base, grid="mid-tread", rounding="stochastic", rotate=None),
             "weights": QuantFormat(8),
             "optimizer_state": QuantFormat(8),
         }
-        return cls.of(**(named | options))
+        return cls.of(**(suited | options))
 
     @classmethod
     def from_file(cls, path: str | PathLike[str]) -> Policy:
         """Read a policy from a TOML file with the options of :meth:`of`.
 
-        A format is a number of bits, a text, a table of QuantFormat's fields, or ``"exact"``;
-        ``auto = 4`` starts from :meth:`auto`.
+        A format is a number of bits, a text, a table of QuantFormat's fields, or ``"exact"``.
 
         Raises:
             PolicyError: the file is no TOML, or an option is not understood. FormatError. OSError.
         """
-        with Path(path).open("rb") as file:
-            try:
-                options = tomllib.load(file)
-            except tomllib.TOMLDecodeError as error:
-                raise PolicyError("file", str(path), f"write TOML: {error}.") from error
-        if "auto" in options:
-            return cls.auto(options.pop("auto"), **options)
-        return cls.of(**options)
+        content = Path(path).read_bytes()
+        try:
+            options = tomllib.loads(content.decode())
+        except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long, too deep
+            raise PolicyError("file", str(path), f"write TOML: {error}.") from error
+        return as_policy(options)
+
+    @property
+    def smallest(self) -> int:
+        """``min_bytes``, or the default of it for what is sent or kept."""
+        return DEFAULT_MIN_BYTES if self.min_bytes is None else self.min_bytes
+
+    def for_fake_wire(self) -> Policy:
+        """The same policy where nothing is sent: only a ``min_bytes`` that is named applies."""
+        return replace(self, min_bytes=0) if self.min_bytes is None else self
 
     @property
     def is_exact(self) -> bool:
@@ -156,8 +180,8 @@ class Policy:
         fmt = getattr(self, kind)
         if fmt is None:
             return None, f"the policy sends {kind} exact"
-        if size_bytes < self.min_bytes:
-            return None, f"{size_bytes} bytes < min_bytes={self.min_bytes}"
+        if size_bytes < self.smallest:
+            return None, f"{size_bytes} bytes < min_bytes={self.smallest}"
         return fmt, ""
 
     def describe(self) -> str:
@@ -169,17 +193,44 @@ class Policy:
             if same
             else [f"{kind}={fmt}" for kind, fmt in formats.items()]
         )
-        parts.append(f"min_bytes={self.min_bytes}")
+        parts.append(f"min_bytes={self.smallest}")
         parts += [f"sites[{pattern!r}]={fmt or 'exact'}" for pattern, fmt in self.sites.items()]
         return " ".join(parts)
 
 
-def as_policy(policy: Policy | Formatish, **options: Any) -> Policy:
-    """A policy from what users write: a Policy, or one format for every kind of traffic.
+Policyish = Policy | Formatish | PathLike[str]
+"""What users write for a policy, at every door: a Policy, a mapping of its options, the path of a
+TOML file (a text that ends in ".toml", or a Path), or one format for every kind of traffic."""
 
-    ``options`` are those of Policy, for the latter.
+
+def as_policy(policy: Policyish) -> Policy:
+    """A policy from what users write; None is exact.
 
     Raises:
-        PolicyError, FormatError: it is none of these.
+        PolicyError, FormatError: it is none of these, or a file cannot be read.
     """
-    return policy if isinstance(policy, Policy) else Policy.of(bits=policy, **options)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, PathLike) or (isinstance(policy, str) and policy.endswith(".toml")):
+        try:
+            return Policy.from_file(policy)
+        except OSError as error:
+            raise PolicyError("file", str(policy), f"it cannot be read: {error}.") from error
+    if not isinstance(policy, Mapping):
+        return Policy.of(bits=policy)
+    if not policy or not all(isinstance(name, str) for name in policy):
+        rule = "name options, such as {'bits': 4}; an exact policy is None or 'exact'."
+        raise PolicyError("policy", dict(policy), rule)
+    return Policy.of(**policy)
+
+
+def _auto(options: Mapping[str, Any]) -> Policy:
+    """:meth:`Policy.auto` from options that hold ``auto``: bits, any format, or its arguments."""
+    given, others = options["auto"], {k: v for k, v in options.items() if k != "auto"}
+    if "bits" in others:
+        rule = "give auto or bits, not both; auto = 4 has bits."
+        raise PolicyError("bits", others["bits"], rule)
+    if not isinstance(given, Mapping):
+        return Policy.auto(given, **others)
+    base = {name: given[name] for name in given if name != "rotate"}
+    return Policy.auto(base, **{name: given[name] for name in given if name == "rotate"} | others)

@@ -81,7 +81,7 @@ def twin(group: Any, device: torch.device) -> Any:
     """
     names = [f"rfcompile_{uuid.uuid4().hex}"]
     dist.broadcast_object_list(names, group=group, group_src=0)
-    ranks = dist.get_process_group_ranks(group)
+    ranks, world = dist.get_process_group_ranks(group), resolve(None)
     made, _ = c10d._new_process_group_helper(
         group.size(),
         group.rank(),
@@ -90,7 +90,7 @@ def twin(group: Any, device: torch.device) -> Any:
         c10d._get_default_store(),
         c10d.GroupName(names[0]),
         timeout=group._get_backend(device).options._timeout,
-        device_id=dist.group.WORLD.bound_device_id,
+        device_id=world.bound_device_id,
     )
     c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
     return made

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from rfcompile import codec, ops
 from rfcompile.collectives import before_compiling
-from rfcompile.errors import PolicyError
+from rfcompile.derivatives import refuse_tangents
+from rfcompile.errors import PolicyError, ShapeError
 from rfcompile.formats import QuantFormat, as_format
 
 
@@ -25,11 +27,13 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
         seed: added to the format's seed; matters for stochastic rounding only.
 
     Raises:
-        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``.
+        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``; DerivativeError: ``x``
+        is the dual number of a forward-mode derivative, which codes do not have.
     """
     if torch.compiler.is_compiling():
         before_compiling()
     ops.check_codec_input(x)
+    refuse_tangents("rfcompile.quantize", x)
     format = _required(fmt)
     payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
     if format.nonfinite == "raise":
@@ -40,23 +44,33 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
 def dequantize(
     payload: Tensor,
     fmt: QuantFormat | str | int,
-    shape: Sequence[int],
+    shape: Sequence[int] | int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode what :func:`quantize` returned for a tensor of ``shape``.
+    """Decode what :func:`quantize` returned for a tensor of ``shape``; a number is one dimension.
 
     Raises:
         PayloadError: the payload's length or dtype does not fit the format and shape.
-        DtypeError, FormatError.
+        ShapeError: ``shape`` is none. DtypeError, FormatError.
     """
     if torch.compiler.is_compiling():
         before_compiling()
     format = _required(fmt)
-    numel = math.prod(shape)
+    sizes = _sizes(shape)
+    numel = math.prod(sizes)
     codec.check_payload(payload, format, numel, 1)
     ops.check_codec_output(dtype)
     values = ops.dequantize(payload.reshape(1, -1), format.spec, dtype)
-    return values.narrow(1, 0, numel).reshape(tuple(shape))
+    return values.narrow(1, 0, numel).reshape(sizes)
+
+
+def _sizes(shape: object) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
+    for size in sizes:
+        is_size = isinstance(size, (int, np.integer, torch.SymInt)) and not isinstance(size, bool)
+        if not is_size or size < 0:
+            raise ShapeError("the result", sizes, "use whole numbers of elements, 0 or more.")
+    return sizes
 
 
 def _required(fmt: QuantFormat | str | int) -> QuantFormat:

@@ -11,6 +11,7 @@ import torch
 
 from rfcompile import codec, errors, ops
 from rfcompile.errors import (
+    DerivativeError,
     DtypeError,
     FormatError,
     HookError,
@@ -54,6 +55,12 @@ CASES: dict[str, Case] = {
         ValueError,
         "the input has shape (3, 4): give one dimension.",
         {"what": "the input", "shape": (3, 4), "rule": "give one dimension."},
+    ),
+    "DerivativeError": (
+        lambda: DerivativeError("an operator", "derivative of a kind", "take another."),
+        NotImplementedError,
+        "an operator has no derivative of a kind: take another.",
+        {"operator": "an operator", "kind": "derivative of a kind", "rule": "take another."},
     ),
     "ReportError": (
         lambda: ReportError(3.5),

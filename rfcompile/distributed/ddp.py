@@ -20,7 +20,7 @@ from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, StateError
-from rfcompile.policy import Formatish, Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
 from rfcompile.together import together, transport
@@ -29,7 +29,7 @@ from rfcompile.wire import all_reduce_wire
 
 def quantize_ddp(
     ddp: DistributedDataParallel,
-    policy: Policy | Formatish,
+    policy: Policyish,
     *,
     error_feedback: bool = False,
     compile: bool = False,
@@ -44,10 +44,9 @@ def quantize_ddp(
 
     Args:
         ddp: wrapped as usual; no hook of its own.
-        policy: a Policy, or what one takes for ``gradients``: bits, a QuantFormat, a text, None.
-            ``sites`` takes names of parameters, or of their modules. Parameters of a bucket that
-            share a format travel together; ``min_bytes`` counts those of a bucket that ``sites``
-            does not name.
+        policy: as everywhere: bits, a format, a mapping, a Policy; None is exact. ``sites`` takes
+            names of parameters, or of their modules. Parameters of a bucket that share a format
+            travel together; ``min_bytes`` counts those of a bucket that ``sites`` does not name.
         error_feedback: add to each step what the quantization of the last one left over. It costs
             4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
         compile: code with kernels that Inductor generates, once a format for all sizes: faster than
@@ -219,9 +218,9 @@ class DDPHandle:
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean gradient is
-        still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
-        rank must call, between two steps.
+        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean
+        gradient is still owed. It is the same on every rank and fits any number of ranks and any
+        buckets. Every rank must call, between two steps.
         """
         if self._feedback is None:
             return {}

@@ -97,8 +97,9 @@ class ErrorFeedback:
         zero.
 
         Raises:
-            StateError: it names a parameter that the model lacks, that has another shape there, or
-                whose residual is not finite, or complex where the parameter is real, or the reverse.
+            StateError: it names a parameter that the model lacks, that has another shape there,
+                whose residual is not finite, or is complex where the parameter is real, or the
+                reverse.
         """
         _require_none(
             [name for name in state if name not in self._places],

@@ -12,7 +12,7 @@ from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduce
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError
 from rfcompile.ops import Coder
-from rfcompile.policy import Formatish, Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
 from rfcompile.torch_versions import warn_if_untried
@@ -20,7 +20,7 @@ from rfcompile.torch_versions import warn_if_untried
 
 def quantize_fsdp(
     module: nn.Module,
-    policy: Policy | Formatish,
+    policy: Policyish,
     *,
     weight_delta: bool = False,
     compile: bool = False,
@@ -35,10 +35,11 @@ def quantize_fsdp(
 
     Args:
         module: a module with ``fully_shard`` applied to it or to modules inside, in any nesting.
-        policy: a Policy, or what one takes for a kind: bits, a QuantFormat, a text, None; then for
-            weights and gradients both. ``sites`` takes names of parameters, of their modules, or of
-            the units. Parameters of a unit that share a format travel together; ``min_bytes``
-            counts the input of a unit's collective, as far as ``sites`` does not name it.
+        policy: as everywhere: bits, a format, a mapping, a Policy; bits or a format are for weights
+            and gradients both, None is exact. ``sites`` takes names of parameters, of their
+            modules, or of the units. Parameters of a unit that share a format travel together;
+            ``min_bytes`` counts the input of a unit's collective, as far as ``sites`` does not
+            name it.
         weight_delta: send the quantized difference of each shard to what was last sent, so that
             errors do not add up and 4 bits suffice. Each rank then keeps a copy of the decoded
             weights, in the dtype they are gathered in, and backward gathers nothing. The first

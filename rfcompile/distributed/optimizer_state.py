@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rfcompile.errors import HookError, PolicyError, StateError
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same, resolve
 from rfcompile.report import Report
 from rfcompile.together import together, transport
@@ -27,7 +27,7 @@ SENT = "broadcast"
 
 def broadcast_states(
     optimizer: Optimizer,
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     group: Any = None,
     *,
     src: int = 0,
@@ -73,9 +73,7 @@ def broadcast_states(
     return report_of(chosen, sent, SENT)
 
 
-def _prepared(
-    optimizer: Optimizer, policy: Policy | int | str, src: int, group: Any
-) -> tuple[Policy, str]:
+def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> tuple[Policy, str]:
     """The policy, and what must be the same on all ranks."""
     chosen = as_policy(policy)
     if type(src) is not int or not 0 <= src < group.size():
@@ -97,9 +95,7 @@ def _prepared(
     return chosen, f"optimizer states {chosen.describe()} src={src}, {described}"
 
 
-def _packed(
-    optimizer: Optimizer, policy: Policy, parameters: list[Tensor]
-) -> dict[str, Any]:
+def _packed(optimizer: Optimizer, policy: Policy, parameters: list[Tensor]) -> dict[str, Any]:
     """What the source sends: in host memory, as the other ranks have other devices."""
     packed = pack_state_dict(optimizer.state_dict(), policy, parameters)
     sent: dict[str, Any] = _in_host_memory(packed)

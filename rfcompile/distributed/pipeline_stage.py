@@ -28,7 +28,7 @@ from torch.distributed.pipelining.stage import (
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ShapeError
-from rfcompile.policy import Formatish, Policy, as_policy
+from rfcompile.policy import Policyish, as_policy
 from rfcompile.process_groups import name_of, require_same, resolve
 from rfcompile.report import Report
 from rfcompile.torch_versions import (
@@ -68,7 +68,7 @@ class _QuantizedStage(_PipelineStageBase):
         """
         return self._wire.report(name_of(resolve(self.group)), self.group_size)
 
-    def _quantize(self, policy: Policy | Formatish, compile: bool) -> None:
+    def _quantize(self, policy: Policyish, compile: bool) -> None:
         """Every rank of the group is here at the same time."""
         warn_if_untried()
         require(self, _READ, f"pipeline stage {type(self).__name__}")
@@ -183,9 +183,9 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
 
     Args:
         args, kwargs: those of PipelineStage in the torch that is installed.
-        policy: a Policy, or bits, a QuantFormat or a text for all. A pattern of ``sites`` is
-            compared with ``stages.N``, where stage N sends: activations to the next stage,
-            gradients to the one before. ``min_bytes`` counts a tensor of one micro-batch.
+        policy: as everywhere: bits, a format, a mapping, a Policy; None is exact. A pattern of
+            ``sites`` is compared with ``stages.N``, where stage N sends: activations to the next
+            stage, gradients to the one before. ``min_bytes`` counts a tensor of one micro-batch.
         compile: code with kernels that Inductor generates, once a format for all sizes: faster than
             eager torch, after half a minute or less in the first step. Same bytes. Stochastic
             rounding stays eager. See ``coders.py``.
@@ -203,16 +203,12 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
         micro-batch has another size than the first.
     """
 
-    def __init__(
-        self, *args: Any, policy: Policy | Formatish, compile: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, policy: Policyish, compile: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._quantize(policy, compile)
 
 
-def quantize_pipeline_stage(
-    stage: Any, policy: Policy | Formatish, *, compile: bool = False
-) -> Any:
+def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = False) -> Any:
     """Make a stage that exists one that sends as :class:`QuantizedPipelineStage` does.
 
     For what ``pipeline(...).build_stage(...)`` returns, and for other stages than PipelineStage.

@@ -1,11 +1,14 @@
 """Tensors of optimizer states as payloads of the wire; open this file to see what is stored.
 
 A packed tensor in a state_dict is a dict of plain values, so that ``torch.save`` and a loader with
-``weights_only=True`` take it. Tensors without a negative value (second moments) are coded as their
-fourth root: they span many decades, and an update divides by their square root. On the mid-rise
-grid none of them becomes zero beside others that are not, so no update grows without bound.
+``weights_only=True`` take it. Zeros stay zeros: the grid is mid-tread, whatever the format says,
+and nothing is rotated, so what never had a gradient does not move.
 
-The codec is that of the wire; the fourth root is our rule.
+Tensors without a negative value (second moments) are coded as their fourth root: they span many
+decades, and an update divides by their square root. None of them is clipped, and none becomes zero
+that is not: a value below one grid step counts as one step. So no update grows without bound.
+
+The codec is that of the wire; the fourth root and the lift to one step are our rules.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rfcompile import ops
+from rfcompile import codec, ops
 from rfcompile.errors import NonFiniteError, StateError
-from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy, as_policy
+from rfcompile.formats import QuantFormat, Rounding
+from rfcompile.policy import Policyish, as_policy
 from rfcompile.training.moments import MOMENTS, Owner, format_of, holds_weights
 from rfcompile.training.packed_checks import (
     CHECK,
@@ -63,7 +66,9 @@ class Packed(dict[str, Any]):
 def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
     """Code a tensor (of a DTensor, this rank's part): ``C(x)``, or ``C(x^(1/4))`` if ``x >= 0``.
 
-    Error: that of ``fmt`` on what is coded; a group with NaN or Inf decodes to NaN.
+    Error: that of the packed format on what is coded, and up to one grid step for fourth roots
+    below one; a group with NaN or Inf decodes to NaN. Zeros decode to zeros, and fourth roots that
+    are not zero to values that are not.
 
     Args:
         x: float32, bfloat16 or float16, any shape.
@@ -71,10 +76,13 @@ def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
     """
     local = x.to_local() if isinstance(x, DTensor) else x
     root = 4 if local.numel() and not bool((local < 0).any()) else 1
-    coded = local.float().sqrt().sqrt() if root == 4 else local
-    used = replace(fmt, grid="mid-rise", rotate=None) if root == 4 else fmt
+    used = replace(fmt, grid="mid-tread", rotate=None)
+    rows = local.reshape(1, local.numel())
+    if root == 4:
+        used = _of_roots(used)
+        rows = _lifted(rows.float().sqrt().sqrt(), used)
     return Packed(
-        payload=ops.quantize(coded.reshape(1, local.numel()), used.spec, seed).reshape(-1),
+        payload=ops.quantize(rows, used.spec, seed).reshape(-1),
         format=used.spec,
         shape=list(local.shape),
         dtype=str(local.dtype).removeprefix("torch."),
@@ -82,9 +90,7 @@ def pack(x: Tensor, fmt: QuantFormat, seed: int = 0) -> Packed:
     )
 
 
-def unpack(
-    packed: Mapping[str, Any], like: Tensor | None = None, name: str = "a state"
-) -> Tensor:
+def unpack(packed: Mapping[str, Any], like: Tensor | None = None, name: str = "a state") -> Tensor:
     """Decode what :func:`pack` returned: on the device of ``like``, and with its mesh and
     placements if it is a DTensor.
 
@@ -99,12 +105,33 @@ def unpack(
     decoded = torch.float32 if here["root"] == 4 else dtype
     values = ops.dequantize(payload.reshape(1, -1), fmt.spec, decoded)
     x = values.narrow(1, 0, math.prod(shape)).reshape(shape)
-    x = x.square().square().to(dtype) if here["root"] == 4 else x
+    x = _fourth_power(x, dtype) if here["root"] == 4 else x
     if isinstance(like, DTensor):
         return DTensor.from_local(
             x, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
     return x
+
+
+def _of_roots(fmt: QuantFormat) -> QuantFormat:
+    # At 2 bits all that is not zero is the largest value: there is nothing to round at random.
+    rounding: Rounding = "nearest" if fmt.bits == 2 else fmt.rounding
+    return replace(fmt, range="full", rounding=rounding)
+
+
+def _lifted(roots: Tensor, fmt: QuantFormat) -> Tensor:
+    """``roots``, where they are not zero at least one grid step of their group."""
+    step = codec.steps(roots, fmt)
+    if fmt.rounding == "stochastic":  # the codec's 1 / step is up to 2**-15 off: not even then 0
+        step = step * (1 + 2**-14)
+    return torch.where(roots > 0, torch.maximum(roots, step), roots)
+
+
+def _fourth_power(roots: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``, without leaving its range: zero and infinity are of zero and infinity only."""
+    limits = torch.finfo(dtype)
+    inside = roots.square().square().clamp(limits.smallest_normal * limits.eps, limits.max)
+    return torch.where(roots == 0, 0.0, inside).to(dtype)
 
 
 # ---- what is in a state_dict ---------------------------------------------------------------------
@@ -150,7 +177,7 @@ def require_finite(x: Tensor, fmt: QuantFormat, name: str, rule: str) -> None:
 
 def pack_state_dict(
     state_dict: Mapping[str, Any],
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     parameters: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """The ``state_dict()`` of an optimizer with its large moments packed, to save or to send.

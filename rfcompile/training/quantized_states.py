@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.report import Report, Site
 from rfcompile.training.loading import to_load
 from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of, holds_weights
@@ -24,7 +24,7 @@ from rfcompile.training.wrapped_optimizers import parts_of
 
 def quantize_states(
     optimizer: Optimizer,
-    policy: Policy | int | str = 8,
+    policy: Policyish = 8,
     *,
     offload: bool = False,
     packed_state_dict: bool = False,
@@ -41,7 +41,8 @@ def quantize_states(
     ``torch.save``) is quantized, too, with a handle of its own: :meth:`QuantizedStates.of`.
 
     Args:
-        policy: a Policy, or bits or a text for all states. ``sites`` takes names of parameters, and
+        policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
+            ``min_bytes``, ``sites``). ``sites`` takes names of parameters, and
             of states as ``parameter.key``: ``{"*.exp_avg_sq": 8, "embedding.weight.*": None}``; a
             parameter without a name is ``parameter 3``, and its state also the key alone. With
             ``nonfinite="raise"`` a step that leaves NaN or Inf in a state raises NonFiniteError:
@@ -56,7 +57,7 @@ def quantize_states(
         PolicyError, FormatError: the policy is not understood. NonFiniteError: a state has NaN or
         Inf and the format says "raise"; nothing was changed.
     """
-    chosen = as_policy(policy, min_bytes=4096)
+    chosen = as_policy(policy)
     parts, wrappers = parts_of(optimizer)
     for part in parts:
         if handle_of(part) is not None:
@@ -73,7 +74,6 @@ def quantize_states(
 
 _COUNT = "rfcompile_num_packed"
 """In the first group of a packed state_dict: how many tensors were packed, which seeds rounding."""
-
 
 
 def takes_packed(optimizer: Optimizer) -> bool:
@@ -273,7 +273,8 @@ class QuantizedStates:
         likes = [parameter for _, _, parameter in self._owners(optimizer)]
         plain, self._loading = to_load(state_dict, likes, self._policy)
         groups = [dict(group) for group in state_dict["param_groups"]]
-        count = [group.pop(_COUNT, None) for group in groups][0]
+        counts = [group.pop(_COUNT, None) for group in groups]
+        count = next(iter(counts), None)
         self._loading_count = count if type(count) is int else None
         return {**plain, "param_groups": groups}
 

@@ -1,7 +1,8 @@
 """Packed states of sharded parameters in a state_dict: the ranks' payloads as one DTensor.
 
-Each rank's payload is a row of bytes: its root (:func:`rfcompile.training.packing.pack`), then the
-payload, then zeros up to the length of the largest shard's. The rows are a DTensor uint8 ``[ranks
+Each rank's payload is a row of bytes: 64 with its root and its format, which may differ between
+ranks (:func:`rfcompile.training.packing.pack`), then the payload, then zeros up to the length of
+the largest shard's. The rows are a DTensor uint8 ``[ranks
 along each sharded dimension of the mesh (1 where it replicates), ..., bytes]``, so that
 torch.distributed.checkpoint stores every rank's row and gives each rank its own back. A mesh of
 another size has another shape and is an error.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -20,6 +22,7 @@ from rfcompile.formats import QuantFormat
 
 IN_ROWS = 0
 """The ``root`` of a packed state whose payload is in rows."""
+_HEADER = 64
 
 
 def largest_shard(x: DTensor) -> int:
@@ -35,19 +38,26 @@ def largest_shard(x: DTensor) -> int:
 def to_rows(packed: dict[str, Any], like: DTensor) -> dict[str, Any]:
     """This rank's packed state as a row of all ranks'; ``like``: its parameter, or the state."""
     payload: Tensor = packed["payload"]
-    room = QuantFormat.parse(packed["format"]).row_bytes(largest_shard(like))
-    row = payload.new_zeros(1 + room)
-    row[0] = packed["root"]
-    row[1 : 1 + len(payload)] = payload
+    common = _common(packed["format"])
+    text = packed["format"].encode()
+    header = bytes([packed["root"], len(text)]) + text
+    row = payload.new_zeros(_HEADER + common.row_bytes(largest_shard(like)))
+    row[: len(header)] = torch.tensor(list(header), dtype=torch.uint8)
+    row[_HEADER : _HEADER + len(payload)] = payload
     mesh = like.device_mesh
     placements = [
         Replicate() if placement.is_replicate() else Shard(dim)
         for dim, placement in enumerate(like.placements)
     ]
-    rows = DTensor.from_local(
-        row.view(*[1] * mesh.ndim, -1), mesh, placements, run_check=False
-    )
-    return {**packed, "payload": rows, "shape": list(like.shape), "root": IN_ROWS}
+    rows = DTensor.from_local(row.view(*[1] * mesh.ndim, -1), mesh, placements, run_check=False)
+    shared = {"format": common.spec, "shape": list(like.shape), "root": IN_ROWS}
+    return {**packed, "payload": rows, **shared}
+
+
+def _common(spec: str) -> QuantFormat:
+    """What of a format all ranks share, and what the length of a payload depends on."""
+    fmt = QuantFormat.parse(spec)
+    return QuantFormat(fmt.bits, fmt.group_size, grid="mid-tread")
 
 
 def from_rows(packed: dict[str, Any], like: Tensor | None, name: str) -> dict[str, Any]:
@@ -67,7 +77,7 @@ def from_rows(packed: dict[str, Any], like: Tensor | None, name: str) -> dict[st
     is_sharded = [not placement.is_replicate() for placement in like.placements]
     grid = [mesh.size(dim) if cut else 1 for dim, cut in enumerate(is_sharded)]
     fmt = QuantFormat.parse(packed["format"])
-    wanted = [*grid, 1 + fmt.row_bytes(largest_shard(like))]
+    wanted = [*grid, _HEADER + fmt.row_bytes(largest_shard(like))]
     if list(payload.shape) != wanted or packed["shape"] != list(like.shape):
         saved = "x".join(map(str, payload.shape[:-1]))
         raise StateError(
@@ -92,8 +102,8 @@ def from_rows(packed: dict[str, Any], like: Tensor | None, name: str) -> dict[st
         )
     size = fmt.row_bytes(local.numel())
     return {
-        "payload": row[1 : 1 + size].clone(),
-        "format": packed["format"],
+        "payload": row[_HEADER : _HEADER + size].clone(),
+        "format": bytes(row[2 : 2 + int(row[1])].tolist()).decode("ascii", "replace"),
         "shape": list(local.shape),
         "dtype": packed["dtype"],
         "root": int(row[0]),
@@ -107,5 +117,3 @@ def is_in_rows(packed: dict[str, Any]) -> bool:
 def is_sharded(x: object) -> bool:
     """A DTensor of which ranks hold different parts."""
     return isinstance(x, DTensor) and not all(p.is_replicate() for p in x.placements)
-
-

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from rfcompile.graph import dtype_text
-from rfcompile.policy import Policy, as_policy
+from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.report import AT_REST, Report, Site
 from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of
 from rfcompile.training.packed_checks import is_packed
 from rfcompile.training.packing import entries_of, pack_state_dict, require_state_dict
 
 
-def packing_report(state_dict: Mapping[str, Any], policy: Policy | int | str = 8) -> Report:
+def packing_report(state_dict: Mapping[str, Any], policy: Policyish = 8) -> Report:
     """What :func:`~rfcompile.training.pack_state_dict` does to a state_dict, a line a state: the
     bytes before and after, or why it stays exact. Of a packed one: what was done.
 

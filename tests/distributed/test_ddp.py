@@ -441,7 +441,8 @@ def opened() -> tuple[int, int, int]:
     """File descriptors, threads of the system and process groups of this process."""
     gc.collect()
     groups = len(dist.distributed_c10d._world.pg_map)
-    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), groups
+    fds, tasks = (len(list(Path("/proc/self", what).iterdir())) for what in ("fd", "task"))
+    return fds, tasks, groups
 
 
 def check_given_back(rank: Rank, how: str) -> None:
