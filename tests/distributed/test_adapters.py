@@ -35,7 +35,7 @@ def check_exchange(rank: Rank) -> None:
                 module.lora_magnitude.mul_(1 + rank.index)
         before = {n: p.detach().clone() for n, p in new.named_parameters() if "lora_" in n}
         sent = broadcast_adapters(new, 4, src=1)
-        fmt, count = rf.QuantFormat(4), 0
+        fmt, count = rf.QuantFormat(4).for_kind("weights"), 0
         for name, p in new.named_parameters():
             if "lora_" not in name:
                 continue
