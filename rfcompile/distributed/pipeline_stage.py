@@ -182,16 +182,12 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
         micro-batch has another size than the first.
     """
 
-    def __init__(
-        self, *args: Any, policy: Policyish, compile: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, policy: Policyish, compile: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._quantize(policy, compile)
 
 
-def quantize_pipeline_stage(
-    stage: Any, policy: Policyish, *, compile: bool = False
-) -> Any:
+def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = False) -> Any:
     """Make a stage that exists one that sends as :class:`QuantizedPipelineStage` does.
 
     For what ``pipeline(...).build_stage(...)`` returns, and for other stages than PipelineStage.

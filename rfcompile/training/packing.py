@@ -95,9 +95,7 @@ def format_of(policy: Policy, name: str, key: str, value: object) -> tuple[Quant
     return policy.format_for("optimizer_state", name, local.nbytes)
 
 
-def pack_state_dict(
-    state_dict: Mapping[str, Any], policy: Policyish = 8
-) -> dict[str, Any]:
+def pack_state_dict(state_dict: Mapping[str, Any], policy: Policyish = 8) -> dict[str, Any]:
     """The ``state_dict()`` of an optimizer with its large tensors packed, to save or to send.
 
     Formats are ``policy.optimizer_state``; ``sites`` takes parameter names, where the optimizer
