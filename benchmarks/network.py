@@ -126,9 +126,7 @@ class Network:
 
     def sent_bytes(self, rank: int) -> int:
         """Bytes that host ``rank`` has put on its link so far, headers included."""
-        return sent_bytes(
-            _call("ip", "netns", "exec", self.names[rank], "cat", "/proc/net/dev")
-        )
+        return sent_bytes(_call("ip", "netns", "exec", self.names[rank], "cat", "/proc/net/dev"))
 
 
 def sent_bytes(proc_net_dev: str) -> int:

@@ -74,9 +74,7 @@ SEARCH: dict[str, Arm] = {
         f"free+muon+annealed {lr}": replace(FREE, skips="annealed", matrix_lr=lr)
         for lr in (0.01, 0.02)
     },
-    **{
-        f"free+adamw {lr}": replace(FREE, matrices="adamw", lr=lr) for lr in (1e-4, 3e-4, 1e-3)
-    },
+    **{f"free+adamw {lr}": replace(FREE, matrices="adamw", lr=lr) for lr in (1e-4, 3e-4, 1e-3)},
     "free+muon, soap 0.003": replace(FREE, matrices="soap", matrix_lr=0.003),
     **{
         f"free+muon, self mass {mass}": replace(FREE, temperature=TemperatureRule(mass))

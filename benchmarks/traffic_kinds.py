@@ -100,9 +100,7 @@ def promised(handle: Any) -> Callable[[], float | None]:
     return lambda: None if handle is None else mean_of_ranks(handle.report().bytes_after)
 
 
-def steps_of(
-    model: nn.Module, task: Any, optimizer: torch.optim.Optimizer
-) -> Callable[[], None]:
+def steps_of(model: nn.Module, task: Any, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
         task.loss(model, task.batch()).backward()

@@ -13,6 +13,7 @@ from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.passes.quantize_transfers import QuantizeTransfers
+from rfcompile.passes.statistics import Origin
 from rfcompile.pipeline import GraphPass
 from rfcompile.policy import Policy
 
@@ -24,13 +25,17 @@ def wire_pipeline(
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     *,
     merge: bool = True,
+    saved: Mapping[str, Origin] | None = None,
 ) -> tuple[GraphPass, ...]:
-    """The passes on a forward or backward graph, in order: merge, then quantize what is left."""
-    known = decompositions or {}
+    """The passes on a forward or backward graph, in order: merge, then quantize what is left.
+
+    ``saved``: what the forward graph returned (``Statistics.returned``), for its backward graph.
+    """
+    known, origins = decompositions or {}, saved or {}
     return (
-        *([MergeCollectives(direction, policy)] if merge else []),
-        QuantizeCollectives(policy, direction, parameters, known),
-        QuantizeTransfers(policy, direction, known),
+        *([MergeCollectives(direction, policy, parameters, origins)] if merge else []),
+        QuantizeCollectives(policy, direction, parameters, known, origins),
+        QuantizeTransfers(policy, direction, known, origins),
     )
 
 

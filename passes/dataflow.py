@@ -70,11 +70,14 @@ def is_contraction(node: fx.Node) -> bool:
             any(parameter.dim() >= 2 for parameter in module.parameters())
             or "Pool" in type(module).__name__
         )
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCH:
-        return True
     name = operator_name(node)
-    return not _CONTRACTING.isdisjoint(name.split("_")) or is_pooling(node)
+    return is_custom(node) or not _CONTRACTING.isdisjoint(name.split("_")) or is_pooling(node)
+
+
+def is_custom(node: fx.Node) -> bool:
+    """It calls a kernel that torch does not know."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCH
 
 
 def is_pooling(node: fx.Node) -> bool:
@@ -197,7 +200,7 @@ class Dataflow:
             value = self._append(node, path, scope)
             results = [
                 self._read(body, f"{path}{body_path}.", _bind(body, operands, scope))
-                for body_path, body, operands in _bodies(node)
+                for body_path, body, operands in bodies(node)
             ]
             if len(results) == 1 and _returns_several(node):
                 returned[node] = results[0]
@@ -260,7 +263,7 @@ def _changes_its_input(node: fx.Node) -> bool:
     return name == "setitem" or (name in _SAME and name.startswith("i"))
 
 
-def _bodies(node: fx.Node) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
+def bodies(node: fx.Node) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
     """The graphs that a node calls, each with its path and the arguments it is called with."""
     if node.op == "call_module" and isinstance(_owned(node), fx.GraphModule):
         yield str(node.target), _owned(node), list(node.args)
@@ -268,8 +271,8 @@ def _bodies(node: fx.Node) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or is_contraction(node):
         return  # the graphs that flex attention takes change single scores
     arguments = tree_leaves(node.args)
-    bodies = [a for a in arguments if isinstance(a, fx.Node) and a.op == "get_attr"]
-    graphs = [(a, _owned(a)) for a in bodies if isinstance(_owned(a), fx.GraphModule)]
+    attributes = [a for a in arguments if isinstance(a, fx.Node) and a.op == "get_attr"]
+    graphs = [(a, _owned(a)) for a in attributes if isinstance(_owned(a), fx.GraphModule)]
     if "autograd_function" in operator_name(node):
         graphs = graphs[:1]  # the second is its backward
     for attribute, body in graphs:
@@ -279,7 +282,7 @@ def _bodies(node: fx.Node) -> Iterator[tuple[str, fx.GraphModule, list[Any]]]:
 
 
 def _returns_several(node: fx.Node) -> bool:
-    ((_, body, _),) = _bodies(node)
+    ((_, body, _),) = bodies(node)
     return isinstance(body.graph.output_node().args[0], (tuple, list))
 
 

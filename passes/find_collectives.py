@@ -11,8 +11,10 @@ import torch
 import torch.distributed._functional_collectives  # defines _c10d_functional
 from torch import fx
 
+from rfcompile.cost import sent_bytes
 from rfcompile.errors import ProcessGroupError
 from rfcompile.process_groups import name_of, resolve
+from rfcompile.torch_versions import reduction_name
 
 c10d = torch.ops._c10d_functional
 
@@ -26,7 +28,6 @@ KNOWN: dict[Any, str] = {
 WAIT = c10d.wait_tensor.default
 TRANSFERS = {"isend", "irecv", "batch_p2p_ops"}
 """Between two ranks: ``quantize_transfers.py``."""
-_NOT_COLLECTIVE = {"wait_tensor", "_wrap_tensor_autograd", *TRANSFERS}
 
 aten = torch.ops.aten
 _KEEPS_A_WEIGHT = frozenset(
@@ -95,10 +96,21 @@ def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = fro
     """What a policy calls it: "activations", "gradients" or, of a parameter, "weights"."""
     if c.kind == "all_gather" and _is_parameter(c.node.args[0], parameters):
         return "weights"
-    # Activation checkpointing runs forward collectives again in the backward graph: they must
-    # give the values of the first time.
-    is_recomputed = c.node.meta.get("partitioner_tag") == "is_forward"
-    return "gradients" if direction == "backward" and not is_recomputed else "activations"
+    return kind_of(c.node, direction)
+
+
+def kind_of(node: fx.Node, direction: str) -> str:
+    """What a policy calls the traffic of a graph that runs in this direction."""
+    is_gradient = direction == "backward" and not is_recomputed(node)
+    return "gradients" if is_gradient else "activations"
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """In a backward graph: activation checkpointing runs this part of the forward pass again.
+
+    It must give the values of the first time.
+    """
+    return node.meta.get("partitioner_tag") == "is_forward"
 
 
 def size_to_compare(c: Collective) -> int:
@@ -106,6 +118,35 @@ def size_to_compare(c: Collective) -> int:
     an all_to_all each has a size of its own."""
     size = c.input.numel() * c.input.element_size()
     return size if isinstance(size, int) and c.kind != "all_to_all" else 2**62
+
+
+def sent_by_each(c: Collective) -> int | None:
+    """Bytes that one rank sends in a collective, None where that is not known."""
+    size = c.input.numel() * c.input.element_size()
+    if c.node.target not in KNOWN or not isinstance(size, int):
+        return size if isinstance(size, int) else None
+    if not c.world:
+        return None
+    if c.kind == "all_to_all":
+        rows = rows_to_others(c)
+        row_bytes = c.input.shape[1:].numel() * c.input.element_size()
+        return None if rows is None else sum(rows) * row_bytes
+    return sent_bytes(c.kind, size, c.world)
+
+
+def splits(c: Collective) -> list[Any]:
+    """The sizes of an all_to_all, output splits first, as numbers or symbolic numbers."""
+    sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
+    return [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
+
+
+def rows_to_others(c: Collective) -> list[int] | None:
+    """Rows of dim 0 that an all_to_all sends to each other rank, None where they are symbolic."""
+    sizes = splits(c)[c.world :]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    me = resolve(c.group).rank()
+    return [size for rank, size in enumerate(sizes) if rank != me]
 
 
 def _is_parameter(value: object, parameters: frozenset[str]) -> bool:
@@ -120,7 +161,9 @@ def _is_collective(node: fx.Node) -> bool:
         return False
     if target.namespace == "_dtensor":
         return "alltoall" in target._opname
-    return target.namespace == "_c10d_functional" and target._opname not in _NOT_COLLECTIVE
+    # What waits for or wraps a tensor has no group, whatever torch calls it.
+    has_group = any(argument.name == "group_name" for argument in target._schema.arguments)
+    return target.namespace == "_c10d_functional" and has_group and target._opname not in TRANSFERS
 
 
 def _describe(node: fx.Node) -> Collective:
@@ -129,19 +172,26 @@ def _describe(node: fx.Node) -> Collective:
     names = [argument.name for argument in target._schema.arguments]
     arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     sent = next(iter(arguments.values()))
-    while isinstance(sent, (list, tuple)):  # coalesced: the first tensor stands for all
+    while isinstance(sent, (list, tuple)) and sent:  # coalesced: the first tensor stands for all
         sent = sent[0]
     waits = [user for user in node.users if user.target is WAIT]
     group = arguments.get("group_name", "")
+    if isinstance(group, fx.Node):  # torch.compiler.config.compile_on_one_rank
+        group = f"%{group.name}"
     return Collective(
         node=node,
         wait=waits[0] if len(waits) == 1 and len(node.users) == 1 else None,
         kind=KNOWN.get(target, target._opname),
-        input=sent.meta["val"] if isinstance(sent, fx.Node) else torch.empty(0),
-        op=str(arguments.get("reduce_op", "")),
+        input=_value_of(sent),
+        op=reduction_name(arguments.get("reduce_op", "")),
         group=name_of(group) if group else "",
         world=_world_size(arguments, group),
     )
+
+
+def _value_of(sent: object) -> torch.Tensor:
+    value = sent.meta["val"] if isinstance(sent, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else torch.empty(0)
 
 
 def _world_size(arguments: dict[str, Any], group: Any) -> int:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
-from rfcompile.cost import sent_bytes
 from rfcompile.graph import dtype_text, module_of, source_of
 from rfcompile.passes.find_collectives import (
     Collective,
     find_collectives,
+    sent_by_each,
     size_to_compare,
     traffic_kind,
 )
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.report import Site
@@ -40,10 +42,15 @@ _VIEWS = frozenset(
 class _Term:
     """One reduced tensor in a sum: ``consumer = other + views(wait(reduce(input)))``."""
 
-    consumer: fx.Node
     value: fx.Node
     views: tuple[fx.Node, ...]
     collective: Collective
+
+    @property
+    def consumer(self) -> fx.Node:
+        """The addition: nothing else reads the value."""
+        (consumer,) = self.value.users
+        return consumer
 
 
 @dataclass(frozen=True)
@@ -55,8 +62,9 @@ class MergeCollectives:
     all_reduce and reduce_scatter, "sum" or "avg", same group, dtype and shape.
 
     With a policy only sites that it sends in one and the same format are merged: what it leaves
-    exact among others stays as it is. (If it leaves everything exact, everything is merged, so that
-    a run with it is the baseline of a quantized one.)
+    exact among others stays as it is, statistics too. (If it leaves everything exact, everything is
+    merged, but no statistic with traffic: a run with it is the baseline of a quantized one.)
+    The work is linear in the size of the graph.
 
     The order of the additions changes: the tier is "rounding", the bound that of a float sum.
 
@@ -67,29 +75,60 @@ class MergeCollectives:
 
     direction: str = "forward"
     policy: Policy | None = None
+    parameters: frozenset[str] = frozenset()
+    saved: Mapping[str, Origin] = field(default_factory=dict)
     name: str = "merge-collectives"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
+        linear = [c for c in find_collectives(gm) if c.wait is not None and _is_linear(c)]
+        if not linear:
+            return PassResult(gm, 0)
+        statistics = Statistics(gm, self.direction, self.parameters, self.saved)
+        formats = {c.node: self._format(c, statistics) for c in linear}
+        by_wait = {c.wait: c for c in linear if c.wait is not None}
         sites: list[Site] = []
-        while (pair := _find_pair(gm, self._format)) is not None:
-            sites.append(self._merged_site(pair[0].collective))
-            _merge(gm, *pair)
+        # The outermost additions last, and what merging adds on top of them.
+        roots = gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)
+        seen: set[fx.Node] = set()
+        while roots:
+            root = roots.pop()
+            if root in seen:
+                continue
+            terms, adds = _sum(root, by_wait)
+            seen |= adds
+            for group in _alike(terms, formats):
+                while len(group) > 1:
+                    gone, kept = group[:2]
+                    sites.append(self._merged_site(gone.collective))
+                    merged = _merge(gone, kept)
+                    formats[merged.collective.node] = formats[kept.collective.node]
+                    assert merged.collective.wait is not None
+                    by_wait[merged.collective.wait] = merged.collective
+                    total = merged.collective.node.args[0]
+                    assert isinstance(total, fx.Node)
+                    roots.append(total)
+                    del group[:2]
+                    insort(group, merged, key=lambda term: term.value)
         return PassResult(gm, len(sites), tuple(sites))
 
-    def _format(self, c: Collective) -> object:
+    def _format(self, c: Collective, statistics: Statistics) -> object:
         """What must be equal to merge; None: not at all."""
+        module = module_of(c.node)
+        is_named = self.policy is not None and self.policy.override_for(module) is not None
+        is_statistic = not is_named and bool(statistics.why_exact(c.node.args[0], c.node))
         if self.policy is None or self.policy.is_exact:
-            return "any"
-        kind = traffic_kind(c, self.direction)
-        return self.policy.format_for(kind, module_of(c.node), size_to_compare(c))[0]
+            return "a statistic" if is_statistic else "traffic"
+        if is_statistic:
+            return None
+        kind = traffic_kind(c, self.direction, self.parameters)
+        return self.policy.format_for(kind, module, size_to_compare(c))[0]
 
     def _merged_site(self, c: Collective) -> Site:
-        size = c.input.numel() * c.input.element_size()
         return Site(
             collective=c.kind,
             direction=self.direction,
-            kind="gradients" if self.direction == "backward" else "activations",
+            kind=traffic_kind(c, self.direction, self.parameters),
             module=module_of(c.node),
             source=source_of(c.node),
             shape=tuple(s if isinstance(s, int) else str(s) for s in c.input.shape),
@@ -99,57 +138,54 @@ class MergeCollectives:
             format=None,
             reason="merged: added to a later site's tensor",
             eligible=False,
-            bytes_before=sent_bytes(c.kind, size, c.world) if isinstance(size, int) else None,
+            bytes_before=sent_by_each(c),
             bytes_after=0,
             merged=True,
         )
 
 
-def _find_pair(
-    gm: fx.GraphModule, format_of: Callable[[Collective], object]
-) -> tuple[_Term, _Term] | None:
-    """Two terms of one sum that can share a reduction, in graph order."""
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    linear = [c for c in find_collectives(gm) if c.wait is not None and _is_linear(c)]
-    by_wait = {c.wait: c for c in linear if c.wait is not None}
-    formats = {c.node: format_of(c) for c in linear}
-    for root in reversed(gm.graph.find_nodes(op="call_function", target=aten.add.Tensor)):
-        terms = _terms(root, by_wait)
-        terms.sort(key=lambda term: order[term.value])
-        for i, first in enumerate(terms):
-            for second in terms[i + 1 :]:
-                if _signature(first) != _signature(second):
-                    continue
-                fmt = formats[first.collective.node]
-                if fmt is not None and fmt == formats[second.collective.node]:
-                    return first, second
-    return None
+def _alike(terms: Iterable[_Term], formats: Mapping[fx.Node, object]) -> list[list[_Term]]:
+    """Terms that can share a reduction, each list in the order of the graph."""
+    groups: dict[object, list[_Term]] = {}
+    for term in terms:
+        fmt = formats[term.collective.node]
+        if fmt is not None:
+            groups.setdefault((fmt, _signature(term)), []).append(term)
+    return list(groups.values())
 
 
-def _terms(add: fx.Node, by_wait: dict[fx.Node, Collective]) -> list[_Term]:
-    """The reduced tensors that the sum ending in ``add`` adds up."""
-    if add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
-        return []
-    if add.args[0] is add.args[1]:
-        return []
+def _sum(root: fx.Node, by_wait: Mapping[fx.Node, Collective]) -> tuple[list[_Term], set[fx.Node]]:
+    """The reduced tensors that the sum ending in ``root`` adds up, and the additions it is made of.
+
+    Each of them is in no other sum: only the next addition reads it.
+    """
     terms: list[_Term] = []
-    for arg in add.args:
-        assert isinstance(arg, fx.Node)
-        if len(arg.users) != 1 or arg.meta["val"].shape != add.meta["val"].shape:
+    adds: set[fx.Node] = set()
+    left = [root]
+    while left:
+        add = left.pop()
+        adds.add(add)
+        if add.kwargs or not all(isinstance(arg, fx.Node) for arg in add.args):
             continue
-        if arg.target is aten.add.Tensor:
-            terms += _terms(arg, by_wait)
+        if add.args[0] is add.args[1]:
             continue
-        below, views = _strip_views(arg)
-        if below in by_wait and len(below.users) == 1:
-            terms.append(_Term(add, arg, tuple(views), by_wait[below]))
-    return terms
+        for arg in add.args:
+            assert isinstance(arg, fx.Node)
+            if len(arg.users) != 1 or arg.meta["val"].shape != add.meta["val"].shape:
+                continue
+            if arg.target is aten.add.Tensor:
+                left.append(arg)
+                continue
+            below, views = _strip_views(arg)
+            if below in by_wait and len(below.users) == 1:
+                terms.append(_Term(arg, tuple(views), by_wait[below]))
+    return sorted(terms, key=lambda term: term.value), adds
 
 
 def _signature(term: _Term) -> tuple[object, ...]:
     c = term.collective
     views = tuple((view.target, str(view.args[1:])) for view in term.views)
-    return c.kind, c.op, c.group, c.input.dtype, tuple(c.input.shape), views
+    return c.kind, c.op, c.group, c.input.dtype, str(tuple(c.input.shape)), views
 
 
 def _is_linear(c: Collective) -> bool:
@@ -160,36 +196,39 @@ def _strip_views(value: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """The node below a chain of views that nothing else reads, and the chain, outermost last."""
     chain: list[fx.Node] = []
     while value.target in _VIEWS and len(value.users) == 1:
-        chain.insert(0, value)
+        chain.append(value)
         assert isinstance(value.args[0], fx.Node)
         value = value.args[0]
-    return value, chain
+    return value, chain[::-1]
 
 
-def _merge(gm: fx.GraphModule, gone: _Term, kept: _Term) -> None:
+def _merge(gone: _Term, kept: _Term) -> _Term:
     """Add ``gone``'s tensor to ``kept``'s before reducing, and drop ``gone`` from the sum."""
-    graph = gm.graph
     a, b = gone.collective, kept.collective
+    graph = b.node.graph
     with graph.inserting_before(kept.consumer):
         total = graph.call_function(aten.add.Tensor, (a.node.args[0], b.node.args[0]))
         total.meta = {**kept.consumer.meta, "val": b.input}
-        new = total
+        new, copies = total, []
         assert b.wait is not None
         for old in (b.node, b.wait, *kept.views):
             assert callable(old.target)
             new = graph.call_function(old.target, (new, *old.args[1:]), old.kwargs)
             new.meta = dict(old.meta)
-    if gone.consumer is kept.consumer:
-        gone.consumer.replace_all_uses_with(new)
-        graph.erase_node(gone.consumer)
+            copies.append(new)
+    consumer = gone.consumer
+    if consumer is kept.consumer:
+        consumer.replace_all_uses_with(new)
     else:
         kept.consumer.replace_input_with(kept.value, new)
-        x, y = gone.consumer.args
+        x, y = consumer.args
         rest = y if x is gone.value else x
         assert isinstance(rest, fx.Node)
-        gone.consumer.replace_all_uses_with(rest)
-        graph.erase_node(gone.consumer)
+        consumer.replace_all_uses_with(rest)
+    graph.erase_node(consumer)
     for term in (gone, kept):
         assert term.collective.wait is not None
         for dead in (*term.views[::-1], term.collective.wait, term.collective.node):
             graph.erase_node(dead)
+    node, wait, *views = copies
+    return _Term(new, tuple(views), replace(b, node=node, wait=wait))

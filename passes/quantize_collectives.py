@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -21,13 +21,16 @@ from rfcompile.passes.find_collectives import (
     WAIT,
     Collective,
     find_collectives,
+    rows_to_others,
+    sent_by_each,
     size_to_compare,
+    splits,
     traffic_kind,
 )
 from rfcompile.passes.splicing import Decompositions, splice
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
-from rfcompile.process_groups import resolve
 from rfcompile.report import Site
 
 
@@ -36,6 +39,7 @@ class QuantizeCollectives:
     """Replace each collective the policy covers by quantize, the same bytes moved, dequantize.
 
     Every collective becomes a :class:`~rfcompile.Site` of the result's facts, quantized or not.
+    A statistic (``statistics.py``) stays exact unless a pattern of ``sites`` names its module.
 
     Rewrites:
         all_reduce = all_reduce(x, 'sum', group); wait = wait_tensor(all_reduce)
@@ -49,6 +53,7 @@ class QuantizeCollectives:
         policy: which traffic in which format.
         direction: "forward" (activations) or "backward" (gradients).
         parameters: names of the placeholders that are parameters; an all-gather of one is weights.
+        saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
     """
@@ -57,24 +62,31 @@ class QuantizeCollectives:
     direction: str = "forward"
     parameters: frozenset[str] = frozenset()
     decompositions: Decompositions = field(default_factory=dict)
+    saved: Mapping[str, Origin] = field(default_factory=dict)
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         sites = []
         changes = 0
-        for collective in find_collectives(gm):
+        collectives = find_collectives(gm)
+        if not collectives:
+            return PassResult(gm, 0)
+        statistics = Statistics(gm, self.direction, self.parameters, self.saved)
+        for collective in collectives:
             kind = traffic_kind(collective, self.direction, self.parameters)
             module = module_of(collective.node)
             fmt: QuantFormat | None = None
             reason = _nothing_to_do(collective)
+            if not reason and kind != "weights" and self.policy.override_for(module) is None:
+                reason = statistics.why_exact(collective.node.args[0], collective.node)
             eligible = not reason
             if eligible:
                 fmt, reason = self.policy.format_for(kind, module, size_to_compare(collective))
                 eligible = fmt is not None or "min_bytes" in reason
                 if fmt is not None and (out_of_reach := _out_of_reach(collective)):
                     fmt, reason = None, out_of_reach
-            before = _sent(collective)
+            before = sent_by_each(collective)
             site = Site(
                 collective=collective.kind,
                 direction=self.direction,
@@ -125,40 +137,12 @@ def _out_of_reach(c: Collective) -> str:
         return "its graph has no shapes"
     if c.wait is None:
         return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
-    if c.kind == "all_to_all" and any(map(free_unbacked_symbols, _splits(c))):
+    if c.kind == "all_to_all" and any(map(free_unbacked_symbols, splits(c))):
         return "its split sizes depend on data that only the run has"
     return ""
 
 
-def _splits(c: Collective) -> list[Any]:
-    """The sizes of an all_to_all, output splits first, as numbers or symbolic numbers."""
-    sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
-    return [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
-
-
 _CODED: frozenset[object] = frozenset({ops.quantize, ops.requantize, ops.require_finite})
-
-
-def _sent(c: Collective) -> int | None:
-    size = c.input.numel() * c.input.element_size()
-    if c.node.target not in KNOWN or not isinstance(size, int):
-        return size if isinstance(size, int) else None
-    if not c.world:
-        return None
-    if c.kind == "all_to_all":
-        rows = _rows_to_others(c)
-        row_bytes = c.input.shape[1:].numel() * c.input.element_size()
-        return None if rows is None else sum(rows) * row_bytes
-    return sent_bytes(c.kind, size, c.world)
-
-
-def _rows_to_others(c: Collective) -> list[int] | None:
-    """Rows of dim 0 that an all_to_all sends to each other rank, None where they are symbolic."""
-    sizes = _splits(c)[c.world :]
-    if not all(isinstance(size, int) for size in sizes):
-        return None
-    me = resolve(c.group).rank()
-    return [size for rank, size in enumerate(sizes) if rank != me]
 
 
 def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
@@ -175,7 +159,7 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     if c.kind == "broadcast":
         sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
     else:
-        rows, inner = _rows_to_others(c), c.input.shape[1:].numel()
+        rows, inner = rows_to_others(c), c.input.shape[1:].numel()
         if rows is None:
             return None
         sent = sum(fmt.row_bytes(number * inner) for number in rows)

@@ -16,16 +16,18 @@ from rfcompile.codec import DTYPES
 from rfcompile.errors import CaptureError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.find_collectives import WAIT, all_nodes
+from rfcompile.passes.axes import has_one_element, is_one
+from rfcompile.passes.find_collectives import WAIT, all_nodes, kind_of
 from rfcompile.passes.splicing import Decompositions, origin_of, splice
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy
 from rfcompile.process_groups import resolve
 from rfcompile.report import Site
+from rfcompile.torch_versions import global_rank, split_joined_waits
 from rfcompile.transfers import finish_receive, finish_send, start_transfers
 
 aten = torch.ops.aten
-KINDS = {"forward": "activations", "backward": "gradients"}
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,17 @@ class _Transfer:
 class QuantizeTransfers:
     """Send payloads in ``torch.distributed.isend``, ``irecv`` and ``batch_isend_irecv``.
 
-    Dynamo captures them with ``TORCHDYNAMO_ENABLE_P2P_COMPILATION=1`` (torch 2.13). Each end has a
-    graph of its own and decides for itself, so both must come to the same decision: the format
-    follows from the policy, the direction (forward: activations, backward: gradients), the dtype,
-    the size (``min_bytes``; a symbolic one counts as large) and the ``sites`` pattern of the module
-    that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends no
-    bytes.
+    Dynamo captures them with ``TORCHDYNAMO_ENABLE_P2P_COMPILATION=1`` (torch 2.13 or later). Each
+    end has a graph of its own and decides for itself, so both must come to the same decision: the
+    format follows from the policy, the direction (forward: activations, backward: gradients), the
+    dtype, the size (``min_bytes``; a symbolic one counts as large) and the ``sites`` pattern of the
+    module that sends or receives. Every transfer becomes a :class:`~rfcompile.Site`; a "recv" sends
+    no bytes.
+
+    A statistic stays exact where both ends see it by the shape: a single element, or one value a
+    row (``[..., 1]``). What receives does not know what a tensor was made of, so another statistic
+    (``statistics.py``) that would be quantized is an error of the end that sends it, until a
+    pattern of ``sites`` says on both ends what is meant.
 
     Rewrites (see ``transfers.py``):
         isend(x, dst); wait_tensor -> payload = quantize(x); start_transfers(payload, dst);
@@ -73,14 +80,19 @@ class QuantizeTransfers:
     policy: Policy
     direction: str = "forward"
     decompositions: Decompositions = field(default_factory=dict)
+    saved: Mapping[str, Origin] = field(default_factory=dict)
     name: str = "quantize-transfers"
     tier: Literal["rounding"] = "rounding"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         sites = []
         calls: dict[fx.Graph, dict[fx.Node, list[tuple[_Transfer, QuantFormat | None]]]] = {}
-        for transfer in [t for node in all_nodes(gm) for t in _transfers(node)]:
-            site, fmt = self._decide(transfer)
+        transfers = [t for node in all_nodes(gm) for t in _transfers(node)]
+        if not transfers:
+            return PassResult(gm, 0)
+        statistics = Statistics(gm, self.direction, saved=self.saved)
+        for transfer in transfers:
+            site, fmt = self._decide(transfer, statistics)
             sites.append(site)
             node = transfer.node
             calls.setdefault(node.graph, {}).setdefault(node, []).append((transfer, fmt))
@@ -94,6 +106,7 @@ class QuantizeTransfers:
     ) -> None:
         """All transfers of a graph, exact ones too: they keep their order among each other."""
         first = next(iter(calls))
+        split_joined_waits(first.graph)
         tensor = calls[first][0][0].tensor
 
         def token(x: Tensor) -> Tensor:
@@ -103,17 +116,24 @@ class QuantizeTransfers:
         for node, decided in calls.items():
             _replace(node, decided, order, self.decompositions)
 
-    def _decide(self, transfer: _Transfer) -> tuple[Site, QuantFormat | None]:
-        x, kind = transfer.value, KINDS[self.direction]
+    def _decide(
+        self, transfer: _Transfer, statistics: Statistics
+    ) -> tuple[Site, QuantFormat | None]:
+        x, kind = transfer.value, kind_of(transfer.node, self.direction)
         module = module_of(transfer.node)
         size = x.numel() * x.element_size()
+        is_named = self.policy.override_for(module) is not None
         fmt, reason, eligible = None, _nothing_to_do(transfer), False
+        if not reason and not is_named:
+            reason = _looks_like_a_statistic(transfer)
         if not reason:
             known = size if isinstance(size, int) else 2**62
             fmt, reason = self.policy.format_for(kind, module, known)
             eligible = fmt is not None or "min_bytes" in reason
             if fmt is not None and (out_of_reach := _out_of_reach(transfer, fmt)):
                 fmt, reason = None, out_of_reach
+            if fmt is not None and transfer.is_send and not is_named:
+                _refuse_a_statistic(transfer, statistics)
         before = after = 0 if not transfer.is_send else size if isinstance(size, int) else None
         if fmt is not None and before:
             after = fmt.payload_bytes(x.numel())
@@ -161,6 +181,27 @@ def _nothing_to_do(transfer: _Transfer) -> str:
     return "empty tensor" if isinstance(size, int) and size == 0 else ""
 
 
+def _looks_like_a_statistic(transfer: _Transfer) -> str:
+    """Why a transfer is a statistic by its shape, "" if it is not; the other end agrees."""
+    shape = tuple(transfer.value.shape)
+    if has_one_element(shape):
+        return "a statistic: a single element"
+    return "a statistic: one value a row" if is_one(shape[-1]) else ""
+
+
+def _refuse_a_statistic(transfer: _Transfer, statistics: Statistics) -> None:
+    """The end that receives would take its payload for exact values, or the other way round."""
+    why = statistics.why_exact(transfer.tensor, transfer.node)
+    if why:
+        module = module_of(transfer.node)
+        raise CaptureError(
+            f"what the isend at {source_of(transfer.node) or module or '(unknown place)'} sends is "
+            f"{why}. It must stay exact, but the rank that receives it cannot see that. Send it as "
+            "[..., 1] (both ends keep such a tensor exact), or name the module on both ranks: "
+            f"sites={{{module or '*'!r}: None}} keeps what it sends exact, a format quantizes it."
+        )
+
+
 def _out_of_reach(transfer: _Transfer, fmt: QuantFormat) -> str:
     """Why a transfer cannot be quantized although it should be; the other end agrees."""
     if fmt.nonfinite == "raise":
@@ -196,7 +237,9 @@ def _replace(
     received = [payload for (transfer, _), payload in both if not transfer.is_send]
     names = ["isend" if transfer.is_send else "irecv" for transfer, _ in decided]
     tags = [_tag(tag, fmt) for (_, fmt), tag in zip(decided, tags, strict=True)]
-    started = (order, sent, received, names, list(peers), tags, args[-1], is_batch)
+    group = resolve(args[-1])
+    peers = [global_rank(peer, group) for peer in peers]
+    started = (order, sent, received, names, peers, tags, args[-1], is_batch)
     _insert(start_transfers, started, node, before=node)
     for (transfer, fmt), payload in both:
         _finish(transfer, fmt, payload, order, decompositions)
@@ -237,8 +280,9 @@ def _finish(
             "that this function sends and receives stay exact (a policy whose sites name its "
             "module with None, on both ranks)."
         )
-    # torch waits for a receive as soon as it has begun; the user does where it says so.
-    first = waits[0] if transfer.is_send else waits[:2][-1]
+    # torch 2.13 and 2.14 wait for a receive as soon as it has begun: the user waits for that wait.
+    by_user = [wait for wait in waits if wait.args[0] in waits]
+    first = (by_user or waits)[0]
     finish = finish_send if transfer.is_send else finish_receive
     _insert(finish, (order, payload), node, before=first)
     if not transfer.is_send:

@@ -21,6 +21,7 @@ from rfcompile.explain import explain
 from rfcompile.fingerprint import package_version
 from rfcompile.formats import QuantFormat
 from rfcompile.journal import reports
+from rfcompile.measure import measure_step
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.policy import Policy
 from rfcompile.report import Report, Site
@@ -58,6 +59,7 @@ __all__ = [
     "errors",
     "explain",
     "find_residuals",
+    "measure_step",
     "merge_reports",
     "quantize",
     "quantize_adapters",

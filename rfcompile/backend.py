@@ -4,7 +4,7 @@ The rewrite runs on AOTAutograd's forward and backward graphs just before Induct
 Inductor's own passes and those the user configured all still run, and its cache sees the rewritten
 graph. AOTAutograd's cache is bypassed: on a hit no pass would run and there would be no report.
 
-Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
+Private torch symbols used here, tried on torch 2.11 to 2.15:
 ``_inductor.compile_fx.{compile_fx, compile_fx_inner}`` and its ``inner_compile`` argument,
 ``_inductor.decomposition.select_decomp_table``,
 ``_functorch.config.enable_autograd_cache``, ``utils._python_dispatch._disable_current_modes``.
@@ -12,6 +12,7 @@ Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,15 +25,19 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
+from rfcompile import left_out
 from rfcompile.default_policy import WAYS, default_policy
-from rfcompile.errors import PolicyError, RFCompileError
-from rfcompile.journal import Entry, new_entry
+from rfcompile.errors import PolicyError, RFCompileError, UnquantizedSiteError
+from rfcompile.journal import Entry, forget_frames, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
+from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import agree
 from rfcompile.report import Site
+from rfcompile.runs import counted
+from rfcompile.torch_versions import warn_if_untried
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +125,12 @@ def rfquant(
         RankMismatchError: the ranks of a process group have different options or package versions.
     """
     try:
+        warn_if_untried()
         tag_caches()
         settings = Settings.of(options if mode is None else {"mode": mode, **(options or {})})
-        entry = new_entry(settings.policy)
+        left_out.check_settings(strict=settings.strict)
+        left_out.watch_recompile_limit()
+        entry = _entry(gm, settings)
         with functorch_config.patch(enable_autograd_cache=False):
             compiled = compile_fx(
                 gm,
@@ -138,6 +146,20 @@ def rfquant(
     return compiled
 
 
+rfquant.reset = forget_frames  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
+    place, frame = left_out.place_of(gm), left_out.frame_of_compile()
+    entry = new_entry(settings.policy, place, frame, strict=settings.strict)
+    breaks = left_out.new_breaks()
+    if breaks:
+        entry.notes.append(left_out.note_on_breaks(breaks))
+    if settings.strict and (lost := [text for text in breaks if left_out.is_collective(text)]):
+        raise UnquantizedSiteError([(text, "it breaks the graph") for text in lost])
+    return entry
+
+
 class _Inner:
     """Rewrites the forward and the backward graph of one compile, then calls Inductor."""
 
@@ -145,12 +167,13 @@ class _Inner:
         self.settings = settings
         self.entry = entry
         self.parameters: frozenset[str] = frozenset()
+        self.saved: dict[str, Origin] = {}
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         direction = "backward" if kwargs.get("is_backward") else "forward"
+        static = tuple(kwargs.get("static_input_idxs") or ())
         if direction == "forward":
             inputs = gm.graph.find_nodes(op="placeholder")
-            static = kwargs.get("static_input_idxs") or ()
             self.parameters = frozenset(inputs[i].name for i in static)
         passes = wire_pipeline(
             self.settings.policy,
@@ -158,15 +181,19 @@ class _Inner:
             self.parameters,
             select_decomp_table(),
             merge=self.settings.merge,
+            saved=self.saved,
         )
+        if direction == "forward":
+            self.saved = Statistics(gm, direction, self.parameters).returned()
         record = run(gm, passes)
-        self.entry.add(direction, record)
+        runs = self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
         self._agree(sites)
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
-        return compile_fx_inner(record.gm, example_inputs, **kwargs)
+        compiled = compile_fx_inner(record.gm, example_inputs, **kwargs)
+        return counted(compiled, runs, static if direction == "forward" else ())
 
     def _agree(self, sites: Sequence[Site]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
@@ -179,6 +206,10 @@ class _Inner:
 
 def _failing(error: BaseException) -> Callable[..., Any]:
     def raise_it(*args: Any) -> Any:
-        raise error
+        # A copy: an exception that is raised again keeps the frames of every time.
+        raise copy.copy(error) from error.__cause__
 
     return raise_it
+
+
+left_out.warn_if_disabled()

@@ -27,6 +27,7 @@ from rfcompile.sources import (
     methods_of,
     position_of,
     with_local_functions,
+    with_source,
 )
 
 PREFIX = "residual_"
@@ -53,13 +54,14 @@ class Owner:
         forward's adds.
         """
         for file, line in reversed(frames):
-            methods = methods_at(self.cls, file, line)
+            methods = with_source(methods_at(self.cls, file, line))
             for method in methods:
                 self._add(method, _statements_at(definition_of(method.function), line))
             if methods:
                 return
         owner = next(c for c in self.cls.__mro__ if "forward" in vars(c))
-        for method in methods_of(owner, "forward"):
+        methods = methods_of(owner, "forward")
+        for method in with_source(methods) or methods:
             self._add(method, definition_of(method.function))
 
     def _add(self, method: Method, tree: ast.AST, depth: int = 0) -> None:

@@ -61,6 +61,24 @@ def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0, pack: Pack = pack_re
     Formula: see :class:`~rfcompile.QuantFormat`. Args: float32, bfloat16 or float16 ``[C, M]``, any
     stride; ``seed`` is added to the format's (stochastic rounding only). Returns uint8 ``[C, B]``.
     """
+    x_CGE = _groups(x_CM, fmt)
+    if fmt.rotate is not None:
+        x_CGE = _turn_inner_axes(x_CGE, fmt, pack, inverse=False)
+    return _quantize_groups(x_CGE, fmt, seed, x_CM.dtype, pack, rotate=True)
+
+
+def steps(x_CM: Tensor, fmt: QuantFormat) -> Tensor:
+    """The grid step that :func:`quantize` takes for each element, float32 ``[C, M]``.
+
+    Without rotation only: there a step belongs to rotated values.
+    """
+    x_CGE = _groups(x_CM, fmt)
+    scale_CG1 = scale_bits(_peak([x_CGE.float()]), fmt, x_CM.dtype)[0].view(torch.float32)
+    return scale_CG1.expand(x_CGE.shape).flatten(1).narrow(1, 0, x_CM.shape[1])
+
+
+def _groups(x_CM: Tensor, fmt: QuantFormat) -> Tensor:
+    """The rows as groups ``[C, G, E]``, padded with zeros, and finite where ``fmt`` says so."""
     C, M = x_CM.shape
     E = fmt.group_elements(M)
     G = (M + E - 1) // E if fmt.group_size is not None else 1
@@ -68,11 +86,7 @@ def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0, pack: Pack = pack_re
     if not statically_known_true(padding == 0):
         x_CM = F.pad(x_CM, (0, padding))
     x_CGE = x_CM.reshape(C, G, E)
-    if fmt.nonfinite == "saturate":
-        x_CGE = _clamp_to_finite(x_CGE)
-    if fmt.rotate is not None:
-        x_CGE = _turn_inner_axes(x_CGE, fmt, pack, inverse=False)
-    return _quantize_groups(x_CGE, fmt, seed, x_CM.dtype, pack, rotate=True)
+    return _clamp_to_finite(x_CGE) if fmt.nonfinite == "saturate" else x_CGE
 
 
 def _quantize_groups(

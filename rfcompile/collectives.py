@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rfcompile import ops
+from rfcompile.derivatives import differentiable
 from rfcompile.errors import PolicyError, ShapeError
 from rfcompile.formats import QuantFormat, as_format
 from rfcompile.process_groups import agree, constant_while_compiling, resolve
@@ -51,28 +52,28 @@ def _contiguous_like(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_all_reduce = define_operator(
+_all_reduce_op = define_operator(
     "all_reduce(Tensor x, str format, str op, int world, str group, int segments=0) -> Tensor",
     all_reduce_wire,
     _contiguous_like,
 )
-_reduce_scatter = define_operator(
+_reduce_scatter_op = define_operator(
     "reduce_scatter(Tensor x, str format, str op, int world, str group) -> Tensor",
     reduce_scatter_wire,
     lambda x, format, op, world, group: x.new_empty((x.shape[0] // world, *x.shape[1:])),
 )
-_all_gather = define_operator(
+_all_gather_op = define_operator(
     "all_gather(Tensor x, str format, int world, str group) -> Tensor",
     all_gather_wire,
     lambda x, format, world, group: x.new_empty((world * x.shape[0], *x.shape[1:])),
 )
-_all_to_all = define_operator(
+_all_to_all_op = define_operator(
     "all_to_all(Tensor x, str format, SymInt[] output_splits, SymInt[] input_splits, str group)"
     " -> Tensor",
     all_to_all_wire,
     lambda x, format, outputs, inputs, group: x.new_empty((sum(outputs), *x.shape[1:])),
 )
-_broadcast = define_operator(
+_broadcast_op = define_operator(
     "broadcast(Tensor x, str format, int src, int world, str group) -> Tensor",
     broadcast_wire,
     _contiguous_like,
@@ -80,7 +81,9 @@ _broadcast = define_operator(
 
 
 def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.arguments = inputs[1:]
+    """Those of the gradient's collective: it has the format's grid for gradients."""
+    _, fmt, *rest = inputs
+    ctx.arguments = (QuantFormat.parse(fmt).for_kind("gradients").spec, *rest)
 
 
 def _all_reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -110,14 +113,17 @@ def _broadcast_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (total if is_source else torch.zeros_like(total), None, None, None, None)
 
 
-for _op, _backward in (
-    (_all_reduce, _all_reduce_backward),
-    (_reduce_scatter, _reduce_scatter_backward),
-    (_all_gather, _all_gather_backward),
-    (_all_to_all, _all_to_all_backward),
-    (_broadcast, _broadcast_backward),
-):
-    torch.library.register_autograd(_op, _backward, setup_context=_save_arguments, lib=ops.LIBRARY)
+def _differentiable(
+    op: OpOverload[..., Tensor], backward: Callable[..., Any]
+) -> Callable[..., Tensor]:
+    return differentiable(ops.LIBRARY, op, _save_arguments, backward)
+
+
+_all_reduce = _differentiable(_all_reduce_op, _all_reduce_backward)
+_reduce_scatter = _differentiable(_reduce_scatter_op, _reduce_scatter_backward)
+_all_gather = _differentiable(_all_gather_op, _all_gather_backward)
+_all_to_all = _differentiable(_all_to_all_op, _all_to_all_backward)
+_broadcast = _differentiable(_broadcast_op, _broadcast_backward)
 
 
 # ---- the public functions ----------------------------------------------------------------------
@@ -168,7 +174,9 @@ def all_reduce(
 
     Args:
         x: float32, bfloat16 or float16, any shape and stride; the same shape on every rank.
-        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``.
+        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``. Where it names no grid, ``x``
+            travels on that of activations and its gradient on that of gradients, which keeps
+            zeros: to average gradients with this function, name it (``"4b:tread"``).
         group: a ProcessGroup, a group's name, or None for the default group.
         op: "sum" or "avg".
         segments: pipelined segments, so that coding overlaps sending; None chooses by size.

@@ -17,6 +17,14 @@ class RFCompileError(Exception):
         # The default would call the class with the message; ours are made from facts.
         return _restore, (type(self), str(self), vars(self))
 
+    def on_rank(self, rank: int) -> RFCompileError:
+        """The same error for other ranks; the message names the rank (of the group) that met it."""
+        return _restore(type(self), f"rank {rank}: {self}", vars(self))
+
+    def bare(self) -> RFCompileError:
+        """The same error without its fields."""
+        return _restore(type(self), str(self), {})
+
 
 def _restore(kind: type[RFCompileError], message: str, facts: dict[str, Any]) -> RFCompileError:
     error = kind.__new__(kind, message)
@@ -123,6 +131,17 @@ class TransportError(RFCompileError, RuntimeError):
         self.site, self.group, self.reason = site, group, reason
 
 
+class PeerError(RFCompileError, RuntimeError):
+    """Another rank failed before or after a collective, by no error of this package."""
+
+    def __init__(self, site: str, rank: int, reason: str) -> None:
+        super().__init__(
+            f"{site}: rank {rank} failed with {reason}. All ranks stop here, none waits for it; "
+            "mend it there and call again on every rank."
+        )
+        self.site, self.rank, self.reason = site, rank, reason
+
+
 class HookError(RFCompileError, ValueError):
     """A module cannot be given the hook that quantizes its traffic."""
 
@@ -198,6 +217,27 @@ class UnquantizedSiteError(RFCompileError, RuntimeError):
             "accept it, or drop strict."
         )
         self.sites = tuple(sites)
+
+
+class DerivativeError(RFCompileError, NotImplementedError):
+    """An operator has no derivative of the kind that was asked for; none is taken for zero."""
+
+    def __init__(self, operator: str, kind: str, rule: str) -> None:
+        super().__init__(f"{operator} has no {kind}: {rule}")
+        self.operator, self.kind, self.rule = operator, kind, rule
+
+
+class RecompileLimitError(UnquantizedSiteError):
+    """``strict=True`` and Dynamo would run a function exact, as it compiled it too often."""
+
+    def __init__(self, place: str, limit: str, value: int) -> None:
+        self.rule = (
+            f"Dynamo compiled the function at {place or 'an unknown place'} {value} times, which "
+            f"is its {limit}: calls that fit none of these graphs run exact. Raise "
+            f"torch._dynamo.config.{limit}, or compile with dynamic=True"
+        )
+        Exception.__init__(self, f"strict=True, but {self.rule}, or drop strict.")
+        self.sites = ((place, f"{limit} {value}"),)
 
 
 class ReportError(RFCompileError, TypeError):

@@ -2,7 +2,8 @@
 
 ``rfcompile::fake_wire(x, forward, backward, site)`` quantizes and dequantizes ``x`` in the format
 of the text ``forward``; the gradient passes straight through, itself quantized in the format
-``backward`` ("" leaves a direction exact). ``site`` is what an error calls the place.
+``backward`` ("" leaves a direction exact). The tangent of a forward-mode derivative passes as it
+is: nothing sends it. ``site`` is what an error calls the place.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rfcompile import codec, collectives, ops
+from rfcompile.derivatives import differentiable
 from rfcompile.errors import RFCompileWarning
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy
@@ -53,10 +55,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return fake_wire(grad, ctx.backward_format, "", f"{ctx.site}, backward"), None, None, None
+    return send(grad, ctx.backward_format, "", f"{ctx.site}, backward"), None, None, None
 
 
-torch.library.register_autograd(fake_wire, _backward, setup_context=_setup, lib=ops.LIBRARY)
+_send = differentiable(ops.LIBRARY, fake_wire, _setup, _backward, straight_through=True)
+
+
+def send(x: Tensor, forward: str, backward: str, site: str = "a fake wire") -> Tensor:
+    """The operator as code calls it, with every kind of derivative that torch has."""
+    return _send(x, forward, backward, site)
 
 
 def wire_arguments(policy: Policy, module: str, size_bytes: int) -> tuple[str, ...]:
@@ -149,7 +156,7 @@ class FakeWire:
             return x
         if not torch.compiler.is_compiling():
             ops.check_codec_input(x, f"the output of module {self.module!r}")
-        return fake_wire(x, *self.arguments)
+        return send(x, *self.arguments)
 
     def __repr__(self) -> str:
         forward, backward, *_ = (*self.arguments, "", "")

@@ -19,6 +19,7 @@ from rfcompile.errors import FormatError
 Grid = Literal["auto", "mid-rise", "mid-tread"]
 Rounding = Literal["nearest", "stochastic"]
 NonFinite = Literal["propagate", "raise", "saturate"]
+Range = Literal["fitted", "full"]
 
 BITS = (2, 3, 4, 5, 6, 8)
 SCALE_BYTES = 2
@@ -27,8 +28,8 @@ SCALE_BYTES = 2
 PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 """Codes are stored in planes whose width divides 8, low bits first: none straddles a byte."""
 
-_GAUSSIAN_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352}
-"""Step of the best uniform quantizer of N(0, 1) with ``2**bits`` levels (Max 1960, Table II)."""
+_GAUSSIAN_STEP = {3: 1.2240, 4: 0.9957, 7: 0.6508, 8: 0.5860, 15: 0.3534, 16: 0.3352}
+"""Step of the best uniform quantizer of N(0, 1) by its number of levels (Max 1960, Table II)."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ class QuantFormat:
         bits: 2, 3, 4, 5, 6 or 8 bits an element.
         group_size: elements that share a scale: a power of two from 16 to 1024, or None for one
             scale a tensor (a scale for each destination rank in a collective).
-        grid: "mid-rise", "mid-tread", or "auto": mid-rise to 4 bits, mid-tread above. A group of
-            zeros decodes to zeros on both; single zeros stay exact on mid-tread only.
+        grid: "mid-rise", "mid-tread", or "auto": by the kind of traffic, see :meth:`for_kind`;
+            where nothing says the kind (a bare :func:`~rfcompile.quantize`), that of activations.
+            A group of zeros decodes to zeros on both; single zeros stay exact on mid-tread only.
         scale: "bf16", the only scale type so far.
         rotate: size of the Hadamard block with random signs that spreads outliers before coding,
-            a power of two from 2 to the group size (at most 1024); None: no rotation.
+            a power of two from 2 to the group size (at most 1024); None: no rotation. A block of
+            zeros decodes to zeros; a zero beside other values does not stay one on any grid, so
+            rotate what may change everywhere: activations.
         rounding: "nearest" (ties to even on mid-tread, up on mid-rise), or "stochastic" (unbiased;
             never clips).
         nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
@@ -61,6 +65,9 @@ class QuantFormat:
             magnitude of its group, with its sign; a group that holds NaN, or of whose finite
             values none differs from zero, still decodes to NaN.
         seed: seed of the rotation's signs and of the stochastic rounding.
+        range: where the grid ends at up to 4 bits. "fitted": where the error of a Gaussian is
+            smallest, which clips the largest values (see :attr:`clip`). "full": at the group's
+            largest magnitude.
 
     Raises:
         FormatError: a field has a value outside its rule.
@@ -81,6 +88,7 @@ class QuantFormat:
     rounding: Rounding = "nearest"
     nonfinite: NonFinite = "propagate"
     seed: int = 0
+    range: Range = "fitted"
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size", "rotate", "seed"):
@@ -105,12 +113,28 @@ class QuantFormat:
         _one_of("scale", self.scale, ("bf16",))
         _one_of("rounding", self.rounding, get_args(Rounding))
         _one_of("nonfinite", self.nonfinite, get_args(NonFinite))
+        _one_of("range", self.range, get_args(Range))
         if type(self.seed) is not int or not 0 <= self.seed < 2**31:
             raise FormatError("seed", self.seed, "use an integer from 0 to 2**31 - 1.")
         # A text: torch.compile takes numbers that change between calls for symbols.
         object.__setattr__(self, "_spec", self._text())
 
     # ---- the grid ------------------------------------------------------------------------
+
+    def for_kind(self, kind: str) -> QuantFormat:
+        """The format with the grid that suits a kind of traffic, where it is "auto".
+
+        Activations: mid-rise up to 4 bits, which wastes no level, mid-tread above. Gradients,
+        weights, differences of weights and optimizer states: mid-tread at every width, because
+        there a zero means something: a pruned weight, a row that is not trained.
+
+        Args:
+            kind: as in :class:`~rfcompile.Policy`.
+        """
+        if self.grid != "auto":
+            return self
+        is_mid_rise = kind == "activations" and self.is_mid_rise
+        return replace(self, grid="mid-rise" if is_mid_rise else "mid-tread")
 
     @property
     def is_mid_rise(self) -> bool:
@@ -130,14 +154,14 @@ class QuantFormat:
     def clip(self) -> float:
         """Outermost level as a share of the group's largest magnitude.
 
-        ``min(1, step * h / E[max|z|])`` for a mid-rise grid of at most 4 bits, where ``step`` is
-        the best step for N(0, 1) and ``z`` a group of N(0, 1) values; 1 otherwise, and always 1
-        with stochastic rounding, which clipping would bias. Our rule.
+        ``min(1, step * h / E[max|z|])`` at up to 4 bits, where ``step`` is the best step of a grid
+        with ``2 h + 1`` levels for N(0, 1), and ``z`` a group of N(0, 1) values; 1 above, with
+        ``range="full"``, and with stochastic rounding, which clipping would bias. Our rule.
         """
-        if not self.is_mid_rise or self.bits > 4 or self.rounding == "stochastic":
+        if self.bits > 4 or self.range == "full" or self.rounding == "stochastic":
             return 1.0
-        expected = expected_peak(self.group_size or 1024)
-        return min(1.0, _GAUSSIAN_STEP[self.bits] * self.half_range / expected)
+        step = _GAUSSIAN_STEP[round(2 * self.half_range) + 1]
+        return min(1.0, step * self.half_range / expected_peak(self.group_size or 1024))
 
     def max_error(self) -> float:
         """Largest error of one round trip as a share of the group's largest magnitude.
@@ -191,18 +215,24 @@ class QuantFormat:
 
     @property
     def spec(self) -> str:
-        """The format as a short text, such as ``"4b:g128:rise"``; :meth:`parse` reads it back."""
+        """The format as a short text, such as ``"4b:g128:rise"``; :meth:`parse` reads it back.
+
+        Without a word for the grid it is "auto".
+        """
         return self._spec  # type: ignore[attr-defined,no-any-return]  # set by __post_init__
 
     def _text(self) -> str:
         parts = [f"{self.bits}b", "tensor" if self.group_size is None else f"g{self.group_size}"]
-        parts.append("rise" if self.is_mid_rise else "tread")
+        if self.grid != "auto":
+            parts.append(self.grid.removeprefix("mid-"))
         if self.rotate is not None:
             parts.append(f"h{self.rotate}")
         if self.rounding == "stochastic":
             parts.append("stoch")
         if self.nonfinite != "propagate":
             parts.append(self.nonfinite)
+        if self.range == "full":
+            parts.append("full")
         if self.seed:
             parts.append(f"s{self.seed}")
         return ":".join(parts)
@@ -215,7 +245,7 @@ class QuantFormat:
             FormatError: a part is not understood.
         """
         head, *rest = spec.split(":")
-        rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise or saturate if wanted.'
+        rule = 'write it as "4b:g128:rise", with h32, stoch, s7, raise, saturate or full if wanted.'
         if not (head.endswith("b") and _is_number(head[:-1])):
             raise FormatError("format", spec, rule)
         values: dict[str, object] = {"bits": int(head[:-1])}
@@ -242,6 +272,7 @@ _WORDS: dict[str, dict[str, object]] = {
     "stoch": {"rounding": "stochastic"},
     "raise": {"nonfinite": "raise"},
     "saturate": {"nonfinite": "saturate"},
+    "full": {"range": "full"},
 }
 _NUMBERS = {"g": "group_size", "h": "rotate", "s": "seed"}
 

@@ -213,10 +213,25 @@ def read_statements(text: str) -> Iterator[Statement]:
 # ---- where a node comes from -----------------------------------------------------------------
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_PARTIAL = re.compile(r"^L\[['\"]fn['\"]\]\.(?:func|args\[\d+\]|keywords\[['\"]\w+['\"]\])")
+"""A functools.partial that was compiled, up to what it holds."""
 _ROOT = re.compile(r"^(?:[LG]\[['\"][^'\"]*['\"]\]|L__self__)")
 _ITEM = re.compile(r"(?:\._modules)?\[['\"]?([^\]'\"]*)['\"]?\]")
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Where torch.compile, activation checkpointing and FSDP1 keep the module that they wrap."""
+_INSIDE_FUNCTION = (
+    r"\.(?:__closure__\.\d+\.cell_contents|__(?:kw)?defaults__\.\w+|__func__|__wrapped__"
+    r"|_torchdynamo_inline|_torchdynamo_orig_callable)"
+)
+_INSIDE_PARTIAL = r"\.(?:func|args\.\d+|keywords\.\w+)"
+_OWNER = re.compile(rf"(?:\.[^.]+)?(?:{_INSIDE_FUNCTION}|{_INSIDE_PARTIAL})*\.__self__(?=\.|$)")
+"""A bound method, or what is wrapped around one, up to the module that it is a method of."""
+_HELD = re.compile(
+    rf"^(?:{_INSIDE_FUNCTION})+"
+    rf"|\.forward(?:{_INSIDE_FUNCTION}|{_INSIDE_PARTIAL})+"
+    rf"|(?:\.[^.]+)(?:{_INSIDE_FUNCTION})+"
+)
+"""A function that was put on a module, up to the module that it holds: taken for the same."""
 
 
 def frames_of(node: fx.Node) -> list[tuple[str, int]]:
@@ -234,7 +249,7 @@ def source_of(node: fx.Node) -> str:
     """
     for file, line in reversed(frames_of(node)):
         if not file.startswith("<") and not _is_internal(file):
-            return f"{_short_path(file)}:{line}"
+            return f"{short_path(file)}:{line}"
     return ""
 
 
@@ -271,7 +286,14 @@ def module_calls(node: fx.Node) -> tuple[ModuleCall, ...]:
 
 
 def _module_path(path: str) -> str:
-    return without_wrappers_in(_ITEM.sub(r".\1", _ROOT.sub("", path)))
+    """The path in a name that Dynamo gave to a module: how it got from what it compiles to there.
+
+    Where a module's forward was replaced (compiled, bound, wrapped by a function or a partial), it
+    leads through that function:
+    ``L['self'].layers.0.forward.__closure__[0].cell_contents.__self__`` is layers.0.
+    """
+    path = _ITEM.sub(r".\1", _ROOT.sub("", _PARTIAL.sub("", path))).replace(".__dict__", "")
+    return without_wrappers_in(_HELD.sub("", _OWNER.sub("", path)))
 
 
 def without_wrappers_in(path: str) -> str:
@@ -286,7 +308,8 @@ def _is_internal(file: str) -> bool:
     return any(Path(file).is_relative_to(home) for home in homes)
 
 
-def _short_path(file: str) -> str:
+def short_path(file: str) -> str:
+    """A file as reports name it; see :func:`source_of`."""
     path = Path(file)
     if path.is_relative_to(Path.cwd()) and "site-packages" not in path.parts:
         return path.relative_to(Path.cwd()).as_posix()

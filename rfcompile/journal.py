@@ -2,30 +2,100 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.pipeline import Record
 from rfcompile.policy import Policy
 from rfcompile.report import GraphChange, Report, Site
+from rfcompile.runs import Runs
+
+_USED: set[tuple[str, str]] = set()
+"""Patterns of ``sites``, each with the text of its policy, that some graph had a use for."""
 
 
 class Entry:
-    """One compiled model or piece of one; its backward graph may be added later."""
+    """One compiled model or piece of one; its backward graph may be added later.
 
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-        self.sites: list[Site] = []
-        self.graphs: list[GraphChange] = []
+    ``place``: the class of the module and the line where its code begins; ``frame``: Dynamo's
+    number of the function, None where Dynamo is not known to have one.
+    """
 
-    def add(self, direction: str, record: Record) -> None:
-        self.sites += [fact for fact in record.facts if isinstance(fact, Site)]
+    def __init__(
+        self, policy: Policy, place: str = "", frame: int | None = None, *, strict: bool = False
+    ) -> None:
+        self.policy, self.place, self.frame, self.strict = policy, place, frame, strict
+        self.graphs: list[tuple[Runs, GraphChange | None]] = []
+        self.notes: list[str] = []
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for runs, _ in self.graphs for site in runs.sites)
+
+    def add(self, direction: str, record: Record) -> Runs:
+        """A graph of it; the caller counts its runs in what this returns."""
+        sites = tuple(fact for fact in record.facts if isinstance(fact, Site))
+        change = None
         if record.steps:
-            before, after = record.steps[0].before, record.steps[-1].after
-            self.graphs.append(GraphChange(direction, before, after))
+            change = GraphChange(direction, record.steps[0].before, record.steps[-1].after)
+        shared = self._check_patterns if self.policy.sites else None
+        runs = Runs(
+            direction, sites, self.policy, self.place, strict=self.strict, when_shared=shared
+        )
+        self.graphs.append((runs, change))
+        in_use = self.policy.patterns_in_use(site.module for site in sites)
+        text = self.policy.describe()
+        _USED.update((text, pattern) for pattern, is_used in in_use.items() if is_used)
+        return runs
 
     def report(self) -> Report:
-        return Report.of(self.policy, self.sites, graphs=self.graphs)
+        modules = max((runs.num_modules for runs, _ in self.graphs), default=1)
+        indexed = self.lost_patterns() if modules > 1 else []
+        return Report.of(
+            self.policy,
+            [replace(site, runs=modules) for site in self.sites],
+            notes=[
+                *self.notes,
+                *(runs.note() for runs, _ in self.graphs if runs.sites),
+                *(one_for_several(pattern, self.place) for pattern in indexed),
+            ],
+            graphs=[change for _, change in self.graphs if change],
+        )
+
+    def _check_patterns(self) -> None:
+        """The graph turns out to serve several modules."""
+        for pattern in self.lost_patterns():
+            text = one_for_several(pattern, self.place)
+            if self.strict:
+                raise PolicyError("sites", pattern, text)
+            warnings.warn(text, RFCompileWarning, stacklevel=2)
+
+    def lost_patterns(self) -> list[str]:
+        """Patterns that no graph has a use for and that name a module by its number, as
+        ``layers.0.*`` does: one graph for several modules cannot tell them apart.
+        """
+        text = self.policy.describe()
+        return [p for p in self.policy.sites if _has_number(p) and (text, p) not in _USED]
+
+
+_NUMBER = re.compile(r"[\d\[\]!?*-]*\d[\d\[\]!?*-]*")
+
+
+def _has_number(pattern: str) -> bool:
+    return any(_NUMBER.fullmatch(part) for part in pattern.split("."))
+
+
+def one_for_several(pattern: str, place: str) -> str:
+    """What is said of a pattern that a graph for several modules cannot follow."""
+    return (
+        f"sites[{pattern!r}] cannot tell apart the modules that share one graph"
+        f"{f' ({place})' if place else ''}: compile the model as a whole, or give the module that "
+        'it is about options of its own: module.compile(backend="rfquant", options={...})'
+    )
 
 
 KEPT = 256
@@ -34,11 +104,34 @@ KEPT = 256
 _ENTRIES: list[Entry] = []
 
 
-def new_entry(policy: Policy) -> Entry:
-    entry = Entry(policy)
+def new_entry(
+    policy: Policy, place: str = "", frame: int | None = None, *, strict: bool = False
+) -> Entry:
+    entry = Entry(policy, place, frame, strict=strict)
     _ENTRIES.append(entry)
     del _ENTRIES[:-KEPT]
     return entry
+
+
+def entries_of(frame: int) -> list[Entry]:
+    """The entries of one function of Dynamo's, since its last reset."""
+    return [entry for entry in _ENTRIES if entry.frame == frame]
+
+
+def forget_frames() -> None:
+    """Dynamo begins to number functions anew."""
+    for entry in _ENTRIES:
+        entry.frame = None
+
+
+def graphs() -> list[Runs]:
+    """The graphs of the entries that are kept."""
+    return [runs for entry in _ENTRIES for runs, _ in entry.graphs]
+
+
+def notes() -> list[str]:
+    """What the entries say besides their sites, each once."""
+    return list(dict.fromkeys(note for entry in _ENTRIES for note in entry.notes))
 
 
 @contextmanager
@@ -65,7 +158,8 @@ def aside() -> Iterator[list[Report]]:
 def reports(*, clear: bool = False) -> list[Report]:
     """A report for each graph that backend "rfquant" compiled in this process, oldest first.
 
-    The newest :data:`KEPT` are kept.
+    The newest :data:`KEPT` are kept. Bytes are those of one run for each module that shares the
+    graph; :func:`~rfcompile.measure_step` counts what a step really sends.
 
     ``clear=True`` forgets them afterwards. A function that Dynamo split or compiled again for
     another shape has several; :func:`~rfcompile.merge_reports` joins them.

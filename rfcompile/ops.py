@@ -17,11 +17,12 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rfcompile import codec
+from rfcompile.derivatives import Library
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
 from rfcompile.formats import QuantFormat
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-LIBRARY = torch.library.Library("rfcompile", "FRAGMENT")
+LIBRARY = Library("rfcompile")
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from torch import fx
 from torch._logging._internal import trace_structured
 
+from rfcompile.errors import CaptureError
 from rfcompile.graph import graph_text
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,16 @@ def run(gm: fx.GraphModule, passes: Iterable[GraphPass]) -> Record:
     Each step is logged at DEBUG and written as a structured trace (``TORCH_TRACE``, tlparse) where
     that is on. A pass that fails, or whose count the graph contradicts, is a bug of the pass: the
     error's notes name it.
+
+    Raises:
+        CaptureError: the graph has no output.
     """
+    if not gm.graph.find_nodes(op="output"):
+        raise CaptureError(
+            "the graph is empty, which no model's is: torch 2.15 and later empty a graph that "
+            "Dynamo captured when its backend raises. Keep a copy of it: "
+            "fx.GraphModule(gm, copy.deepcopy(gm.graph))."
+        )
     steps: list[Step] = []
     text = graph_text(gm)
     _trace("input", text)

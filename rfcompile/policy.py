@@ -27,6 +27,9 @@ Formatish = QuantFormat | Mapping[str, Any] | str | int | None
 class Policy:
     """A format for each kind of traffic, None for exact.
 
+    A grid that is not named suits the kind: see :meth:`QuantFormat.for_kind
+    <rfcompile.QuantFormat.for_kind>`. Zeros stay exact everywhere but in activations.
+
     Args:
         activations: collectives of the forward pass.
         gradients: collectives of the backward pass.
@@ -52,7 +55,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         for kind in KINDS:
-            object.__setattr__(self, kind, as_format(getattr(self, kind)))
+            fmt = as_format(getattr(self, kind))
+            object.__setattr__(self, kind, fmt and fmt.for_kind(kind))
         size = self.min_bytes
         if size is not None and (type(size) is not int or size < 0):
             raise PolicyError("min_bytes", size, "use a number of bytes, 0 or more.")
@@ -66,8 +70,10 @@ class Policy:
         """A policy from options: those of Policy, and those of QuantFormat as a shorthand.
 
         ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic; kinds that
-        are named as well (``gradients=8``) keep what they name. ``auto=4`` starts from
-        :meth:`auto` instead, ``auto={"bits": 4, "rotate": 32}`` too.
+        are named as well (``gradients=8``) keep what they name. The shorthand ``rotate=32`` is for
+        activations only: a rotation turns the zeros of the other kinds into numbers, so it has to
+        be named where it is wanted (``gradients="4b:h32"``). ``auto=4`` starts from :meth:`auto`
+        instead, ``auto={"bits": 4, "rotate": 32}`` too.
 
         Raises:
             PolicyError, FormatError: an option is unknown or its value is not supported.
@@ -88,18 +94,18 @@ class Policy:
         if bits is None and shared:
             raise PolicyError(next(iter(shared)), next(iter(shared.values())), "give bits as well.")
         if bits is not None:
-            options = dict.fromkeys(KINDS, as_format(bits, **shared)) | options
+            unrotated = shared | {"rotate": None} if shared.get("rotate") else shared
+            formats = dict.fromkeys(KINDS, as_format(bits, **unrotated))
+            options = formats | {"activations": as_format(bits, **shared)} | options
         return cls(**options)
 
     @classmethod
     def auto(cls, bits: Formatish = 4, *, rotate: int | None = None, **options: Any) -> Policy:
         """A format for each kind of traffic that suits what it looks like; our rule.
 
-        - activations: ``bits``, the grid of the format's default (mid-rise up to 4 bits), with a
-          Hadamard rotation of ``rotate`` elements if asked for: useful where channels have
-          outliers, which residual-free models have not.
-        - gradients: ``bits``, mid-tread (many are almost zero) with stochastic rounding, whose
-          errors cancel over steps and ranks.
+        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for:
+          useful where channels have outliers, which residual-free models have not.
+        - gradients: ``bits`` with stochastic rounding, whose errors cancel over steps and ranks.
         - weights and optimizer state: at least 8 bits, as their errors stay.
 
         ``options`` are those of Policy and win.
@@ -168,7 +174,9 @@ class Policy:
         pattern = self.override_for(module)
         if pattern is not None:
             named: QuantFormat | None = self.sites[pattern]  # type: ignore[assignment]
-            return named, "" if named else f"sites[{pattern!r}] says exact"
+            if named is None:
+                return None, f"sites[{pattern!r}] says exact"
+            return named.for_kind(kind), ""
         fmt = getattr(self, kind)
         if fmt is None:
             return None, f"the policy sends {kind} exact"

@@ -4,18 +4,21 @@ Private torch symbols used here, tried on torch 2.13 and present in 2.11:
 ``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves),
 ``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing),
 ``torch._dispatch.python.no_python_dispatcher`` (see :func:`agree`),
-``ProcessGroup._get_backend(device).options._timeout`` (see :func:`twin`).
+``ProcessGroup._get_backend(device).options._timeout``, ``_new_process_group_helper``,
+``_get_default_store`` and ``_world.pg_group_ranks`` of ``distributed_c10d`` (see :func:`twin`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch._dispatch.python import no_python_dispatcher
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -67,17 +70,43 @@ def name_of(group: Any) -> str:
 
 
 def twin(group: Any, device: torch.device) -> Any:
-    """A new process group of the same ranks, backend and timeout; only those ranks take part.
+    """A new process group of the same ranks, backend and timeout; all of those ranks must call.
 
     For collectives of ``device``'s tensors that must not mix with those of ``group``.
+    :func:`give_back` ends it.
+
+    Its name is drawn by the first rank. ``new_group`` with ``use_local_synchronization`` takes one
+    from the number of groups that a rank knows: ranks that know other groups would wait for each
+    other, and after a group was destroyed the next one would meet its keys in the store.
     """
-    timeout = group._get_backend(device).options._timeout
-    return dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=timeout,
-        backend=dist.get_backend_config(group),
-        use_local_synchronization=True,
+    names = [f"rfcompile_{uuid.uuid4().hex}"]
+    dist.broadcast_object_list(names, group=group, group_src=0)
+    ranks, world = dist.get_process_group_ranks(group), resolve(None)
+    made, _ = c10d._new_process_group_helper(
+        group.size(),
+        group.rank(),
+        ranks,
+        _backend_of(group, device),
+        c10d._get_default_store(),
+        c10d.GroupName(names[0]),
+        timeout=group._get_backend(device).options._timeout,
+        device_id=world.bound_device_id,
     )
+    c10d._world.pg_group_ranks[made] = {rank: place for place, rank in enumerate(ranks)}
+    return made
+
+
+def _backend_of(group: Any, device: torch.device) -> str:
+    """The backend for ``device``: of "cpu:gloo,cuda:nccl" one, of "gloo" all."""
+    config = dist.get_backend_config(group)
+    backends = dict(item.split(":") for item in config.split(",") if ":" in item)
+    return dist.Backend(backends.get(device.type, config))
+
+
+def give_back(group: Any) -> None:
+    """Destroy a group, unless that is done: ``destroy_process_group()`` ends all of them."""
+    if dist.is_initialized() and group in c10d._world.pg_group_ranks:
+        dist.destroy_process_group(group)
 
 
 def constant_while_compiling(function: Callable[P, R]) -> Callable[P, R]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rfcompile.errors import UnquantizedSiteError
+from rfcompile.errors import PolicyError, UnquantizedSiteError
 from rfcompile.policy import Policy
 
 AT_REST = "at rest"
@@ -34,9 +34,11 @@ class Site:
         format: text of the format, None where the site stays exact.
         reason: why it stays exact, "" for a quantized site.
         eligible: it could be quantized and nobody asked by name to leave it.
-        bytes_before, bytes_after: bytes one rank sends, None where a size is symbolic.
+        bytes_before, bytes_after: bytes one rank sends in one run, None where a size is symbolic.
         sqnr_db, kurtosis: measured on the tensor, where a report measures.
         merged: it is gone: another site carries its traffic.
+        runs: how often it sends them in what the report covers: for each module that shares its
+            graph, or in a step that :func:`~rfcompile.measure_step` counted.
     """
 
     collective: str
@@ -56,6 +58,7 @@ class Site:
     sqnr_db: float | None = None
     kurtosis: float | None = None
     merged: bool = False
+    runs: int = 1
 
     @property
     def place(self) -> str:
@@ -169,7 +172,7 @@ class Report:
         return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
 
     def summary(self) -> str:
-        """One line: N of M sites quantized, bytes before and after."""
+        """One line: N of M sites quantized, bytes before and after in all runs."""
         merged = f", {self.num_merged} merged into others" if self.num_merged else ""
         text = f"{self.num_quantized} of {self.num_sites} sites quantized{merged}"
         kept = [line for line in self.kinds if line.is_kept]
@@ -184,6 +187,8 @@ class Report:
         """The summary, the policy, a table with a line a kind, and one with a line a site."""
         measured = any(site.sqnr_db is not None for site in self.sites)
         header = ["", "site", "place", "tensor", "format", "bytes before", "after"]
+        counted = any(site.runs != 1 for site in self.sites)
+        header += ["runs"] if counted else []
         rows = [header + (["SQNR dB", "kurtosis"] if measured else [])]
         for i, site in enumerate(self.sites):
             row = [
@@ -192,9 +197,10 @@ class Report:
                 site.place,
                 f"{site.dtype}[{', '.join(map(str, site.shape))}]",
                 site.format or ("" if site.merged else "exact: ") + site.reason,
-                _count(site.bytes_before),
-                _count(site.bytes_after),
+                _count(site.bytes_before, site.runs),
+                _count(site.bytes_after, site.runs),
             ]
+            row += [f"{site.runs}x"] if counted else []
             rows.append(row + ([_number(site.sqnr_db), _number(site.kurtosis)] if measured else []))
         lines = [self.summary()]
         if self.policy:
@@ -236,6 +242,17 @@ class Report:
         if left:
             raise UnquantizedSiteError(left)
 
+    @property
+    def idle_patterns(self) -> tuple[str, ...]:
+        """Patterns of ``sites`` that apply to nothing here."""
+        return tuple(pattern for pattern, is_used in self.patterns.items() if not is_used)
+
+    def require_patterns(self) -> None:
+        """Raise PolicyError if a pattern of ``sites`` applies to nothing here."""
+        for pattern in self.idle_patterns:
+            rule = f"{idle_note(pattern)}. Correct it, or report on all that share the policy."
+            raise PolicyError("sites", pattern, rule)
+
 
 def idle_note(pattern: str) -> str:
     """What a report says of a pattern that it has no use for."""
@@ -253,8 +270,8 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _count(value: int | None) -> str:
-    return "symbolic" if value is None else f"{value:,}"
+def _count(value: int | None, runs: int) -> str:
+    return "symbolic" if value is None else f"{value * runs:,}"
 
 
 def _number(value: float | None) -> str:
@@ -267,8 +284,8 @@ def _traffic(kind: str, is_kept: bool, sites: Sequence[Site]) -> Traffic:
         is_kept,
         sum(not site.merged for site in sites),
         sum(site.format is not None for site in sites),
-        sum(site.bytes_before or 0 for site in sites),
-        sum(site.bytes_after or 0 for site in sites),
+        sum((site.bytes_before or 0) * site.runs for site in sites),
+        sum((site.bytes_after or 0) * site.runs for site in sites),
     )
 
 

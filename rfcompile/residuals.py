@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -82,7 +83,7 @@ def _graph_of_dynamo(
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, _: Sequence[Any]) -> Any:
-        graphs.append(gm)
+        graphs.append(fx.GraphModule(gm, copy.deepcopy(gm.graph)))  # torch 2.15 empties gm
         raise _Captured
 
     try:

@@ -8,6 +8,7 @@ import hashlib
 import linecache
 import operator
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -92,6 +93,17 @@ class Method:
 def methods_of(owner: type, name: str) -> list[Method]:
     """The functions behind an attribute that the class itself defines."""
     return [Method(owner, name, f) for f in wrapped_functions(vars(owner).get(name))]
+
+
+def with_source(methods: list[Method]) -> list[Method]:
+    """Those whose ``def`` can be read: a decorator's function may have none (torch 2.15 renames
+    those of ``torch.no_grad()``)."""
+    found = []
+    for method in methods:
+        with suppress(SourceError):
+            definition_of(method.function)
+            found.append(method)
+    return found
 
 
 def methods_at(cls: type, file: str, line: int) -> list[Method]:

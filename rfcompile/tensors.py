@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rfcompile import codec, ops
 from rfcompile.collectives import before_compiling
+from rfcompile.derivatives import refuse_tangents
 from rfcompile.errors import PolicyError, ShapeError
 from rfcompile.formats import QuantFormat, as_format
 
@@ -21,14 +22,18 @@ def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tenso
     Args:
         x: float32, bfloat16 or float16, any shape and stride.
         fmt: a :class:`~rfcompile.QuantFormat` (formula and error bound there), bits, or its text.
+            Nothing says what kind of traffic ``x`` is: a grid that is not named is that of
+            activations, mid-rise up to 4 bits. Name mid-tread where zeros have to stay zero.
         seed: added to the format's seed; matters for stochastic rounding only.
 
     Raises:
-        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``.
+        DtypeError, FormatError; NonFiniteError with ``nonfinite="raise"``; DerivativeError: ``x``
+        is the dual number of a forward-mode derivative, which codes do not have.
     """
     if torch.compiler.is_compiling():
         before_compiling()
     ops.check_codec_input(x)
+    refuse_tangents("rfcompile.quantize", x)
     format = _required(fmt)
     payload = ops.quantize(x.reshape(1, -1) if x.numel() else x.reshape(1, 0), format.spec, seed)
     if format.nonfinite == "raise":

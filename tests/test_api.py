@@ -755,7 +755,7 @@ def test_the_rewritten_graph_is_the_hooked_module(trace: str) -> None:
     assert isinstance(rewritten, fx.GraphModule)
     assert len(wire_nodes(rewritten)) == 2
     again = rf.transform(rewritten, bits=2)
-    assert wire_nodes(again) == [("2b:g128:rise", "2b:g128:rise")] * 2  # type: ignore[arg-type]
+    assert wire_nodes(again) == [("2b:g128:rise", "2b:g128:tread")] * 2  # type: ignore[arg-type]
 
 
 def test_a_graph_takes_the_paths_of_modules() -> None:

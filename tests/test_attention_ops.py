@@ -64,9 +64,7 @@ CASES = [
 
 @pytest.mark.parametrize(("power", "form", "kind", "causal"), CASES)
 @pytest.mark.parametrize(("L", "S"), [(150, 150), (300, 140), (7, 200)])
-def test_it_is_the_formula(
-    power: int, form: str, kind: str, causal: bool, L: int, S: int
-) -> None:
+def test_it_is_the_formula(power: int, form: str, kind: str, causal: bool, L: int, S: int) -> None:
     (q, k, v), mask = made(L, S, kind)
     for rows in ("row", "sequence"):
         y = polynomial_attention(q, k, v, mask, 0.0, causal, power=power, rows=rows, form=form)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 import rfcompile as rf
 from rfcompile.cost import sent_bytes
-from rfcompile.distributed.buckets import Part, parts_of, site_of
+from rfcompile.distributed.buckets import Part, elements_of, parts_of, site_of
+from rfcompile.errors import HookError
 from rfcompile.policy import Policy
 from rfcompile.wire import all_reduce_sent_bytes
 
@@ -46,6 +47,17 @@ def test_min_bytes_counts_what_no_pattern_names() -> None:
         assert parts(Policy(gradients=4, min_bytes=size + 1, sites=sites), buffer)[0] == (
             None, rest, f"{size} bytes < min_bytes={size + 1}",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("buffer", [torch.zeros(28), torch.zeros(13), torch.zeros(28).to_sparse()])
+def test_a_buffer_that_the_parameters_do_not_cover_is_an_error(buffer: Tensor) -> None:
+    with pytest.raises(HookError, match=r"holds \d+ elements, its parameters .* have 14: what is"):
+        parts(Policy(gradients=4), buffer)
+
+
+def test_a_complex_parameter_takes_two_elements_each() -> None:
+    assert elements_of(torch.zeros(3, 2, dtype=torch.complex64)) == 12
+    assert elements_of(torch.zeros(3, 2)) == 6
 
 
 def test_rows_of_shards_are_named_by_their_unit_too() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from rfcompile import codec, errors, ops
 from rfcompile.errors import (
+    DerivativeError,
     DtypeError,
     FormatError,
     HookError,
@@ -55,6 +56,12 @@ CASES: dict[str, Case] = {
         "the input has shape (3, 4): give one dimension.",
         {"what": "the input", "shape": (3, 4), "rule": "give one dimension."},
     ),
+    "DerivativeError": (
+        lambda: DerivativeError("an operator", "derivative of a kind", "take another."),
+        NotImplementedError,
+        "an operator has no derivative of a kind: take another.",
+        {"operator": "an operator", "kind": "derivative of a kind", "rule": "take another."},
+    ),
     "ReportError": (
         lambda: ReportError(3.5),
         TypeError,
@@ -74,6 +81,13 @@ CASES: dict[str, Case] = {
         "bucket 2 failed in process group 'dp': RuntimeError: timed out. Ranks may be out of step, "
         "so nothing more is sent there; start again from a checkpoint with new process groups.",
         {"site": "bucket 2", "group": "dp", "reason": "RuntimeError: timed out"},
+    ),
+    "PeerError": (
+        lambda: errors.PeerError("broadcast_states", 2, "MemoryError: no more"),
+        RuntimeError,
+        "broadcast_states: rank 2 failed with MemoryError: no more. All ranks stop here, none "
+        "waits for it; mend it there and call again on every rank.",
+        {"site": "broadcast_states", "rank": 2, "reason": "MemoryError: no more"},
     ),
     "HookError": (
         lambda: HookError("Linear", "wrap it first."),

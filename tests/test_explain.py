@@ -85,14 +85,16 @@ def test_sites_and_bytes() -> None:
     for site in report.sites:
         assert (site.collective, site.shape, site.dtype) == ("boundary", (16, 64), "f32")
         assert site.kind == ("activations" if site.direction == "forward" else "gradients")
-        assert site.format == "4b:g128:rise"
+        grid = "rise" if site.direction == "forward" else "tread"
+        assert site.format == f"4b:g128:{grid}"
         assert site.bytes_before == 16 * 64 * 4
         assert site.bytes_after == rf.QuantFormat(4).payload_bytes(16 * 64) == 8 * (64 + 2)
     assert report.bytes_before == 4 * 4096
     assert report.bytes_after == 4 * 528
     lines = str(report).splitlines()
     assert lines[0] == "4 of 4 sites quantized, 16.38 kB -> 2.11 kB sent by each rank (7.76x less)"
-    assert lines[1] == "policy: all=4b:g128:rise min_bytes=0"
+    policy = "activations=4b:g128:rise gradients=4b:g128:tread weights=4b:g128:tread"
+    assert lines[1] == f"policy: {policy} optimizer_state=4b:g128:tread min_bytes=0"
     assert report.notes == ()
     assert places(rf.explain(Net(), kwargs={"x": X}, bits=4)) == BOTH_WAYS
 
@@ -373,7 +375,8 @@ def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
     ]
     payload = rf.QuantFormat(4).payload_bytes(16 * 64, 4)
     for site in report.sites:
-        assert (site.world_size, site.shape, site.format) == (4, (16, 64), "4b:g128:rise")
+        fmt = "4b:g128:rise" if site.direction == "forward" else "4b:g128:tread"
+        assert (site.world_size, site.shape, site.format) == (4, (16, 64), fmt)
         assert site.bytes_before == sent_bytes("all_reduce", 16 * 64 * 4, 4) == 6144
         expected = sent_bytes("all_to_all", payload, 4) + sent_bytes("all_gather", payload // 4, 4)
         assert site.bytes_after == expected

@@ -131,14 +131,14 @@ def test_wire_arguments() -> None:
         activations=4, gradients="8b:raise", min_bytes=100, sites={"a": None, "b": 2}
     )
     assert wire_arguments(policy, "a", 1000) == ()
-    assert wire_arguments(policy, "b", 1) == ("2b:g128:rise", "2b:g128:rise")
+    assert wire_arguments(policy, "b", 1) == ("2b:g128:rise", "2b:g128:tread")
     assert wire_arguments(policy, "c", 99) == ()
     assert wire_arguments(policy, "c", 100) == (
         "4b:g128:rise",
         "8b:g128:tread:raise",
         "the fake wire at 'c'",
     )
-    assert wire_arguments(rf.Policy(gradients=4), "c", 10**6) == ("", "4b:g128:rise")
+    assert wire_arguments(rf.Policy(gradients=4), "c", 10**6) == ("", "4b:g128:tread")
 
 
 def test_blocks_share_compiled_code() -> None:

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from rfcompile.analysis import sqnr_db
 from rfcompile.errors import FormatError, RFCompileError
+from rfcompile.fake_wire import round_trip
 from rfcompile.formats import BITS, FORMAT_FIELDS, PLANES, QuantFormat, as_format, expected_peak
+from rfcompile.policy import KINDS
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024, None)
 
@@ -36,6 +39,7 @@ GROUPS = (16, 32, 64, 128, 256, 512, 1024, None)
         ("scale", "fp32", "'bf16'"),
         ("rounding", "down", "'nearest', 'stochastic'"),
         ("nonfinite", "ignore", "'propagate', 'raise', 'saturate'"),
+        ("range", "half", "'fitted', 'full'"),
         ("seed", -1, "from 0 to 2**31 - 1"),
         ("seed", 2**31, "from 0 to 2**31 - 1"),
         ("seed", 1.5, "from 0 to 2**31 - 1"),
@@ -58,23 +62,23 @@ def test_a_format_is_frozen_and_hashable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         fmt.bits = 8  # type: ignore[misc]
     assert {fmt: 1}[QuantFormat(4, 128)] == 1
-    expected = ("bits", "group_size", "grid", "scale", "rotate", "rounding", "nonfinite", "seed")
-    assert expected == FORMAT_FIELDS
+    first = ("bits", "group_size", "grid", "scale", "rotate", "rounding", "nonfinite", "seed")
+    assert (*first, "range") == FORMAT_FIELDS
 
 
 def test_spec_and_parse_are_inverse_for_every_format() -> None:
     specs = set()
-    for bits, group, grid, rotate, rounding, nonfinite, seed in product(
-        BITS, GROUPS, ("mid-rise", "mid-tread"), (None, 2, 16), ("nearest", "stochastic"),
-        ("propagate", "raise", "saturate"), (0, 7),
+    for bits, group, grid, rotate, rounding, nonfinite, seed, end in product(
+        BITS, GROUPS, ("auto", "mid-rise", "mid-tread"), (None, 2, 16), ("nearest", "stochastic"),
+        ("propagate", "raise", "saturate"), (0, 7), ("fitted", "full"),
     ):  # fmt: skip
         fmt = QuantFormat(
             bits, group, grid=grid, rotate=rotate,  # type: ignore[arg-type]
-            rounding=rounding, nonfinite=nonfinite, seed=seed,  # type: ignore[arg-type]
+            rounding=rounding, nonfinite=nonfinite, seed=seed, range=end,  # type: ignore[arg-type]
         )  # fmt: skip
         assert QuantFormat.parse(fmt.spec) == fmt
         specs.add(fmt.spec)
-    assert len(specs) == 6 * 8 * 2 * 3 * 2 * 3 * 2
+    assert len(specs) == 6 * 8 * 3 * 3 * 2 * 3 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -96,10 +100,20 @@ def test_parse_reads_what_its_docstring_shows(text: str, fmt: QuantFormat) -> No
     assert as_format(text) == fmt
 
 
-def test_auto_is_mid_rise_to_4_bits_and_the_same_wire_as_naming_it() -> None:
+def test_a_bare_format_is_mid_rise_to_4_bits_and_names_no_grid() -> None:
     assert [QuantFormat(bits).is_mid_rise for bits in BITS] == [True] * 3 + [False] * 3
-    assert QuantFormat(4).spec == QuantFormat(4, grid="mid-rise").spec == "4b:g128:rise"
-    assert str(QuantFormat(8)) == QuantFormat(8, grid="mid-tread").spec == "8b:g128:tread"
+    assert (QuantFormat(4).spec, str(QuantFormat(8))) == ("4b:g128", "8b:g128")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_auto_keeps_zeros_in_every_kind_but_activations(bits: int) -> None:
+    fmt = QuantFormat(bits, 64, rotate=16, seed=3)
+    grids = {kind: fmt.for_kind(kind).grid for kind in KINDS}
+    assert grids.pop("activations") == ("mid-rise" if bits <= 4 else "mid-tread")
+    assert set(grids.values()) == {"mid-tread"}
+    resolved = fmt.for_kind("gradients")
+    assert resolved == dataclasses.replace(fmt, grid="mid-tread")
+    assert resolved.for_kind("activations") is resolved, "a grid that is named stays"
 
 
 @pytest.mark.parametrize("text", ["", "b", "4", "xb", "4b:", "4b:h", "4b:g", "4b:lunch", "4b:g-1"])
@@ -143,16 +157,46 @@ def test_expected_peak_agrees_with_a_simulation() -> None:
 
 
 def test_clip_follows_its_formula_and_is_1_where_it_would_hurt() -> None:
-    # Max 1960, Table II: best uniform steps of N(0, 1) for 4, 8 and 16 levels.
-    for bits, step in ((2, 0.9957), (3, 0.5860), (4, 0.3352)):
-        for group in GROUPS:
-            fmt = QuantFormat(bits, group)
-            expected = step * fmt.half_range / expected_peak(group or 1024)
-            assert fmt.clip == pytest.approx(min(1, expected))
-            assert fmt.clip > 0.4
-    assert QuantFormat(4, grid="mid-tread").clip == 1
-    assert QuantFormat(5, grid="mid-rise").clip == 1
-    assert QuantFormat(2, rounding="stochastic").clip == 1
+    # Max 1960, Table II: best uniform steps of N(0, 1).
+    steps = {"mid-rise": (0.9957, 0.5860, 0.3352), "mid-tread": (1.2240, 0.6508, 0.3534)}
+    for grid, by_bits in steps.items():
+        for bits, step in zip((2, 3, 4), by_bits, strict=True):
+            for group in GROUPS:
+                fmt = QuantFormat(bits, group, grid=grid)  # type: ignore[arg-type]
+                expected = step * fmt.half_range / expected_peak(group or 1024)
+                assert fmt.clip == pytest.approx(min(1, expected))
+                assert fmt.clip > 0.35
+                assert dataclasses.replace(fmt, range="full").clip == 1
+                assert dataclasses.replace(fmt, rounding="stochastic").clip == 1
+        assert QuantFormat(5, grid=grid).clip == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grid", ["mid-rise", "mid-tread"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_step_is_the_one_with_the_smallest_error_on_a_gaussian(bits: int, grid: Any) -> None:
+    fmt = QuantFormat(bits, grid=grid)
+    step = fmt.clip * expected_peak(128) / fmt.half_range
+    z = torch.linspace(-8, 8, 40_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2)
+
+    def error(s: float) -> float:
+        shift = 0.5 if fmt.is_mid_rise else 0.0
+        level = torch.round(z / s + shift) - shift
+        level = level.clamp(-fmt.half_range, fmt.half_range)
+        return float(((z - level * s).square() * density).sum())
+
+    assert error(step) < min(error(step * 0.99), error(step * 1.01))
+
+
+@pytest.mark.parametrize(
+    ("text", "decibels"),
+    [("4b:rise", 19.8), ("3b:rise", 14.3), ("2b:rise", 9.1), ("4b:tread", 19.3),
+     ("3b:tread", 13.3), ("2b:tread", 7.1), ("4b:tread:full", 18.6), ("3b:tread:full", 11.3),
+     ("2b:tread:full", 2.3)],
+)  # fmt: skip
+def test_signal_to_noise_of_a_gaussian_in_groups_of_128(text: str, decibels: float) -> None:
+    x = torch.randn(2**18, generator=torch.Generator().manual_seed(0))
+    assert sqnr_db(x, round_trip(x, text)) == pytest.approx(decibels, abs=0.15)
 
 
 def test_planes_hold_the_bits_and_divide_a_byte() -> None:

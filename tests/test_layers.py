@@ -16,19 +16,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "torch_versions"),
     (
         *("formats", "bitmath", "policy", "default_policy", "graph", "cost"),
         *("rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
-        *("low_rank_weight", "factored_linear"),
+        *("low_rank_weight", "factored_linear", "derivatives"),
     ),
     (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
-        *("polynomial", "polynomial_linear", "attention_ops", "graying"),
+        *("polynomial", "polynomial_linear", "attention_ops", "graying", "together"),
     ),
-    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report"),
-    ("journal", "step_report", "transfers"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "runs"),
+    ("journal", "step_report", "measure", "left_out", "transfers"),
     ("passes",),
     (
         *("lowering", "attention", "surgery", "distributed", "analysis", "training"),

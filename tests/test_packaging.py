@@ -44,6 +44,7 @@ PUBLIC_NAMES = [
     "errors",
     "explain",
     "find_residuals",
+    "measure_step",
     "merge_reports",
     "quantize",
     "quantize_adapters",

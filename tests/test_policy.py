@@ -16,9 +16,9 @@ BIG = 10**6
 def test_bits_are_shorthand_for_every_kind_and_named_kinds_keep_their_own() -> None:
     policy = Policy.of(bits=4, group_size=64, gradients="8b", weights=None)
 
-    assert policy.activations == QuantFormat(4, group_size=64)
-    assert policy.optimizer_state == QuantFormat(4, group_size=64)
-    assert policy.gradients == QuantFormat(8)
+    assert policy.activations == QuantFormat(4, 64, "mid-rise")
+    assert policy.optimizer_state == QuantFormat(4, 64, "mid-tread")
+    assert policy.gradients == QuantFormat(8, grid="mid-tread")
     assert policy.weights is None
 
 
@@ -33,7 +33,10 @@ def test_bits_none_is_exact_everywhere() -> None:
 def test_small_tensors_stay_exact_with_the_figures() -> None:
     policy = Policy.of(bits=4, min_bytes=100)
     assert policy.format_for("gradients", "m", 99) == (None, "99 bytes < min_bytes=100")
-    assert policy.format_for("gradients", "m", 100) == (QuantFormat(4), "")
+    assert policy.format_for("gradients", "m", 100) == (
+        QuantFormat(4, grid="mid-tread"),
+        "",
+    )
 
 
 def test_the_first_matching_site_wins_and_lifts_min_bytes() -> None:
@@ -42,12 +45,33 @@ def test_the_first_matching_site_wins_and_lifts_min_bytes() -> None:
         None,
         "sites['blocks.0.*'] says exact",
     )
-    assert policy.format_for("activations", "blocks.1.mlp", 1) == (QuantFormat(8), "")
-    assert policy.format_for("activations", "head", 1) == (QuantFormat(2), "")
+    eight, two = QuantFormat(8, grid="mid-tread"), QuantFormat(2, grid="mid-rise")
+    assert policy.format_for("activations", "blocks.1.mlp", 1) == (eight, "")
+    assert policy.format_for("activations", "head", 1) == (two, "")
+
+
+def test_a_site_has_the_grid_of_the_kind_that_passes_it() -> None:
+    policy = Policy(sites={"named": "4b:rise", "*": 4})
+    for kind in ("gradients", "weights", "optimizer_state"):
+        assert policy.format_for(kind, "m", 1)[0] == QuantFormat(4, grid="mid-tread")
+        assert policy.format_for(kind, "named", 1)[0] == QuantFormat(4, grid="mid-rise")
+    assert policy.format_for("activations", "m", 1)[0] == QuantFormat(4, grid="mid-rise")
+
+
+def test_only_activations_are_rotated_unless_a_kind_is_named() -> None:
+    policy = Policy.of(bits=4, rotate=32, weights="4b:h16")
+    assert policy.activations == QuantFormat(4, grid="mid-rise", rotate=32)
+    assert policy.gradients == policy.optimizer_state == QuantFormat(4, grid="mid-tread")
+    assert policy.weights == QuantFormat(4, grid="mid-tread", rotate=16)
+    assert Policy.of(bits="4b:h32").gradients == QuantFormat(4, grid="mid-tread", rotate=32)
 
 
 def test_equal_descriptions_mean_equal_bytes() -> None:
-    assert Policy.of(bits=4).describe() == Policy.of(bits=4, grid="mid-rise").describe()
+    assert Policy.of(bits=4).describe() == (
+        "activations=4b:g128:rise gradients=4b:g128:tread weights=4b:g128:tread "
+        "optimizer_state=4b:g128:tread min_bytes=16384"
+    )
+    assert Policy.of(bits=8).describe() == Policy.of(bits=8, grid="mid-tread").describe()
     texts = {
         Policy.of(**options).describe()  # type: ignore[arg-type]
         for options in (
@@ -59,9 +83,15 @@ def test_equal_descriptions_mean_equal_bytes() -> None:
             {"bits": 4, "sites": {"a": None}},
             {"bits": 4, "nonfinite": "raise"},
             {"bits": 4, "seed": 1},
+            {"bits": 4, "grid": "mid-rise"},
+            {"bits": 4, "grid": "mid-tread"},
+            {"bits": 4, "range": "full"},
+            {"bits": 4, "sites": {"a": 4}},
+            {"bits": 4, "sites": {"a": "4b:rise"}},
+            {"bits": 4, "sites": {"a": "4b:tread"}},
         )
     }
-    assert len(texts) == 8
+    assert len(texts) == 14
 
 
 @pytest.mark.parametrize(
@@ -93,9 +123,9 @@ def test_a_bad_format_inside_a_policy_is_a_format_error() -> None:
 
 def test_auto_suits_each_kind() -> None:
     policy = Policy.auto(4, rotate=32, gradients=8, min_bytes=0)
-    assert policy.activations == QuantFormat(4, rotate=32)
-    assert policy.gradients == QuantFormat(8)
-    assert policy.weights == policy.optimizer_state == QuantFormat(8)
+    assert policy.activations == QuantFormat(4, grid="mid-rise", rotate=32)
+    eight = QuantFormat(8, grid="mid-tread")
+    assert policy.gradients == policy.weights == policy.optimizer_state == eight
     assert policy.min_bytes == 0
     stochastic = Policy.auto(2).gradients
     assert stochastic == QuantFormat(2, grid="mid-tread", rounding="stochastic")

@@ -1,4 +1,8 @@
-"""The module that a linear becomes when an adapter is added to its weight."""
+"""The module that a linear becomes when an adapter is added to its weight.
+
+Private torch symbols used here, tried on torch 2.13: ``_parameters``, ``_save_to_state_dict`` and
+``_load_from_state_dict`` of a module, which torch's own modules override.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,9 @@ from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import uncompiled, without_wrappers
 
+BASE = "base_weight"
+"""The parameter that was ``weight``."""
+
 
 class AdaptedLinear(FactoredLinear):
     """``y = x (W + dW)^T + b``, where ``dW`` is ``low_rank_weight(B, A, omega, gain)``.
@@ -25,13 +32,19 @@ class AdaptedLinear(FactoredLinear):
     gradient. Names in the state_dict are those of the linear, ``lora_A.weight`` and so on, and
     ``_extra_state``, which has omega and gain.
 
+    ``weight`` reads as the weight that the module computes with, so that code which takes it
+    (``nn.MultiheadAttention``, ``F.linear(x, self.proj.weight)``) sees the adapter. The parameter
+    itself, W, is registered as ``base_weight``, for FSDP and others look parameters up by
+    ``getattr(module, name)``: no name may stand for two tensors. In a state_dict W is ``weight``,
+    as before, so that those of the model without adapters fit; loading takes either name.
+
     A plain adapter costs two thin products a call. With a sine or a magnitude the sum ``W + dW``
     is formed at each call, a dense matrix, and training keeps its phase for the backward pass.
 
-    The module is the linear that it was, of another class; ``weight`` reads as the weight that it
-    computes with, so that code which takes it (``nn.MultiheadAttention``) sees the adapter.
+    The module is the linear that it was, of another class.
     """
 
+    base_weight: nn.Parameter
     lora_A: AnyFactor
     lora_B: AnyFactor
     lora_magnitude: nn.Parameter | None
@@ -52,6 +65,7 @@ class AdaptedLinear(FactoredLinear):
         dense_class, is_transposed = type(linear), is_conv1d(linear)
         module: Any = linear
         module.__class__ = AdaptedLinear
+        _rename(module._parameters, "weight", BASE)
         module.lora_A, module.lora_B = right, left
         parameter = None if magnitude is None else nn.Parameter(magnitude)
         module.register_parameter("lora_magnitude", parameter)
@@ -61,9 +75,7 @@ class AdaptedLinear(FactoredLinear):
 
     def base(self) -> Tensor:
         """The weight without the adapter, [out, in]."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight.t() if self.is_transposed else weight
+        return self.base_weight.t() if self.is_transposed else self.base_weight
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""
@@ -105,12 +117,38 @@ class AdaptedLinear(FactoredLinear):
             delattr(self, name)
         module: Any = self
         module.__class__ = self.__dict__.pop("dense_class")
+        _rename(module._parameters, BASE, "weight")
         module.weight = nn.Parameter(weight, requires_grad)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, prefix, keep_vars)
+        _rename(own, prefix + BASE, f"{prefix}weight")
+        destination.update(own)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        name = f"{prefix}weight"
+        if name in state_dict:
+            state_dict = {k: v for k, v in state_dict.items() if k != prefix + BASE}
+            _rename(state_dict, name, prefix + BASE)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing_keys += [name if key == prefix + BASE else key for key in missing]
 
     def extra_repr(self) -> str:
         kind = "" if self.omega is None else f"omega={self.omega:.4g}, "
         outputs, inputs = self.base().shape
         return f"in={inputs}, out={outputs}, {kind}gain={self.gain:.4g}"
+
+
+def _rename(entries: dict[str, Any], old: str, new: str) -> None:
+    """In place, and in its place among the others."""
+    items = [(new if name == old else name, value) for name, value in entries.items()]
+    entries.clear()
+    entries.update(items)
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:

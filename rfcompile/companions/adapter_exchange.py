@@ -6,60 +6,91 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from rfcompile.collectives import broadcast
 from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.factor import Factor
 from rfcompile.errors import PolicyError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.process_groups import require_same
+from rfcompile.process_groups import require_same, resolve
+from rfcompile.together import together, transport
 
 
 @torch.no_grad()
 def broadcast_adapters(
-    model: nn.Module, fmt: QuantFormat | str | int, src: int = 0, group: Any = None
+    model: nn.Module, fmt: QuantFormat | str | int, group: Any = None, *, src: int = 0
 ) -> int:
     """Give every rank the adapters of rank ``src``, in place; every rank must call.
 
     Each factor is coded once, and every rank, ``src`` too, ends with what the payload decodes to:
-    bit-identical adapters. Magnitudes (DoRA) travel exactly.
+    bit-identical adapters. Magnitudes (DoRA) travel exactly. Adapters change when all ranks have
+    all of the new ones; after an error every rank has its old ones.
 
     Args:
-        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text.
+        fmt: of the payloads: bits, a :class:`~rfcompile.QuantFormat`, or its text. A grid that is
+            not named is that of weights: zeros stay zero.
         src: a rank of the group.
 
     Returns:
         How many bytes the source's payloads have.
 
     Raises:
-        PolicyError: no adapters, or quantized ones, whose codes no codec shortens. On every rank
-        RankMismatchError: other adapters, dtypes, formats or versions there, or none. FormatError,
-        DtypeError.
+        On every rank: PolicyError: no adapters, or quantized ones, whose codes no codec shortens;
+        ``fmt`` or ``src``. RankMismatchError: other adapters, dtypes, formats or versions there, or
+        none. FormatError, DtypeError, NonFiniteError. PeerError: another rank failed otherwise.
+        TransportError: a rank died, or did not answer in time.
     """
-    chosen = as_format(fmt)
-    if chosen is None:
-        raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
-    used = group if group is not None else dist.group.WORLD
-    problem = None
-    try:
-        found = _to_send(model)
-        described = str([_described(path, module) for path, module in found.items()])
-    except PolicyError as error:  # the other ranks wait: all of them are told before one raises
-        problem, described = error, str(error)
-    require_same(used, f"adapters {chosen.spec} src={src} {described}")
+    used = resolve(group)
+    chosen, found, problem = together(used, _SITE, lambda: _prepared(model, fmt, src, used))
+    described = problem or str([_described(path, module) for path, module in found.items()])
+    with transport(used, _SITE):
+        require_same(used, f"adapters {chosen.spec} src={src} {described}")
     if problem is not None:
         raise problem
-    factors = [factor for m in found.values() for factor in (m.lora_A, m.lora_B)]
-    sent = 0
-    for factor in factors:
-        factor().copy_(broadcast(factor().detach(), chosen, src, group))
-        sent += chosen.payload_bytes(factor().numel())
-    for module in found.values():
-        if module.lora_magnitude is not None:
-            dist.broadcast(module.lora_magnitude.detach(), group=used, group_src=src)
-            sent += module.lora_magnitude.nbytes
+    new, sent = together(used, _SITE, lambda: _received(found, chosen, used, src))
+    for parameter, value in new:
+        parameter.copy_(value)
     return sent
+
+
+_SITE = "broadcast_adapters"
+
+
+def _prepared(
+    model: nn.Module, fmt: Any, src: int, group: Any
+) -> tuple[QuantFormat, dict[str, AdaptedLinear], PolicyError | None]:
+    """The format and the adapters, or why there are none: ranks compare that, too."""
+    wanted = as_format(fmt)
+    if wanted is None:
+        raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
+    chosen = wanted.for_kind("weights")
+    if type(src) is not int or not 0 <= src < group.size():
+        raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+    try:
+        return chosen, _to_send(model), None
+    except PolicyError as error:
+        return chosen, {}, error
+
+
+def _received(
+    found: dict[str, AdaptedLinear], fmt: QuantFormat, group: Any, src: int
+) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Each parameter with what it becomes, and the bytes that were sent; nothing is changed."""
+    new, sent = [], 0
+    with transport(group, _SITE):
+        for factor in (factor for m in found.values() for factor in (m.lora_A, m.lora_B)):
+            old = factor().detach()
+            new.append((old, broadcast(old, fmt, src=src, group=group)))
+            sent += fmt.payload_bytes(old.numel())
+        for module in found.values():
+            if module.lora_magnitude is not None:
+                old = module.lora_magnitude.detach()
+                received = old.clone()
+                dist.broadcast(received, group=group, group_src=src)
+                new.append((old, received))
+                sent += old.nbytes
+    return new, sent
 
 
 def _to_send(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,16 +113,30 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
             tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in names}
         paths = dict.fromkeys(name.partition(".lora_")[0] for name in tensors)
         if "rfcompile" in metadata:
-            described = _checked(json.loads(metadata["rfcompile"]))
+            described = _checked(_parsed(metadata["rfcompile"]))
         else:
-            config = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+            config = _parsed((Path(folder) / CONFIG).read_bytes())
             described = _of_peft(paths, config)
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StateError("a damaged file", [str(place)], f"({error}) Save it anew.") from error
     if described.keys() != paths.keys():
         odd = sorted(described.keys() ^ paths.keys())
         raise StateError("tensors and their description differ", odd, "Save them anew.")
     return rewritten(model, [_Stored(described, tensors)])
+
+
+def _parsed(text: str | bytes) -> Any:
+    """JSON of any damage.
+
+    Raises:
+        JSONDecodeError, UnicodeDecodeError.
+    """
+    try:
+        return json.loads(text)
+    except (RecursionError, ValueError) as error:  # too deep, or numbers of too many digits
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        raise json.JSONDecodeError(str(error) or type(error).__name__, "", 0) from error
 
 
 @dataclass(frozen=True)
@@ -184,7 +198,9 @@ def _factor(name: str, described: list[Any], found: dict[str, Tensor], like: Ten
     else:
         number = (rows * columns * how + 7) // 8
         codes = _taken(found, f"{name}.codes", torch.uint8, (number,))
-        levels = _taken(found, f"{name}.levels", torch.float32, (None,))
+        levels = _taken(found, f"{name}.levels", torch.float32, (None,)).float()
+        if not bool(levels.isfinite().all()):
+            raise StateError("NaN or Inf among levels", [f"{name}.levels"], "Save them anew.")
         if rows * columns and int(unpack_codes(codes, how, rows * columns).max()) >= len(levels):
             raise StateError("codes beyond their levels", [f"{name}.codes"], "Save them anew.")
         factor = CodebookFactor(codes, levels, how, size, like.dtype)
@@ -219,19 +235,15 @@ def _checked(described: Any) -> dict[str, list[Any]]:
             return True
         if not isinstance(how, list) or len(how) != 3:
             return False
-        return (isinstance(how[0], str) or how[0] in BITS) and all(
-            type(size) is int and size >= 0 for size in how[1:]
-        )
-
-    def is_positive(value: Any) -> bool:
-        return isinstance(value, (int, float)) and 0 < value < math.inf
+        is_kind = isinstance(how[0], str) or (type(how[0]) is int and how[0] in BITS)
+        return is_kind and all(type(size) is int and 0 <= size < 2**31 for size in how[1:])
 
     def fits(entry: Any) -> bool:
         return (
             isinstance(entry, list)
             and len(entry) == 5
-            and (entry[0] is None or is_positive(entry[0]))
-            and is_positive(entry[1])
+            and (entry[0] is None or _is_positive(entry[0]))
+            and _is_positive(entry[1])
             and is_factor(entry[2])
             and is_factor(entry[3])
             and isinstance(entry[4], bool)
@@ -244,7 +256,14 @@ def _checked(described: Any) -> dict[str, list[Any]]:
     return described
 
 
-def _of_peft(paths: Mapping[str, None], config: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _is_positive(value: Any) -> bool:
+    """A positive number that a float can hold."""
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max
+
+
+def _of_peft(paths: Mapping[str, None], config: Any) -> dict[str, list[Any]]:
+    if not isinstance(config, dict):
+        raise StateError("no configuration of adapters", [CONFIG], "Save them anew.")
     kind = config.get("peft_type")
     if kind != "LORA":
         raise PolicyError("peft_type", kind, "plain LoRA and DoRA can be loaded, nothing else.")
@@ -258,7 +277,7 @@ def _of_peft(paths: Mapping[str, None], config: Mapping[str, Any]) -> dict[str, 
         raise PolicyError("init_lora_weights", start, rule)
     for name in ("r", "lora_alpha"):
         value = config.get(name)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not _is_positive(value):
             raise PolicyError(name, value, f"{CONFIG} needs a positive number.")
     gain = config["r"] / config["lora_alpha"]
     return {path: [None, gain, [], [], bool(config.get("use_dora"))] for path in paths}

@@ -87,7 +87,8 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
         bits: 1 to 8 bits an element; 2, 3, 4, 5, 6 or 8 with a format of the wire.
         codebook: "kmeans": a codebook for each factor, ``2**bits`` float32 levels at most.
             "uniform": the same in even steps. "wire": :func:`~rfcompile.quantize` with a scale for
-            64 elements. Or a :class:`~rfcompile.QuantFormat` of these bits.
+            64 elements. Or a :class:`~rfcompile.QuantFormat` of these bits. Zeros stay zero on
+            both, unless the format names mid-rise.
 
     Warns:
         RFCompileWarning: the phase of an adapter is off by more than 0.3 radians: omega is too
@@ -118,11 +119,11 @@ def _format(bits: int, codebook: Codebooks) -> QuantFormat | None:
     if type(bits) is not int or bits not in BITS:
         raise PolicyError("bits", bits, "choose one of 1 to 8.")
     if codebook == "wire":
-        return QuantFormat(bits, group_size=_WIRE_GROUP)
+        return QuantFormat(bits, group_size=_WIRE_GROUP).for_kind("weights")
     if isinstance(codebook, QuantFormat):
         if codebook.bits != bits:
             raise PolicyError("bits", bits, f"the format {codebook.spec} has others.")
-        return codebook
+        return codebook.for_kind("weights")
     if codebook not in ("kmeans", "uniform"):
         rule = "choose 'kmeans', 'uniform', 'wire', or give a QuantFormat."
         raise PolicyError("codebook", codebook, rule)

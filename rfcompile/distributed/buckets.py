@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rfcompile.codec import DTYPES
 from rfcompile.cost import sent_bytes
+from rfcompile.errors import HookError
 from rfcompile.formats import QuantFormat
 from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy
@@ -113,6 +114,11 @@ class Part:
         return [buffer.narrow(-1, start, end - start) for start, end in runs]
 
 
+def elements_of(parameter: Tensor) -> int:
+    """What a parameter takes of DDP's buffers: two real numbers for a complex one."""
+    return parameter.numel() * (2 if parameter.is_complex() else 1)
+
+
 def parts_of(
     policy: Policy,
     sizes: Sequence[tuple[str, int]],
@@ -120,6 +126,7 @@ def parts_of(
     world: int,
     kind: str = "gradients",
     unit: str = "",
+    what: str = "a buffer",
 ) -> tuple[Part, ...]:
     """Group the parameters of a buffer by the format that the policy gives their values.
 
@@ -133,7 +140,12 @@ def parts_of(
         world: ranks of the collective.
         kind: of the traffic, as in Policy.
         unit: path of the module that the buffer belongs to, "" for none.
+        what: the buffer is, for an error.
+
+    Raises:
+        HookError: the sizes do not add up to the buffer, a part of which would not be sent.
     """
+    _require_cover(sizes, buffer, what)
     spans, start = [], 0
     for name, size in sizes:
         spans.append(Span(name, start, size))
@@ -160,6 +172,18 @@ def parts_of(
         )
         for fmt, members in groups.items()
     )
+
+
+def _require_cover(sizes: Sequence[tuple[str, int]], buffer: Tensor, what: str) -> None:
+    total = sum(size for _, size in sizes)
+    held = buffer.numel() if buffer.layout != torch.strided else buffer.shape[-1]
+    if total != held:
+        names = ", ".join(name for name, _ in sizes[:3]) + (", ..." if len(sizes) > 3 else "")
+        raise HookError(
+            what,
+            f"it holds {held} elements, its parameters ({names}) have {total}: what is left over "
+            "would not be sent. Average these gradients exactly, without this hook, and report it.",
+        )
 
 
 def path_of(policy: Policy, name: str, unit: str = "") -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.distributed.buckets import Part, parts_of, path_of, site_of
+from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, site_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
@@ -23,6 +23,7 @@ from rfcompile.errors import HookError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
+from rfcompile.together import together, transport
 from rfcompile.wire import all_reduce_wire
 
 
@@ -107,13 +108,16 @@ class DDPHandle:
         self._buckets: dict[int, _Bucket] = {}
         self._coder = coder_of(compile)
         self._num_sent = 0
-        self._worker = Worker(self._group, next(iter(parameters.values())).device)
+        self._worker = Worker(self._group, next(iter(parameters.values())).device, owner=ddp)
+        self._is_removed = False
 
     # ---- the hook ------------------------------------------------------------------------
 
     def _reduce(self, bucket: Any) -> Any:
         """Start averaging a bucket; a future of its buffer, where the mean takes its place."""
         known, buffer = self._bucket(bucket), bucket.buffer()
+        if self._is_removed:
+            return self._average_alone(known.parts, buffer)
         site = f"DDP gradient bucket {bucket.index()}"
         job = partial(self._average, site, known.parts, buffer)
         future = self._worker.submit(site, buffer.device, job)
@@ -129,8 +133,9 @@ class DDPHandle:
         identities = tuple(map(id, parameters))
         known = self._buckets.get(index)
         if known is None or known.parameters != identities:
-            sizes = [(self._names[id(p)], p.numel()) for p in parameters]
-            parts = parts_of(self._policy, sizes, buffer, self._world)
+            sizes = [(self._names[id(p)], elements_of(p)) for p in parameters]
+            what = f"DDP gradient bucket {index}"
+            parts = parts_of(self._policy, sizes, buffer, self._world, what=what)
             known = self._buckets[index] = _Bucket(identities, buffer.dtype, parts)
         if bucket.is_last():
             self._buckets = {i: b for i, b in self._buckets.items() if i <= index}
@@ -181,6 +186,15 @@ class DDPHandle:
             self._feedback.keep(part.names, live, part.pieces(residual))
         return mean
 
+    def _average_alone(self, parts: tuple[Part, ...], buffer: Tensor) -> Any:
+        """After :meth:`remove`: what DDP does itself, in its own process group."""
+        if self._feedback is not None and buffer.layout == torch.strided:
+            for part in parts:  # one, which is all of the buffer: its pieces are views
+                self._feedback.release(part.names, part.pieces(part.gather(buffer)))
+        buffer.mul_(1 / self._world)
+        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        return work.get_future().then(lambda _: buffer)
+
     # ---- what the user has of it ---------------------------------------------------------
 
     def report(self) -> Report:
@@ -204,18 +218,26 @@ class DDPHandle:
     def state_dict(self) -> dict[str, Tensor]:
         """The residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32, in the parameter's shape: what its mean gradient is
-        still owed. It is the same on every rank and fits any number of ranks and any buckets. Every
-        rank must call, between two steps.
+        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean
+        gradient is still owed. It is the same on every rank and fits any number of ranks and any
+        buckets. Every rank must call, between two steps.
         """
-        return {} if self._feedback is None else self._feedback.state_dict(self._group)
+        if self._feedback is None:
+            return {}
+        with transport(self._group, "the state of error feedback"):
+            return self._feedback.state_dict(self._group)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on with the residuals of a :meth:`state_dict`; every rank must call.
 
         Raises:
-            StateError: the model has no such parameter, or error feedback is off.
+            On every rank, naming the one that met it: StateError: the model has no such parameter,
+            or error feedback is off. TransportError: a rank died, or did not answer in time.
         """
+        site = "loading the state of error feedback"
+        together(self._group, site, lambda: self._load_residuals(state))
+
+    def _load_residuals(self, state: Mapping[str, Tensor]) -> None:
         if self._feedback is not None:
             self._feedback.load_state_dict(state)
         elif state:
@@ -229,11 +251,13 @@ class DDPHandle:
     def remove(self) -> None:
         """Average exactly from the next step on; every rank must call.
 
-        DDP cannot take a hook back: this one stays, with its thread and its process group, and
-        sends what error feedback still holds with the first exact gradients.
+        The thread ends and the process group is destroyed, as they are when the module is
+        collected. DDP cannot take a hook back: this one stays, averages in the module's own group,
+        and adds what error feedback still holds to the first exact gradients.
         """
-        self._policy = Policy()
+        self._policy, self._is_removed = Policy(), True
         self._buckets.clear()
+        self._worker.close()
 
 
 def _require_free(ddp: object) -> None:

@@ -75,7 +75,7 @@ class ErrorFeedback:
     def state_dict(self, group: Any) -> dict[str, Tensor]:
         """The mean residual over the ranks of ``group``, by name, in the parameter's shape.
 
-        Float32 and bit-identical on every rank; every rank must call.
+        Float32 (complex64 of complex ones) and bit-identical on every rank; every rank must call.
         """
         known: list[Any] = [None] * group.size()
         dist.all_gather_object(known, list(self._residuals), group)
@@ -84,10 +84,10 @@ class ErrorFeedback:
             place = self._places[name]
             flat = self._residuals.get(name)
             if flat is None:  # released here, but not on ranks where the parameter was unused
-                flat = torch.zeros(place.shape.numel(), device=place.device)
+                flat = place.zeros()
             mean = flat / group.size()
             dist.all_reduce(mean, group=group)
-            state[name] = mean.as_strided(place.shape, place.stride).contiguous()
+            state[name] = place.shaped(mean).contiguous()
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -97,8 +97,9 @@ class ErrorFeedback:
         zero.
 
         Raises:
-            StateError: it names a parameter that the model lacks, that has another shape there, or
-                whose residual is not finite.
+            StateError: it names a parameter that the model lacks, that has another shape there,
+                whose residual is not finite, or is complex where the parameter is real, or the
+                reverse.
         """
         _require_none(
             [name for name in state if name not in self._places],
@@ -109,14 +110,18 @@ class ErrorFeedback:
             "of another shape than the parameters",
         )
         _require_none(
+            [n for n, x in state.items() if x.is_complex() != self._places[n].is_complex],
+            "that are real where the parameter is complex, or the reverse",
+        )
+        _require_none(
             [name for name, value in state.items() if not bool(value.isfinite().all())],
             "that are NaN or Inf and would never go away",
         )
         self._residuals = {}
         for name, value in state.items():
             place = self._places[name]
-            flat = torch.empty(place.shape.numel(), dtype=torch.float32, device=place.device)
-            flat.as_strided(place.shape, place.stride).copy_(value)
+            flat = place.zeros()
+            place.shaped(flat).copy_(value)
             self._residuals[name] = flat
 
 
@@ -137,12 +142,23 @@ class _Place:
     shape: torch.Size
     stride: tuple[int, ...]
     device: torch.device
+    is_complex: bool
 
     @classmethod
     def of(cls, parameter: Tensor) -> _Place:
         # As in DDP's buckets: the parameter's strides if it is dense, else contiguous ones.
         like = torch.empty_like(parameter, device="meta")
-        return cls(like.shape, like.stride(), parameter.device)
+        return cls(like.shape, like.stride(), parameter.device, parameter.is_complex())
+
+    def zeros(self) -> Tensor:
+        """Float32, flat, as a gradient lies in a bucket: two numbers for a complex one."""
+        size = self.shape.numel() * (2 if self.is_complex else 1)
+        return torch.zeros(size, dtype=torch.float32, device=self.device)
+
+    def shaped(self, flat: Tensor) -> Tensor:
+        """A view in the parameter's shape, complex64 if it is complex."""
+        values = torch.view_as_complex(flat.view(-1, 2)) if self.is_complex else flat
+        return values.as_strided(self.shape, self.stride)
 
 
 def _is_live(gradient: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from rfcompile.ops import Coder
 from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same
 from rfcompile.report import Report
+from rfcompile.torch_versions import warn_if_untried
 
 
 def quantize_fsdp(
@@ -59,6 +60,7 @@ def quantize_fsdp(
         RankMismatchError: ranks use another policy or version; raised on every rank.
         PolicyError, FormatError: the policy is not understood.
     """
+    warn_if_untried()
     chosen = as_policy(policy)
     if not isinstance(module, nn.Module):
         raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")

@@ -1,6 +1,6 @@
 """FSDP2's parameter groups; the one file that touches what torch keeps private about them.
 
-Private torch symbols used here, tried on torch 2.13 and 2.11:
+Private torch symbols used here, tried on torch 2.11 to 2.15:
 
 - ``torch.distributed.fsdp._fully_shard._fsdp_api``: ``AllGather``, ``ReduceScatter`` (the protocol
   of ``FSDPModule.set_custom_all_gather`` and ``set_custom_reduce_scatter``);
@@ -11,6 +11,8 @@ Private torch symbols used here, tried on torch 2.13 and 2.11:
   public setters refuse a module with several groups), and ``fsdp_params``;
 - of each of these: ``_module_info.module``, ``.param_name``, ``sharded_param``,
   ``padded_sharded_param_size``.
+
+:func:`units_of` checks that all of them are there. See also ``torch_versions.py``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
 from rfcompile.graph import without_wrappers_in
+from rfcompile.torch_versions import gradient_order, require
 
 __all__ = ["AllGather", "ReduceScatter", "Unit", "units_of"]
 
@@ -46,10 +49,12 @@ class Unit:
     def sizes(self, trainable: bool) -> tuple[tuple[str, int], ...]:
         """Name and elements of a rank's shard, padding included, in the order of the buffers.
 
-        Gradients come only from ``trainable`` parameters.
+        Gradients come only from ``trainable`` parameters, in an order of their own; nothing if
+        that order is not known.
         """
         found = []
-        for p in self._group.fsdp_params:
+        params = gradient_order(self._group) if trainable else self._group.fsdp_params
+        for p in params:
             if p.sharded_param.requires_grad or not trainable:
                 path, name = self._modules[p._module_info.module], p._module_info.param_name
                 found.append(
@@ -97,6 +102,7 @@ def units_of(root: nn.Module) -> tuple[Unit, ...]:
             continue
         groups = _groups_of(module)
         for index, group in enumerate(groups):
+            _require_known(group, type(module).__name__)
             label = path or "(root)"
             label += f" group {index}" if len(groups) > 1 else ""
             found.setdefault(id(group), Unit(path, label, group, modules))
@@ -104,7 +110,24 @@ def units_of(root: nn.Module) -> tuple[Unit, ...]:
 
 
 def _groups_of(module: FSDPModule) -> list[Any]:
+    require(module, ["_get_fsdp_state"], type(module).__name__)
     state: Any = module._get_fsdp_state()
+    require(state, ["_fsdp_param_groups|_fsdp_param_group"], f"{type(module).__name__}'s state")
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+_GROUP = (
+    *("modules", "mesh_info", "_training_state", "all_reduce_grads", "fsdp_params"),
+    *("_all_gather_comm", "_reduce_scatter_comm"),
+)
+_PARAM = ("_module_info", "sharded_param", "padded_sharded_param_size")
+
+
+def _require_known(group: Any, name: str) -> None:
+    """Raise HookError if this torch keeps something elsewhere: not in the middle of a step."""
+    require(group, _GROUP, f"the FSDP2 group of {name}")
+    for param in group.fsdp_params:
+        require(param, _PARAM, f"an FSDP2 parameter of {name}")
+        require(param._module_info, ("module", "param_name"), f"an FSDP2 parameter of {name}")

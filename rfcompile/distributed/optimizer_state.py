@@ -2,35 +2,135 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.policy import Policyish, as_policy
-from rfcompile.process_groups import require_same
+from rfcompile.errors import HookError, PolicyError, StateError
+from rfcompile.policy import Policy, Policyish, as_policy
+from rfcompile.process_groups import require_same, resolve
+from rfcompile.report import Report
+from rfcompile.together import together, transport
 from rfcompile.training.packing import pack_state_dict, unpack_state_dict
+from rfcompile.training.quantized_states import takes_packed
+from rfcompile.training.sharded_payloads import is_sharded
+from rfcompile.training.state_report import report_of
+
+_SITE = "broadcast_states"
+SENT = "broadcast"
+"""The direction of its sites in a report."""
 
 
 def broadcast_states(
-    optimizer: Optimizer, policy: Policyish = 8, *, src: int = 0, group: Any = None
-) -> None:
+    optimizer: Optimizer,
+    policy: Policyish = 8,
+    group: Any = None,
+    *,
+    src: int = 0,
+) -> Report:
     """Give every rank the optimizer's state of rank ``src``, in ``policy.optimizer_state``.
 
     Every rank, ``src`` too, loads what the payload decodes to, so all states are bit-identical
-    afterwards. Hyperparameters (learning rates) travel along, exactly. Every rank must call, with
-    an optimizer of the same parameters; sharded states (FSDP2) need no broadcast: load them by
+    afterwards. Hyperparameters (learning rates) travel along, exactly, and so does what is no
+    moment; see :func:`~rfcompile.training.quantize_states`. Every rank must call, with an optimizer
+    of the same parameters; sharded states (FSDP2) need no broadcast: load them by
     torch.distributed.checkpoint.
 
+    Args:
+        src: a rank of the group.
+
+    Returns:
+        A line a state: the bytes before and after, or why it travels exactly; the same everywhere.
+
     Raises:
-        RankMismatchError: ranks use another policy or version; raised on every rank.
-        PolicyError, FormatError: the policy is not understood.
+        On every rank, naming the one that met it: HookError: it is no optimizer. StateError: its
+        states are sharded, or do not fit. PolicyError, FormatError: the policy or ``src`` is not
+        understood. NonFiniteError: as the format asks for. RankMismatchError: ranks use another
+        policy, ``src``, version, or optimizers of other parameters. PeerError: another rank failed
+        otherwise. TransportError: a rank died, or did not answer in time. Until all ranks have the
+        state, nothing is changed on any.
     """
-    chosen = as_policy(policy)
-    group = group if group is not None else dist.group.WORLD
-    require_same(group, f"optimizer states {chosen.describe()} src={src}")
-    packed = pack_state_dict(optimizer.state_dict(), chosen) if dist.get_rank() == src else None
+    used = resolve(group)
+    chosen, plan = together(used, _SITE, lambda: _prepared(optimizer, policy, src, used))
+    with transport(used, _SITE):
+        require_same(used, plan)
+    parameters = _parameters(optimizer)
+    packed = together(
+        used, _SITE, lambda: _packed(optimizer, chosen, parameters) if used.rank() == src else None
+    )
     box = [packed]
-    dist.broadcast_object_list(box, src=src, group=group)
-    assert box[0] is not None
-    optimizer.load_state_dict(unpack_state_dict(box[0]))
+    if used.size() > 1:
+        with transport(used, _SITE):
+            dist.broadcast_object_list(box, group=used, group_src=src)
+    sent = box[0]
+    assert sent is not None
+    state = together(used, _SITE, lambda: _to_load(optimizer, sent, parameters))
+    together(used, _SITE, lambda: optimizer.load_state_dict(state))
+    return report_of(chosen, sent, SENT)
+
+
+def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> tuple[Policy, str]:
+    """The policy, and what must be the same on all ranks."""
+    chosen = as_policy(policy)
+    if type(src) is not int or not 0 <= src < group.size():
+        raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "load_state_dict"):
+        raise HookError(type(optimizer).__name__, "pass a torch.optim.Optimizer.")
+    parameters = _parameters(optimizer)
+    if any(map(is_sharded, parameters)):
+        raise StateError(
+            "the states are sharded: every rank has its own part, and a broadcast would mix them",
+            [type(optimizer).__name__],
+            "Save and load them with torch.distributed.checkpoint.",
+        )
+    shapes = str([(tuple(p.shape), str(p.dtype)) for p in parameters])
+    described = (
+        f"{len(parameters)} parameters of {sum(p.numel() for p in parameters)} elements "
+        f"in {len(optimizer.param_groups)} groups (shapes {zlib.crc32(shapes.encode()):08x})"
+    )
+    return chosen, f"optimizer states {chosen.describe()} src={src}, {described}"
+
+
+def _packed(optimizer: Optimizer, policy: Policy, parameters: list[Tensor]) -> dict[str, Any]:
+    """What the source sends: in host memory, as the other ranks have other devices."""
+    packed = pack_state_dict(optimizer.state_dict(), policy, parameters)
+    sent: dict[str, Any] = _in_host_memory(packed)
+    return sent
+
+
+def _in_host_memory(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _in_host_memory(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_in_host_memory, value))
+    return value
+
+
+def _to_load(
+    optimizer: Optimizer, sent: Mapping[str, Any], parameters: list[Tensor]
+) -> dict[str, Any]:
+    """What this rank loads: payloads as they are if it keeps such, else decoded.
+
+    Tensors among the hyperparameters (``lr``) go where this rank has its own.
+    """
+    state = dict(sent) if takes_packed(optimizer) else unpack_state_dict(sent, parameters)
+    groups = [
+        {
+            key: value.to(old.device)
+            if isinstance(value, Tensor) and isinstance(old := own.get(key), Tensor)
+            else value
+            for key, value in group.items()
+        }
+        for group, own in zip(sent["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**state, "param_groups": groups}
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

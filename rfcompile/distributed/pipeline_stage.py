@@ -3,12 +3,12 @@
 A schedule asks its stage for P2P operations and posts them itself; here the tensor of such an
 operation becomes a payload, which is decoded when the stage retrieves what it received. All of
 torch.distributed.pipelining that is overridden or read, private parts included, is in this file,
-tried on torch 2.13 and 2.11: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_fwd_recv_ops``,
+tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_fwd_recv_ops``,
 ``get_bwd_recv_ops``, ``_retrieve_recv_activations``, ``_retrieve_recv_grads``,
 ``set_local_fwd_input``, ``get_local_bwd_output``, ``clear_runtime_states``;
 ``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``; ``args_recv_info``,
-``grad_recv_info``, ``fwd_cache``, ``group_rank``, ``stage_index_to_group_rank`` and, from 2.13 on,
-``_stage_meta`` of a stage.
+``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage, and where it keeps its
+outputs (``torch_versions.py``). All are looked for when a stage is made.
 """
 
 from __future__ import annotations
@@ -31,9 +31,27 @@ from rfcompile.errors import HookError, NonFiniteError, ShapeError
 from rfcompile.policy import Policyish, as_policy
 from rfcompile.process_groups import name_of, require_same, resolve
 from rfcompile.report import Report
+from rfcompile.torch_versions import (
+    STAGE_OUTPUTS,
+    promised_outputs,
+    require,
+    stage_outputs,
+    warn_if_untried,
+)
 
 Operations = list[Any]
 """``dist.P2POp``s, in the order in which the peer posts theirs."""
+
+
+_READ = (
+    *("args_recv_info", "grad_recv_info", "group", "group_rank", "group_size", STAGE_OUTPUTS),
+    *("stage_index", "stage_index_to_group_rank", "num_stages"),
+)
+_OVERRIDDEN = (
+    *("get_fwd_send_ops", "get_bwd_send_ops", "get_fwd_recv_ops", "get_bwd_recv_ops"),
+    *("_retrieve_recv_activations", "_retrieve_recv_grads", "clear_runtime_states"),
+    *("set_local_fwd_input", "get_local_bwd_output"),
+)
 
 
 class _QuantizedStage(_PipelineStageBase):
@@ -52,6 +70,10 @@ class _QuantizedStage(_PipelineStageBase):
 
     def _quantize(self, policy: Policyish, compile: bool) -> None:
         """Every rank of the group is here at the same time."""
+        warn_if_untried()
+        require(self, _READ, f"pipeline stage {type(self).__name__}")
+        # A method that torch no longer has would never be called: payloads would stay coded.
+        require(_PipelineStageBase, _OVERRIDDEN, "torch's pipeline stage")
         chosen = as_policy(policy)
         plan = f"pipeline of {self.num_stages} stages {chosen.describe()}"
         require_same(resolve(self.group), plan)
@@ -93,9 +115,8 @@ class _QuantizedStage(_PipelineStageBase):
 
     def _check_outputs(self, chunk: int) -> None:
         """The peer's buffers have the shapes that torch found first; 2.11 checks this itself."""
-        promised = getattr(getattr(self, "_stage_meta", None), "outputs", None) or ()
-        outputs = self.fwd_cache[chunk][0]
-        for index, (x, meta) in enumerate(zip(outputs, promised, strict=False)):
+        pairs = zip(stage_outputs(self, chunk), promised_outputs(self), strict=False)
+        for index, (x, meta) in enumerate(pairs):
             if type(x) is Tensor and (x.shape, x.dtype) != (meta.shape, meta.dtype):
                 raise ShapeError(
                     f"output {index} ({x.dtype}) of pipeline stage {self.stage_index}",

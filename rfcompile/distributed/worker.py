@@ -8,6 +8,8 @@ submitted, on one thread and in a group that nobody else uses.
 
 from __future__ import annotations
 
+import atexit
+import enum
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +21,13 @@ import torch
 from torch import Tensor
 
 from rfcompile.errors import RFCompileError, TransportError
-from rfcompile.process_groups import twin
+from rfcompile.process_groups import give_back, twin
+
+
+class _Stop(enum.Enum):
+    GIVE_BACK = enum.auto()
+    """The group, too."""
+    LEAVE = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -39,27 +47,37 @@ class Worker:
     run on a side stream, which first waits for the stream of whoever submits them; waiting for the
     future makes the stream of whoever waits for it wait for the result.
 
+    The thread ends, and destroys the group, after :meth:`close` or when ``owner`` is collected.
+
     Args:
         group: the process group to imitate: ranks, backend and timeout.
         device: of the tensors that jobs send.
+        owner: who submits jobs.
     """
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, group: Any, device: torch.device, owner: object) -> None:
         self.group = twin(group, device)
         self.group_name = str(self.group.group_name)
-        self._queue: SimpleQueue[_Task | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Task | _Stop] = SimpleQueue()
         # A daemon: a process that ends must not wait for ranks that never come.
-        arguments = (self._queue, self.group_name)
-        thread = Thread(target=_serve, args=arguments, name="rfcompile", daemon=True)
+        thread = Thread(target=_serve, args=(self._queue, self.group), name="rfcompile")
+        thread.daemon = True
         thread.start()
-        weakref.finalize(self, _end, self._queue, thread)
+        self._end = weakref.finalize(owner, _end, self._queue, thread)
+        self._end.atexit = False  # see _leave
+        _WORKERS.add(self)
+        self._thread = thread
+
+    def close(self) -> None:
+        """End the thread after its last job, and the group; every rank must call."""
+        self._end()
 
     def submit(self, site: str, device: torch.device, job: Callable[[], Tensor]) -> Any:
         """Run ``job`` after all earlier ones; its result, on ``device``, is the future's value.
 
         The future raises what the job raised: errors of this package as they are, others as
         :class:`~rfcompile.errors.TransportError`. After an error the ranks may be out of step: no
-        later job runs, and its future raises the first error again.
+        later job runs, and its future raises the first error again. Not after :meth:`close`.
         """
         on_cuda = device.type == "cuda"
         ready = torch.cuda.current_stream(device).record_event() if on_cuda else None
@@ -68,33 +86,50 @@ class Worker:
         return future
 
 
-def _end(queue: SimpleQueue[_Task | None], thread: Thread) -> None:
-    """The worker is gone, or the interpreter about to end: let the thread end first.
+_WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave() -> None:
+    """The interpreter is about to end: let the threads end first, the groups end with the process.
 
     A thread that wakes up in a dying interpreter aborts the process. One that waits for another
     rank, after an error in this one, is left behind.
     """
-    queue.put(None)
+    for worker in list(_WORKERS):
+        worker._queue.put(_Stop.LEAVE)
+        worker._thread.join(timeout=1)
+
+
+def _end(queue: SimpleQueue[_Task | _Stop], thread: Thread) -> None:
+    """Let the thread end the group, after its last job: never while a collective runs on it.
+
+    One that waits for another rank does so when that wait is over; nobody waits for it here.
+    """
+    queue.put(_Stop.GIVE_BACK)
     if thread is not current_thread():
         thread.join(timeout=1)
 
 
-def _serve(queue: SimpleQueue[_Task | None], group: str) -> None:
+def _serve(queue: SimpleQueue[_Task | _Stop], group: Any) -> None:
     """The thread. It knows nothing of the worker, which may be collected meanwhile."""
+    name = str(group.group_name)
     streams: dict[torch.device, torch.cuda.Stream] = {}
     failure: RFCompileError | None = None
-    while (task := queue.get()) is not None:
+    while isinstance(task := queue.get(), _Task):
         if failure is None:
             try:
                 _run(task, streams)
             except RFCompileError as error:
                 failure = error
             except Exception as error:
-                failure = TransportError(task.site, group, f"{type(error).__name__}: {error}")
+                failure = TransportError(task.site, name, f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
         if failure is not None:
             task.future.set_exception(failure)
         del task  # else its tensors would live until the next one comes
+    if task is _Stop.GIVE_BACK:
+        give_back(group)
 
 
 @torch.no_grad()

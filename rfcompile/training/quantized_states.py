@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import HookError, StateError
+from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import dtype_text
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.report import AT_REST, Report, Site
-from rfcompile.training.optimizers import Optimizers
-from rfcompile.training.packing import (
-    Packed,
-    format_of,
-    is_packed,
-    pack,
-    unpack,
-    unpack_state_dict,
-)
+from rfcompile.report import Report, Site
+from rfcompile.training.loading import to_load
+from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of, holds_weights
+from rfcompile.training.optimizer_copies import carry, drop, handle_of
+from rfcompile.training.packed_checks import is_packed
+from rfcompile.training.packing import Packed, converted, pack, require_finite, sealed, unpack
+from rfcompile.training.state_report import made, names_before, site_of
+from rfcompile.training.wrapped_optimizers import parts_of
 
 
 def quantize_states(
@@ -32,15 +29,24 @@ def quantize_states(
     offload: bool = False,
     packed_state_dict: bool = False,
 ) -> QuantizedStates:
-    """Keep an optimizer's states quantized between its steps.
+    """Keep an optimizer's moments quantized between its steps.
 
     Each step decodes the states, runs, and codes them again (:func:`pack` has the formula), so in
     forward and backward they take ``bits / 8`` bytes an element and a scale a group; within the
-    step they are whole. Any optimizer whose states are tensors in ``optimizer.state`` will do.
+    step they are whole. What is not known to be a moment (weights, step sizes, preconditioners)
+    stays exact, unless ``sites`` names it; see ``moments.py`` and the report.
+
+    A wrapper that holds the optimizer (accelerate's, Lightning's, ZeroRedundancyOptimizer,
+    Lookahead) may be given in its place. A copy of the optimizer (``copy.deepcopy``, ``pickle``,
+    ``torch.save``) is quantized, too, with a handle of its own: :meth:`QuantizedStates.of`.
 
     Args:
         policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
-            ``min_bytes``, ``sites`` by parameter name).
+            ``min_bytes``, ``sites``). ``sites`` takes names of parameters, and
+            of states as ``parameter.key``: ``{"*.exp_avg_sq": 8, "embedding.weight.*": None}``; a
+            parameter without a name is ``parameter 3``, and its state also the key alone. With
+            ``nonfinite="raise"`` a step that leaves NaN or Inf in a state raises NonFiniteError:
+            the step is done, and all states of the optimizer stay decoded.
         offload: keep the payloads in host memory between steps.
         packed_state_dict: ``optimizer.state_dict()`` holds payloads (a quarter of the size at 8
             bits), from which training goes on bit for bit, instead of decoded tensors, which any
@@ -48,54 +54,63 @@ def quantize_states(
 
     Raises:
         HookError: it is no optimizer. StateError: its states are quantized already.
-        PolicyError, FormatError: the policy is not understood.
+        PolicyError, FormatError: the policy is not understood. NonFiniteError: a state has NaN or
+        Inf and the format says "raise"; nothing was changed.
     """
     chosen = as_policy(policy)
-    parts = optimizer.optimizers if isinstance(optimizer, Optimizers) else (optimizer,)
-    if not isinstance(optimizer, Optimizer):
-        raise HookError(type(optimizer).__name__, "pass a torch.optim.Optimizer.")
+    parts, wrappers = parts_of(optimizer)
     for part in parts:
-        if _ATTRIBUTE in part.__dict__:
+        if handle_of(part) is not None:
             raise StateError(
                 "the states are quantized already",
                 [type(part).__name__],
-                "Call remove() of the first handle before.",
+                "Call remove() of the first handle before: QuantizedStates.of(optimizer) returns "
+                "it.",
             )
-    handle = QuantizedStates(parts, chosen, offload=offload, packed_state_dict=packed_state_dict)
-    for part in parts:
-        part.__dict__[_ATTRIBUTE] = handle
+    handle = QuantizedStates(chosen, offload=offload, packed_state_dict=packed_state_dict)
+    handle._start(parts, wrappers)
     return handle
 
 
-_ATTRIBUTE = "_rfcompile_states"
+_COUNT = "rfcompile_num_packed"
+"""In the first group of a packed state_dict: how many tensors were packed, which seeds rounding."""
+
+
+def takes_packed(optimizer: Optimizer) -> bool:
+    """Its ``load_state_dict`` keeps packed states as they are."""
+    return all(handle_of(part) is not None for part in parts_of(optimizer)[0])
 
 
 class QuantizedStates:
     """What :func:`quantize_states` returns: the report, and the way back."""
 
-    def __init__(
-        self,
-        optimizers: tuple[Optimizer, ...],
-        policy: Policy,
-        *,
-        offload: bool,
-        packed_state_dict: bool,
-    ) -> None:
-        self._optimizers, self._policy = optimizers, policy
-        self._offload = offload
+    def __init__(self, policy: Policy, *, offload: bool, packed_state_dict: bool) -> None:
+        self._policy, self._offload, self._packs_dict = policy, offload, packed_state_dict
         self._num_packed = 0
-        self._loading: dict[Any, dict[str, Any]] = {}
-        self._hooks = []
-        for optimizer in optimizers:
-            self._hooks += [
-                optimizer.register_step_pre_hook(lambda o, *_: self._unpack(o)),
-                optimizer.register_step_post_hook(lambda o, *_: self._pack(o)),
-                optimizer.register_load_state_dict_pre_hook(self._before_loading),
-                optimizer.register_load_state_dict_post_hook(self._after_loading),
-            ]
-            if not packed_state_dict:
-                self._hooks.append(optimizer.register_state_dict_post_hook(_plain))
-            self._pack(optimizer)
+        self._weights: dict[tuple[int, str], bool] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._optimizers: list[Optimizer] = []
+        self._loading: dict[Tensor, dict[str, Packed]] = {}
+        self._loading_count: int | None = None
+        self._wrapper_steps = False
+        self._hooks: list[Any] = []
+
+    @staticmethod
+    def of(optimizer: Optimizer) -> QuantizedStates:
+        """The handle of an optimizer whose states are quantized, a copy's own one, too.
+
+        Raises:
+            StateError: they are not.
+        """
+        part = parts_of(optimizer)[0][0]
+        handle = handle_of(part)
+        if not isinstance(handle, QuantizedStates):
+            raise StateError(
+                "the states are not quantized", [type(part).__name__], "Call quantize_states."
+            )
+        return handle
 
     def remove(self) -> None:
         """Decode the states for good; the optimizer is a plain one again."""
@@ -103,98 +118,193 @@ class QuantizedStates:
             hook.remove()
         for optimizer in self._optimizers:
             self._unpack(optimizer)
-            optimizer.__dict__.pop(_ATTRIBUTE, None)
+            drop(optimizer)
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
-        names = [name for o in self._optimizers for name, _ in _parameters(o)]
-        notes = []
-        if self._policy.sites and not all(names):
-            notes.append("sites reach no parameter without a name: build the optimizer from names")
-        return Report.of(self._policy, self._sites(), names=names, notes=notes)
+        sites: list[Site] = []
+        owners: list[Owner] = []
+        compared: list[str] = []
+        for part, owner, parameter in self._owners():
+            state = self._optimizers[part].state.get(parameter, {})
+            owners.append(owner)
+            if not state:
+                compared += names_before(self._policy, owner)
+            for key, value in state.items():
+                sites.append(self._site(part, owner, key, value, parameter))
+                compared.append(compared_name(self._policy, owner, key))
+        return made(self._policy, sites, owners, compared)
 
-    # ---- the hooks -----------------------------------------------------------------------
+    # ---- to and from optimizers ----------------------------------------------------------
+
+    def _start(self, parts: list[Optimizer], wrappers: list[Optimizer]) -> None:
+        self._optimizers = list(parts)
+        rule = "Nothing was changed: put finite values in it, or use nonfinite='propagate'."
+        for part in parts:
+            list(self._to_pack(part, rule))  # raises before anything is changed
+        self._optimizers = []
+        for part in parts:
+            self.attach(part)
+            self._pack(part)
+        for wrapper in wrappers:
+            self._attach_wrapper(wrapper)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Hook an optimizer, as it is; a copy attaches itself."""
+        self._optimizers.append(optimizer)
+        self._hooks += [
+            optimizer.register_step_pre_hook(lambda o, *_: self._unpack(o)),
+            optimizer.register_step_post_hook(lambda o, *_: self._after_step(o)),
+            optimizer.register_load_state_dict_pre_hook(self._before_loading),
+            optimizer.register_load_state_dict_post_hook(self._after_loading),
+            optimizer.register_state_dict_post_hook(self._outside),
+        ]
+        carry(optimizer, self)
+
+    def _attach_wrapper(self, wrapper: Optimizer) -> None:
+        """States stay decoded until the wrapper's step is over: Lookahead reads them after the
+        step of its optimizer. Wrappers without hooks do nothing of the kind."""
+        try:
+            self._hooks += [
+                wrapper.register_step_pre_hook(lambda *_: self._wrapper_step(True)),
+                wrapper.register_step_post_hook(lambda *_: self._wrapper_step(False)),
+            ]
+        except AttributeError:
+            return
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the settings, and the optimizers that are copied along."""
+        names = ("_policy", "_offload", "_packs_dict", "_num_packed", "_weights")
+        state = {name: getattr(self, name) for name in names}
+        return {**state, "_weights": dict(self._weights)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    # ---- steps ---------------------------------------------------------------------------
+
+    def _wrapper_step(self, starts: bool) -> None:
+        self._wrapper_steps = starts
+        for optimizer in self._optimizers:
+            if starts:
+                self._unpack(optimizer)
+            else:
+                self._pack(optimizer)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if not self._wrapper_steps:
+            self._pack(optimizer)
 
     @torch.no_grad()
     def _pack(self, optimizer: Optimizer) -> None:
-        for name, parameter in _parameters(optimizer):
+        rule = (
+            "The step is done and the states of this optimizer stay decoded: put finite values in "
+            "them, load a checkpoint, or use nonfinite='propagate' to carry it as NaN."
+        )
+        for state, key, fmt in list(self._to_pack(optimizer, rule)):
+            self._num_packed += 1
+            packed = pack(state[key], fmt, self._num_packed)
+            if self._offload:
+                packed["payload"] = packed["payload"].cpu()
+            state[key] = packed
+
+    def _to_pack(
+        self, optimizer: Optimizer, rule: str
+    ) -> Iterator[tuple[dict[str, Any], str, QuantFormat]]:
+        """States that are not packed and should be, and their formats.
+
+        Raises:
+            NonFiniteError: as a format asks for, with ``rule``.
+        """
+        part = self._optimizers.index(optimizer)
+        self._look_for_weights(part)
+        for place, owner, parameter in self._owners():
+            if place != part:
+                continue
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                fmt, _ = format_of(self._policy, name, key, value)
+                fmt, _ = self._format_of(part, owner, key, value, parameter)
                 if fmt is not None:
-                    state[key] = self._stored(value, fmt)
+                    require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
+                    yield state, key, fmt
 
-    def _stored(self, value: Tensor, fmt: QuantFormat) -> Packed:
-        self._num_packed += 1
-        packed = pack(value, fmt, self._num_packed)
-        if self._offload:
-            packed["payload"] = packed["payload"].cpu()
-        return packed
+    def _format_of(
+        self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor
+    ) -> tuple[QuantFormat | None, str]:
+        is_weight = self._weights.get((part, key), False)
+        return format_of(self._policy, owner, key, value, like=parameter, is_weight=is_weight)
+
+    def _look_for_weights(self, part: int) -> None:
+        """Decide once for a key of moments whether this optimizer keeps weights there."""
+        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for parameter, state in self._optimizers[part].state.items():
+            if isinstance(parameter, Tensor) and isinstance(state, dict):
+                for key in state.keys() & MOMENTS:
+                    if isinstance(state[key], Tensor) and (part, key) not in self._weights:
+                        pairs.setdefault(key, []).append((state[key], parameter))
+        for key, found in pairs.items():
+            answer = holds_weights(found)
+            if answer is not None:
+                self._weights[part, key] = answer
 
     @torch.no_grad()
     def _unpack(self, optimizer: Optimizer) -> None:
-        for _, parameter in _parameters(optimizer):
+        for _, owner, parameter in self._owners(optimizer):
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
                 if is_packed(value):
-                    state[key] = unpack(value, parameter)
+                    state[key] = unpack(value, parameter, f"state {key!r} of {owner.label}")
+
+    # ---- state_dicts ---------------------------------------------------------------------
+
+    def _outside(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state_dict that users get; the optimizer's own states stay as they are."""
+        likes = [parameter for _, _, parameter in self._owners(optimizer)]
+        if not self._packs_dict:
+            return converted(state_dict, likes, unpack)
+        first, *rest = state_dict["param_groups"]
+        groups = [{**first, _COUNT: self._num_packed}, *rest]
+        packed = converted(state_dict, likes, lambda value, like, _: sealed(value, like))
+        return {**packed, "param_groups": groups}
 
     def _before_loading(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._loading = state_dict["state"]
-        return _plain(optimizer, state_dict)
+        """Check and decode all of it before torch changes anything."""
+        likes = [parameter for _, _, parameter in self._owners(optimizer)]
+        plain, self._loading = to_load(state_dict, likes, self._policy)
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        counts = [group.pop(_COUNT, None) for group in groups]
+        count = next(iter(counts), None)
+        self._loading_count = count if type(count) is int else None
+        return {**plain, "param_groups": groups}
 
     def _after_loading(self, optimizer: Optimizer) -> None:
         """Take payloads as they are: coding what they decode to would not always return them."""
-        for index, (_, parameter) in enumerate(_parameters(optimizer)):
-            for key, value in self._loading.get(index, {}).items():
-                if is_packed(value):
-                    device = "cpu" if self._offload else parameter.device
-                    payload = value["payload"].to(device, copy=True)
-                    optimizer.state[parameter][key] = {**value, "payload": payload}
-        self._loading = {}
+        for parameter, packed in self._loading.items():
+            for key, value in packed.items():
+                device = "cpu" if self._offload else parameter.device
+                payload = value["payload"].to(device, copy=True)
+                optimizer.state[parameter][key] = Packed({**value, "payload": payload})
+        count, self._loading, self._loading_count = self._loading_count, {}, None
+        if count is not None:
+            self._num_packed = count
         self._pack(optimizer)
 
-    def _sites(self) -> Iterator[Site]:
-        for optimizer in self._optimizers:
-            for index, (name, parameter) in enumerate(_parameters(optimizer)):
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    yield self._site(name, index, key, value)
+    # ---- its parameters ------------------------------------------------------------------
 
-    def _site(self, name: str, index: int, key: str, value: Any) -> Site:
-        _, reason = ("", "") if is_packed(value) else format_of(self._policy, name, key, value)
-        before = after = value.nbytes if isinstance(value, Tensor) else 0
-        shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-        dtype = dtype_text(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        if is_packed(value):
-            torch_dtype = getattr(torch, value["dtype"])
-            shape, dtype = tuple(value["shape"]), dtype_text(torch_dtype)
-            before = torch.Size(shape).numel() * torch_dtype.itemsize
-            after = value["payload"].nbytes
-        return Site(
-            collective=key,
-            direction=AT_REST,
-            kind="optimizer_state",
-            module=name or f"parameter {index}",
-            source="",
-            shape=shape,
-            dtype=dtype,
-            group="",
-            world_size=1,
-            format=value["format"] if is_packed(value) else None,
-            reason=reason,
-            eligible=is_packed(value) or "min_bytes" in reason,
-            bytes_before=before,
-            bytes_after=after,
-        )
+    def _owners(self, only: Optimizer | None = None) -> Iterator[tuple[int, Owner, Tensor]]:
+        """The parameters in the order of state_dict, with the number of their optimizer."""
+        index = 0
+        for part, optimizer in enumerate(self._optimizers):
+            for group in optimizer.param_groups:
+                names = group.get("param_names") or [""] * len(group["params"])
+                for name, parameter in zip(names, group["params"], strict=True):
+                    if only is None or optimizer is only:
+                        yield part, Owner(name, index), parameter
+                    index += 1
 
-
-def _plain(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state_dict of decoded tensors; the optimizer's own states stay as they are."""
-    return unpack_state_dict(state_dict, [parameter for _, parameter in _parameters(optimizer)])
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """Names, where the optimizer knows them, and parameters in the order of state_dict."""
-    for group in optimizer.param_groups:
-        names = group.get("param_names") or [""] * len(group["params"])
-        yield from zip(names, group["params"], strict=True)
+    def _site(self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor) -> Site:
+        reason = ""
+        if not is_packed(value):
+            reason = self._format_of(part, owner, key, value, parameter)[1]
+        return site_of(owner, key, value, reason or "decoded after an error")

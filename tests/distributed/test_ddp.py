@@ -11,6 +11,7 @@ import copy
 import gc
 import os
 import re
+import sys
 import threading
 import time
 import weakref
@@ -360,6 +361,142 @@ def check_compiled(rank: Rank) -> None:
 
 def test_compiled_coding_is_the_same(ranks: RunRanks) -> None:
     ranks(2, check_compiled, timeout=300)
+
+
+class ComplexNet(nn.Module):
+    """A complex parameter that does not lie in the order of its indices, a double one, a real."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(48, 24, dtype=torch.complex64).t())
+        self.phase = nn.Parameter(torch.randn(48, dtype=torch.complex128))
+        self.scale = nn.Parameter(torch.randn(48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = (x.to(torch.complex64) @ self.mixing) * self.phase.to(torch.complex64)
+        return mixed.abs() * self.scale
+
+
+def complex_gradients(rank: Rank, step: int, module: ComplexNet) -> dict[str, Tensor]:
+    """Of this rank alone, flat real numbers in the order of the memory."""
+    local = copy.deepcopy(module)
+    local.zero_grad()
+    backward(local, batch(rank, step, 24))
+    found = {}
+    for name, parameter in local.named_parameters():
+        assert parameter.grad is not None
+        dense = parameter.grad.t() if name == "mixing" else parameter.grad
+        flat = torch.view_as_real(dense.contiguous()) if dense.is_complex() else dense
+        found[name] = flat.reshape(-1).clone()
+    return found
+
+
+def check_complex(rank: Rank, fmt: Any, error_feedback: bool) -> None:
+    module = ComplexNet()
+    ddp = DDP(module, bucket_cap_mb=0.001)
+    handle = quantize_ddp(ddp, policy(fmt), error_feedback=error_feedback)
+    residuals: dict[str, Tensor] = {}
+    for step in range(3):
+        mine = complex_gradients(rank, step, module)
+        ddp.zero_grad()
+        backward(ddp, batch(rank, step, 24))
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None
+            grad = parameter.grad.t() if name == "mixing" else parameter.grad
+            got = torch.view_as_real(grad) if grad.is_complex() else grad
+            rank.assert_same(got.contiguous(), (name, step))
+            sent = mine[name]
+            if fmt is None or sent.dtype == torch.float64:
+                dist.all_reduce(sent.mul_(1 / rank.world))
+            else:
+                if error_feedback:
+                    sent = sent + residuals.get(name, torch.zeros_like(sent))
+                    residuals[name] = sent - round_trip(sent, rf.QuantFormat.parse(fmt), rank.world)
+                sent = rf.all_reduce(sent, fmt, op="avg")
+            assert torch.equal(got.reshape(-1), sent), (name, step)
+    sizes = {s.module: s.shape for s in handle.report().sites}
+    assert sizes == {"mixing": (2 * 48 * 24,), "phase": (96,), "scale": (48,)}
+    if error_feedback:
+        state = handle.state_dict()
+        assert state["mixing"].dtype == torch.complex64
+        assert state["mixing"].shape == module.mixing.shape
+        mean = residuals["mixing"] / rank.world
+        dist.all_reduce(mean)
+        flat = torch.view_as_real(state["mixing"].t().contiguous()).reshape(-1)
+        assert torch.equal(flat, mean)
+        handle.load_state_dict(state)
+        assert torch.equal(handle.state_dict()["mixing"], state["mixing"])
+        real = error_of(lambda: handle.load_state_dict({"mixing": state["mixing"].real}))
+        assert isinstance(real, StateError)
+
+
+@pytest.mark.parametrize(("fmt", "feedback"), [("4b", False), ("4b", True), (None, False)])
+def test_complex_parameters_are_averaged_as_a_whole(
+    ranks: RunRanks, fmt: Any, feedback: bool
+) -> None:
+    ranks(2, check_complex, fmt, feedback)
+
+
+def opened() -> tuple[int, int, int]:
+    """File descriptors, threads of the system and process groups of this process."""
+    gc.collect()
+    groups = len(dist.distributed_c10d._world.pg_map)
+    fds, tasks = (len(list(Path("/proc/self", what).iterdir())) for what in ("fd", "task"))
+    return fds, tasks, groups
+
+
+def check_given_back(rank: Rank, how: str) -> None:
+    def cycle() -> None:
+        module = nn.Linear(48, 48)
+        ddp = DDP(module)
+        handle = quantize_ddp(ddp, policy())
+        backward(ddp, batch(rank, 0))
+        if how == "remove":
+            handle.remove()
+            handle.remove()
+            backward(ddp, batch(rank, 1))
+            assert module.weight.grad is not None
+            rank.assert_same(module.weight.grad)
+        elif rank.index:  # ranks need not collect it at one time
+            del ddp, module
+            gc.collect()
+
+    def opened_once(is_enough: Callable[[tuple[int, int, int]], bool]) -> tuple[int, int, int]:
+        deadline = time.monotonic() + 60
+        while not is_enough(opened()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return opened()
+
+    cycle()
+    before = opened_once(lambda now: now[2] == 1)
+    for _ in range(4):
+        cycle()
+    dist.barrier()
+    after = opened_once(lambda now: all(x <= y for x, y in zip(now, before, strict=True)))
+    assert all(x <= y for x, y in zip(after, before, strict=True)), (before, after)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts files and threads in /proc")
+@pytest.mark.parametrize("how", ["remove", "collect"])
+def test_group_and_thread_are_given_back(ranks: RunRanks, how: str) -> None:
+    ranks(2, check_given_back, how)
+
+
+def check_other_groups(rank: Rank) -> None:
+    pair = dist.new_group([0, 1])
+    for one in range(2):  # rank 0 knows a group more than rank 1
+        dist.new_group([0, 2] if one else [0, 1, 2])
+    if rank.index < 2:
+        module = nn.Linear(48, 48)
+        ddp = DDP(module, process_group=pair)
+        quantize_ddp(ddp, policy())
+        backward(ddp, batch(rank, 0))
+        assert module.weight.grad is not None
+        rank.assert_same(module.weight.grad, group=pair)
+
+
+def test_ranks_may_know_different_groups(ranks: RunRanks) -> None:
+    ranks(3, check_other_groups, timeout=60)
 
 
 def check_subgroup(rank: Rank) -> None:
@@ -894,11 +1031,11 @@ def test_ranks_that_disagree_are_told_before_training(ranks: RunRanks) -> None:
     for errors in ranks(2, disagree):
         assert all(isinstance(error, RankMismatchError) for error in errors)
         bits, sites, feedback, sources, late = errors
-        assert re.search(r"0: DDP gradients all=4b.*1: DDP gradients all=8b", str(bits))
+        assert re.search(r"0: DDP gradients .* gradients=4b.*1: DDP gradients all=8b", str(bits))
         assert re.search(r"min_bytes=0 error.*sites\['\*\.bias'\]=exact error", str(sites))
         assert re.search(r"error_feedback=False .* error_feedback=True ", str(feedback))
         assert re.search(r"sources 0{16}\]; .* sources 0{15}1\]", str(sources))
-        assert re.search(r"all=4b.* all=5b", str(late))
+        assert re.search(r" gradients=4b.* all=5b", str(late))
 
 
 # ---- ranks that die or stall ---------------------------------------------------------------------

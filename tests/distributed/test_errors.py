@@ -66,15 +66,15 @@ def test_formats_that_differ_are_refused_on_every_rank(ranks: RunRanks, world: i
     for name, error in zip(CALLS, first, strict=True):
         assert isinstance(error, RankMismatchError)
         assert re.fullmatch(
-            rf"the ranks of process group '0' disagree on the wire: {others}: {name} 4b:g128:rise "
-            rf"\[rfcompile \S+, sources (\w+)\]; rank {world - 1}: {name} 8b:g64:tread "
+            rf"the ranks of process group '0' disagree on the wire: {others}: {name} 4b:g128 "
+            rf"\[rfcompile \S+, sources (\w+)\]; rank {world - 1}: {name} 8b:g64 "
             r"\[rfcompile \S+, sources \1\]\. Every rank must use the same formats, options and "
             r"rfcompile version\.",
             str(error),
         )
         assert error.group == "0"
         assert sorted(error.plans) == list(range(world))
-        assert error.plans[0].startswith(f"{name} 4b:g128:rise ")
+        assert error.plans[0].startswith(f"{name} 4b:g128 ")
     assert [[str(error) for error in errors] for errors in rest] == [list(map(str, first))] * (
         world - 1
     )
@@ -118,7 +118,7 @@ def disagree_in_the_backend(rank: Rank) -> list[RFCompileError]:
 @pytest.mark.slow
 def test_backend_options_that_differ_are_refused_on_every_rank(ranks: RunRanks) -> None:
     sides = [
-        ("all=4b:g128:rise min_bytes=0 ", "all=8b:g128:tread min_bytes=0 "),
+        (" optimizer_state=4b:g128:tread min_bytes=0 ", "all=8b:g128:tread min_bytes=0 "),
         (" min_bytes=0 ", " min_bytes=1 "),
         (" min_bytes=16384 merge", " sites['a.*']=exact "),
         (" merge=False ", " merge=True "),

@@ -31,9 +31,7 @@ OPTIONS = {"bits": 8, "min_bytes": 0, "strict": True}
 
 
 def torch_exchange(x: Tensor, output_splits: list[int], input_splits: list[int]) -> Tensor:
-    y: Tensor = funcol.all_to_all_single_autograd(
-        x, output_splits, input_splits, dist.group.WORLD
-    )
+    y: Tensor = funcol.all_to_all_single_autograd(x, output_splits, input_splits, dist.group.WORLD)
     return y
 
 

@@ -244,7 +244,7 @@ def check_ways(rank: Rank) -> None:
     sites = {"*.bias": None, "layers.1": "3b:g16", "layers.0.up.weight": "2b:h16", "norm": None}
     model, handle = check_training(rank, "sites", policy("6b", "5b:tensor", sites=sites))
     formats = {(s.module, s.format) for s in handle.report().sites if "unit layers.0" in s.source}
-    assert ("layers.0.up.weight", "2b:g128:rise:h16") in formats
+    assert ("layers.0.up.weight", "2b:g128:tread:h16") in formats
     assert ("layers.0.up.bias ... layers.0.norm.bias", None) in formats
     reasons = {s.reason for s in handle.report().skipped}
     assert reasons == {"sites['*.bias'] says exact"}
@@ -560,7 +560,7 @@ def check_bytes(rank: Rank) -> None:
         gather, reduction = (s for s in small.report().sites if s.source == "unit (root)")
         assert gather.format == expected
         assert gather.eligible
-        assert reduction.format == "4b:g128:rise"
+        assert reduction.format == "4b:g128:tread"
     assert gather.reason == f"{input_bytes} bytes < min_bytes={min_bytes}"
 
 

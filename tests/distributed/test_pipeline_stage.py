@@ -260,9 +260,7 @@ def check_schedule(
                 assert len(losses) == CHUNKS
                 for loss, other in zip(losses, expected, strict=True):
                     assert torch.equal(loss.detach(), other), (what, step)
-            for (n, p), q in zip(
-                parts[i].named_parameters(), local[i].parameters(), strict=True
-            ):
+            for (n, p), q in zip(parts[i].named_parameters(), local[i].parameters(), strict=True):
                 assert (p.grad is None) == (q.grad is None), (what, step, i, n)
                 assert p.grad is None or torch.equal(p.grad, q.grad), (what, step, i, n)
         report = merge_reports(stage.report() for stage in stages)
@@ -335,7 +333,7 @@ def check_kinds(rank: Rank) -> None:
     expected = {
         ("forward", "stages.0"): "2b:g128:rise", ("forward", "stages.1"): exact,
         ("forward", "stages.2"): "2b:g128:rise", ("backward", "stages.1"): exact,
-        ("backward", "stages.2"): "2b:g128:rise", ("backward", "stages.3"): "8b:g128:tread",
+        ("backward", "stages.2"): "2b:g128:tread", ("backward", "stages.3"): "8b:g128:tread",
     }  # fmt: skip
     assert found == {k: v for k, v in expected.items() if int(k[1][-1]) % 2 == rank.index}
 
@@ -637,9 +635,7 @@ def failing(rank: Rank, folder: Path, end: str, name: str) -> None:
     (folder / f"seen{rank.index}").write_text(f"{seconds}\n{error}")
 
 
-def test_a_rank_that_stalls_is_an_error_within_the_timeout(
-    ranks: RunRanks, tmp_path: Path
-) -> None:
+def test_a_rank_that_stalls_is_an_error_within_the_timeout(ranks: RunRanks, tmp_path: Path) -> None:
     ranks(2, failing, tmp_path, "stalls", "gpipe", timeout=90)
     assert 2 < float((tmp_path / "seen0").read_text().split("\n")[0]) < 20
 

@@ -58,6 +58,4 @@ def test_a_step_is_one_table(ranks: RunRanks) -> None:
         "sites['haed'] applies to nothing here: no name matches that none before it takes"
     ]
     assert "(kept)" in first.text()
-    assert [line.bytes_after for line in second.kinds] == [
-        line.bytes_after for line in first.kinds
-    ]
+    assert [line.bytes_after for line in second.kinds] == [line.bytes_after for line in first.kinds]

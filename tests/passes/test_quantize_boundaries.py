@@ -215,7 +215,7 @@ def test_a_second_run_changes_nothing() -> None:
 def test_another_policy_replaces_the_wires() -> None:
     gm, _ = rewritten(export(Net()))
     gm, _ = rewritten(gm, rf.Policy.of(bits=2, min_bytes=0, sites={"layers.0": None}))
-    assert wires(gm) == [("2b:g128:rise", "2b:g128:rise")]
+    assert wires(gm) == [("2b:g128:rise", "2b:g128:tread")]
     gm, _ = rewritten(gm, rf.Policy())
     assert wires(gm) == []
 

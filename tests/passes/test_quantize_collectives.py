@@ -252,7 +252,7 @@ def test_bytes_and_shapes_are_those_of_the_graph(
     expected = output.meta["val"]
     before = wire_bytes(graph_text(gm))
     text, (site,) = quantized(gm, bits=None, activations=spec)
-    assert site.format == rf.QuantFormat.parse(spec).spec
+    assert site.format == rf.QuantFormat.parse(spec).for_kind("activations").spec
     assert (site.bytes_before, site.bytes_after) == (before, wire_bytes(text))
     (output,) = gm.graph.output_node().all_input_nodes
     value = output.meta["val"]

@@ -122,7 +122,7 @@ def test_a_group_that_is_added_later_is_stepped() -> None:
     optimizer.step()
     assert (late < 1).all()
     assert optimizer.param_groups[-1]["params"] == [late]
-    assert optimizer.state_dict()["optimizers"][-1]["param_groups"][-1]["lr"] == 0.5
+    assert optimizer.state_dict()["param_groups"][-1]["lr"] == 0.5
 
 
 def test_a_closure_gives_the_loss() -> None:
