@@ -70,17 +70,16 @@ def test_states_at_rest(name: str, bits: int) -> None:
     handle.remove()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rounding": "stochastic"},
-        {"rotate": 16},
-        {"group_size": None},
-        {"grid": "mid-rise"},
-        {"nonfinite": "saturate"},
-    ],
-    ids=str,
+FIELDS: tuple[dict[str, Any], ...] = (
+    {"rounding": "stochastic"},
+    {"rotate": 16},
+    {"group_size": None},
+    {"grid": "mid-rise"},
+    {"nonfinite": "saturate"},
 )
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
 def test_states_at_rest_in_any_format(fields: dict[str, Any]) -> None:
     """Also where the format asks for what would make numbers of zeros."""
     p = nn.Parameter(torch.ones(SHAPE))
