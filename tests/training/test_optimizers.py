@@ -204,7 +204,7 @@ def test_checkpoints_of_torch_take_it() -> None:
 
     model, both = trained()
     state_dict = copy.deepcopy(get_optimizer_state_dict(model, both))
-    assert sorted(state_dict["state"]) == ["bias", "weight"]
+    assert sorted(map(str, state_dict["state"])) == ["bias", "weight"]
     new, other = pair()
     set_optimizer_state_dict(new, other, state_dict)
     assert torch.equal(other.state[new.bias]["exp_avg"], both.state[model.bias]["exp_avg"])

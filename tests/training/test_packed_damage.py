@@ -90,7 +90,21 @@ def refused(damaged: dict[str, Any]) -> None:
 def test_random_damage_never_raises_another_error() -> None:
     source = trained().state_dict()
     rng = random.Random(0)
-    values = [None, -1, 2**80, 1.5, float("nan"), "x", "8b", [], {}, [[1]], torch.ones(3), b"1", ()]
+    values: list[Any] = [
+        None,
+        -1,
+        2**80,
+        1.5,
+        float("nan"),
+        "x",
+        "8b",
+        [],
+        {},
+        [[1]],
+        torch.ones(3),
+        b"1",
+        (),
+    ]
     for _ in range(400):
         damaged = copy.deepcopy(source)
         entry = damaged["state"][0]["exp_avg"]
