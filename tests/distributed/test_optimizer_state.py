@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -278,7 +279,7 @@ def check_checkpoint(rank: Rank, folder: str, full: bool) -> None:
         for p in new.param_groups[0]["params"]:
             p.grad = torch.zeros_like(p)
         new.step()
-        loaded = weights, states
+        loaded = copy.deepcopy((weights, states))  # torch would share the counts of steps
     else:
         dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder)
         loaded = get_state_dict(new_model, new)
