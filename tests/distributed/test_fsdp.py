@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
 
 
+REDUCES_AS_PARAMETERS = hasattr(MixedPrecisionPolicy, "_resolve_for_param")
+"""torch 2.15: without reduce_dtype, gradients reduce in the dtype of the sharded parameters."""
+
+
 class Block(nn.Module):
     """Sizes that no number of ranks divides."""
 
@@ -269,15 +273,18 @@ def check_precision(rank: Rank) -> None:
         mixed = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce)
         model = shard(copy.deepcopy(plain), mp_policy=mixed)
         chosen = policy("8b", "8b")
-        if param == torch.float16:  # FSDP divides before and after the sum
+        wide = reduce or (torch.float32 if REDUCES_AS_PARAMETERS else param)
+        if param == torch.float16:
             handle = quantize_fsdp(model, chosen)
             with recorded(QuantizedReduceScatter, "_reduced") as calls:
                 backward(model, batch(rank, 0))
-            assert {args[3] for args, _ in calls} == {"sum"}
+            # In float16, FSDP divides before and after the sum.
+            assert {args[3] for args, _ in calls} == {"sum" if wide == param else "avg"}
+            assert {args[1].dtype for args, _ in calls} == {wide}
             for args, result in calls:
-                assert torch.equal(result, rf.reduce_scatter(args[1], args[2]))
+                assert torch.equal(result, rf.reduce_scatter(args[1], args[2], op=args[3]))
         else:
-            dtypes = {"param_dtype": param, "reduce_dtype": reduce}
+            dtypes = {"param_dtype": param, "reduce_dtype": wide}
             _, handle = check_training(rank, (param, reduce), chosen, model, plain, **dtypes)
         sites = handle.report().sites
         assert {s.dtype for s in sites if s.collective == "all_gather"} != {"f32"}
@@ -821,6 +828,42 @@ def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
     quantize_fsdp(model, 4)  # nothing was registered
     backward(model, batch(rank, 0))
     return modules, mismatches
+
+
+class SomeGradientsInFloat32(nn.Module):
+    """torch 2.15 packs the gradients of a and b side by side, older ones in order of names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.b = (
+            nn.Parameter(torch.randn(*shape, dtype=torch.bfloat16))
+            for shape in ((64,), (64, 64), (64,))
+        )
+        self.a.grad_dtype = self.b.grad_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x * self.a) @ self.w).float() * self.b
+
+
+def gradients_of_some_dtypes(rank: Rank) -> None:
+    """What the policy keeps exact is exact, bit for bit, and nothing else."""
+    found = []
+    for chosen in (None, policy(None, "3b:g32", sites={"b": None})):
+        torch.manual_seed(0)
+        model = fully_shard(SomeGradientsInFloat32())
+        if chosen is not None:
+            quantize_fsdp(model, chosen)
+        torch.manual_seed(7 + rank.index)
+        model(torch.randn(32, 64).bfloat16()).square().mean().backward()
+        found.append({n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+    exact, quantized = found
+    same = {name: torch.equal(exact[name], quantized[name]) for name in exact}
+    assert same == {"a": False, "w": False, "b": True}
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_some_dtypes_keep_their_formats(ranks: RunRanks) -> None:
+    ranks(2, gradients_of_some_dtypes)
 
 
 def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:

@@ -161,6 +161,31 @@ def one_after_another(rank: Rank) -> None:
     assert torch._C._distributed_c10d._get_work_registry_size() == 0
 
 
+def in_a_group(rank: Rank, is_batch: bool) -> None:
+    """Ranks are those of the default group, also where the group numbers its ranks otherwise."""
+    group = dist.new_group([0, 2, 3])
+    if rank.index in (0, 1):
+        return
+    other = 5 - rank.index
+
+    def f(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        if is_batch:
+            batch = [
+                dist.P2POp(dist.isend, x, other, group),
+                dist.P2POp(dist.irecv, y, other, group),
+            ]
+            requests: list[Any] = dist.batch_isend_irecv(batch)
+        else:
+            requests = [dist.isend(x, other, group), dist.irecv(y, other, group)]
+        for request in requests:
+            request.wait()
+        return y * 2
+
+    y = compiled(f, bits=4)(values(rank.index, 5, 129))
+    assert torch.equal(y, round_trip(values(other, 5, 129), "4b:g128:rise") * 2)
+
+
 def reasons(rank: Rank) -> list[str]:
     def f(small: Tensor, numbers: Tensor, large: Tensor) -> tuple[Tensor, ...]:
         return shift(small, 1), shift(numbers, 1), shift(large, 1)
@@ -242,6 +267,11 @@ def test_one_way(ranks: RunRanks, dtype: torch.dtype, into_an_input: bool) -> No
 
 def test_transfers_keep_their_order_and_their_memory(ranks: RunRanks) -> None:
     ranks(2, one_after_another)
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_in_a_group_of_some_ranks(ranks: RunRanks, is_batch: bool) -> None:
+    ranks(4, in_a_group, is_batch)
 
 
 def test_what_stays_exact_says_why_on_both_ends(ranks: RunRanks) -> None:
