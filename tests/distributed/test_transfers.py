@@ -296,5 +296,49 @@ def test_one_that_nobody_waits_for_is_an_error(name: str) -> None:
             QuantizeTransfers(rf.Policy.of(bits=4, min_bytes=0))(gm)
 
 
+def transfer(x: Tensor, name: str) -> Tensor:
+    start: Callable[..., Tensor] = getattr(torch.ops._c10d_functional, name)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(start(x, 0, 0, "0"))
+    return done
+
+
+def sites_of(f: Callable[[Tensor], Tensor], x: Tensor, policy: rf.Policy) -> list[tuple[str, bool]]:
+    with simulated(2):
+        gm = make_fx(f, tracing_mode="fake")(x)
+        facts = QuantizeTransfers(policy)(gm).facts
+    assert all(isinstance(fact, rf.Site) for fact in facts)
+    return [(fact.reason, fact.eligible) for fact in facts]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["isend", "irecv"])
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((8, 1), "a statistic: one value a row"), ((1,), "a statistic: a single element")],
+)
+def test_both_ends_see_a_statistic_by_its_shape(
+    name: str, shape: tuple[int, ...], reason: str
+) -> None:
+    policy = rf.Policy.of(bits=4, min_bytes=0)
+    assert sites_of(lambda x: transfer(x, name), torch.zeros(shape), policy) == [(reason, False)]
+    named = rf.Policy.of(bits=4, sites={"*": 4})
+    assert sites_of(lambda x: transfer(x, name), torch.zeros(shape), named) == [("", True)]
+
+
+def test_a_statistic_that_only_the_sender_sees_is_an_error_until_sites_name_it() -> None:
+    def f(x: Tensor) -> Tensor:
+        return transfer(x.logsumexp(-1), "isend")
+
+    x = torch.zeros(8, 16, 32)
+    with pytest.raises(CaptureError, match=r"a statistic: made by aten.logsumexp over features"):
+        sites_of(f, x, rf.Policy.of(bits=4, min_bytes=0))
+    for policy, reason in (
+        (rf.Policy.of(bits=4, sites={"*": 8}), ""),
+        (rf.Policy.of(bits=4, sites={"*": None}), "sites['*'] says exact"),
+        (rf.Policy.of(bits=4), "512 bytes < min_bytes=16384"),
+        (rf.Policy(), "the policy sends activations exact"),
+    ):
+        assert [found for found, _ in sites_of(f, x, policy)] == [reason]
+
+
 def test_another_policy_at_the_other_end_is_an_error(ranks: RunRanks) -> None:
     ranks(2, another_policy)
