@@ -3,7 +3,7 @@
 Dynamo has no hook for its recompile limit: past it, it runs a function as it is and calls no
 backend again. So the question that it asks itself is watched.
 
-Private torch symbols used here, tried on torch 2.13, 2.14 and 2.15 (run):
+Private torch symbols used here, tried on torch 2.13 (run):
 ``_dynamo.convert_frame.exceeds_recompile_limit`` (a function of the cache's size and the compile
 id, asked before each compile; answers whether, and the name of the limit),
 ``_dynamo.config.{recompile_limit, accumulated_recompile_limit, suppress_errors, disable}``,

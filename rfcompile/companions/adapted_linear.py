@@ -1,7 +1,8 @@
 """The module that a linear becomes when an adapter is added to its weight.
 
 Private torch symbols used here, tried on torch 2.13: ``_parameters``, ``_save_to_state_dict`` and
-``_load_from_state_dict`` of a module, which torch's own modules override.
+``_load_from_state_dict`` of a module, which torch's own modules override; ``_fqn_modifiers``, by
+which torch.distributed.checkpoint learns that a child's name is not in the state_dict.
 """
 
 from __future__ import annotations
@@ -13,15 +14,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile.companions.factor import AnyFactor
+from rfcompile.companions.factor import AnyFactor, Factor
 from rfcompile.companions.targets import is_conv1d
 from rfcompile.errors import PolicyError
 from rfcompile.factored_linear import FactoredLinear
 from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import uncompiled, without_wrappers
 
-BASE = "base_weight"
-"""The parameter that was ``weight``."""
+BASE = "base_layer"
+
+
+class Base(Factor):
+    """The weight of the linear that was there; in a state_dict it has the name that it had."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        own: dict[str, Any] = {}
+        super()._save_to_state_dict(own, "", keep_vars)
+        destination[f"{_outside(prefix)}weight"] = own["weight"]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
+        *rest: Any,
+    ) -> None:  # fmt: skip
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        missing_keys += [f"{_outside(prefix)}weight" for _ in missing]
+
+
+def _outside(prefix: str) -> str:
+    return prefix.removesuffix(f"{BASE}.")
 
 
 class AdaptedLinear(FactoredLinear):
@@ -33,18 +54,16 @@ class AdaptedLinear(FactoredLinear):
     ``_extra_state``, which has omega and gain.
 
     ``weight`` reads as the weight that the module computes with, so that code which takes it
-    (``nn.MultiheadAttention``, ``F.linear(x, self.proj.weight)``) sees the adapter. The parameter
-    itself, W, is registered as ``base_weight``, for FSDP and others look parameters up by
-    ``getattr(module, name)``: no name may stand for two tensors. In a state_dict W is ``weight``,
-    as before, so that those of the model without adapters fit; loading takes either name.
-
-    A plain adapter costs two thin products a call. With a sine or a magnitude the sum ``W + dW``
-    is formed at each call, a dense matrix, and training keeps its phase for the backward pass.
+    (``nn.MultiheadAttention``, ``F.linear(x, self.proj.weight)``) sees the adapter. W itself is the
+    parameter ``base_layer.weight``, for FSDP and others look parameters up by
+    ``getattr(module, name)``: no name may stand for two tensors. In a state_dict, and for
+    torch.distributed.checkpoint, W is ``weight`` as before, so that those of the model without
+    adapters fit; loading takes either name.
 
     The module is the linear that it was, of another class.
     """
 
-    base_weight: nn.Parameter
+    base_layer: Base
     lora_A: AnyFactor
     lora_B: AnyFactor
     lora_magnitude: nn.Parameter | None
@@ -65,7 +84,7 @@ class AdaptedLinear(FactoredLinear):
         dense_class, is_transposed = type(linear), is_conv1d(linear)
         module: Any = linear
         module.__class__ = AdaptedLinear
-        _rename(module._parameters, "weight", BASE)
+        module.base_layer = Base(module._parameters.pop("weight"))
         module.lora_A, module.lora_B = right, left
         parameter = None if magnitude is None else nn.Parameter(magnitude)
         module.register_parameter("lora_magnitude", parameter)
@@ -75,7 +94,8 @@ class AdaptedLinear(FactoredLinear):
 
     def base(self) -> Tensor:
         """The weight without the adapter, [out, in]."""
-        return self.base_weight.t() if self.is_transposed else self.base_weight
+        weight: Tensor = self.base_layer.weight
+        return weight.t() if self.is_transposed else weight
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""
@@ -112,43 +132,37 @@ class AdaptedLinear(FactoredLinear):
         """Become the dense linear again, of the weight that this one computes, in a new tensor."""
         weight = self.weight.contiguous()
         requires_grad = self.base().requires_grad
-        del self.lora_A, self.lora_B, self._parameters["lora_magnitude"]
+        del self.lora_A, self.lora_B, self.base_layer, self._parameters["lora_magnitude"]
         for name in ("omega", "gain", "is_transposed"):
             delattr(self, name)
         module: Any = self
         module.__class__ = self.__dict__.pop("dense_class")
-        _rename(module._parameters, BASE, "weight")
-        module.weight = nn.Parameter(weight, requires_grad)
+        own = dict(module._parameters)
+        module._parameters.clear()
+        module.weight = nn.Parameter(weight, requires_grad)  # the first one, as it was
+        module._parameters.update(own)
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        own: dict[str, Any] = {}
-        super()._save_to_state_dict(own, prefix, keep_vars)
-        _rename(own, prefix + BASE, f"{prefix}weight")
-        destination.update(own)
+    @staticmethod
+    def _fqn_modifiers() -> dict[str, str]:
+        return {"weight": BASE}
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str],
-        *rest: Any,
+        unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        name = f"{prefix}weight"
+        name, own = f"{prefix}weight", f"{prefix}{BASE}.weight"
         if name in state_dict:
-            state_dict = {k: v for k, v in state_dict.items() if k != prefix + BASE}
-            _rename(state_dict, name, prefix + BASE)
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        missing_keys += [name if key == prefix + BASE else key for key in missing]
+            if own in state_dict:
+                unexpected_keys.append(own)
+            state_dict[own] = state_dict.pop(name)  # the base layer loads it next
+        super()._load_from_state_dict(
+            state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         kind = "" if self.omega is None else f"omega={self.omega:.4g}, "
         outputs, inputs = self.base().shape
         return f"in={inputs}, out={outputs}, {kind}gain={self.gain:.4g}"
-
-
-def _rename(entries: dict[str, Any], old: str, new: str) -> None:
-    """In place, and in its place among the others."""
-    items = [(new if name == old else name, value) for name, value in entries.items()]
-    entries.clear()
-    entries.update(items)
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:

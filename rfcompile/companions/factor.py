@@ -22,7 +22,7 @@ class Factor(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
 
     def forward(self) -> Tensor:
         return self.weight

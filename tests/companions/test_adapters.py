@@ -80,8 +80,7 @@ def test_the_formula(kind: str) -> None:
     new = moved(rf.add_adapters(made(), 4, alpha=2.0, **KINDS[kind]))
     module = adapter(new)
     a, b = module.lora_A().double(), module.lora_B().double()
-    base = module._parameters["weight"]
-    assert base is not None
+    base = module.base_layer.weight
     if "sine" in kind:
         delta = 2.0 / 4 * torch.sin(30 * WIDTH**0.5 * b @ a) / WIDTH**0.5
     else:
@@ -95,6 +94,83 @@ def test_the_formula(kind: str) -> None:
     # float32 with sums of 16 terms of order 1, and phases of order 1
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(module.weight.double(), weight, rtol=1e-4, atol=1e-5)
+
+
+class Reader(nn.Module):
+    """Takes the weights of its linears and calls none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = F.linear(x, block.weight, block.bias)
+        return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_reads_the_weight_sees_the_adapter(kind: str) -> None:
+    new = moved(rf.add_adapters(Reader(), 4, modules="*", **KINDS[kind]))
+    x = torch.randn(3, WIDTH)
+    called = x
+    for block in new.get_submodule("blocks").children():
+        called = block(called)
+    torch.testing.assert_close(new(x), called, rtol=1e-5, atol=1e-5)
+    new(x).sum().backward()
+    for name, parameter in new.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_no_name_stands_for_two_tensors(kind: str, quantized: bool) -> None:
+    """FSDP and others look parameters up by name: a property must not give them another tensor."""
+    new = rf.add_adapters(made(), 4, **KINDS[kind])
+    if quantized:
+        new = rf.quantize_adapters(new, 4)
+    other = rf.transform(made(), low_rank=4, residual="free", example_inputs=(tokens(),))
+    for model in (new, other):
+        for path, module in model.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                assert getattr(module, name) is tensor, (path, name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_dict_has_the_names_of_the_linear(kind: str) -> None:
+    model = made()
+    new = moved(rf.add_adapters(model, 4, **KINDS[kind]))
+    state = new.state_dict()
+    kept = [name for name in state if "lora_" not in name and "extra_state" not in name]
+    assert set(kept) == set(model.state_dict())
+    again = rf.add_adapters(made(seed=1), 4, **KINDS[kind])
+    again.load_state_dict(state)
+    assert torch.equal(again(tokens()), new(tokens()))
+    assigned = rf.add_adapters(made(seed=1), 4, **KINDS[kind])
+    assigned.load_state_dict(state, assign=True)
+    assert torch.equal(assigned(tokens()), new(tokens()))
+    assert adapter(assigned).base_layer.weight.data_ptr() == state["blocks.0.up.weight"].data_ptr()
+    copied = pickle.loads(pickle.dumps(new))
+    assert torch.equal(copied(tokens()), new(tokens()))
+
+    left = again.load_state_dict(model.state_dict(), strict=False)  # of the model without adapters
+    assert not left.unexpected_keys
+    assert all("lora_" in name or "extra_state" in name for name in left.missing_keys)
+    by_parameter = {n: p.detach() for n, p in new.named_parameters()}
+    left = again.load_state_dict(by_parameter, strict=False)
+    assert not left.unexpected_keys
+    assert all("extra_state" in name for name in left.missing_keys)
+    del state["blocks.0.up.weight"]
+    assert again.load_state_dict(state, strict=False).missing_keys == ["blocks.0.up.weight"]
+    both = new.state_dict() | {"blocks.0.up.base_layer.weight": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"blocks\.0\.up\.base_layer\.weight"'):
+        again.load_state_dict(both)
+
+
+def test_merged_parameters_keep_their_order() -> None:
+    new = rf.add_adapters(made(), 4)
+    merge_adapters(new)
+    assert [n for n, _ in new.named_parameters()] == [n for n, _ in made().named_parameters()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -90,6 +97,56 @@ def check_sharded(rank: Rank) -> None:
     for options in ({"low_rank": 4}, {"adapters": 4}):
         with pytest.raises(PolicyError, match="DTensor: rewrite the model first"):
             rf.transform(parallel, **options)  # type: ignore[arg-type]
+
+
+def trained(model: nn.Module, steps: int = 3) -> nn.Module:
+    """Every rank with the same tokens, so that the mean gradient is each rank's own, exactly."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(tokens()).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def check_fsdp(rank: Rank, kind: str) -> None:
+    """A model whose adapters are not zero: sharded it is bit for bit the one that is not."""
+    how = {"plain": {}, "sine": {"sine": True}, "dora": {"dora": True}}[kind]
+    alone = moved(rf.add_adapters(made(), 4, **how))
+    sharded = copy.deepcopy(alone)
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for block in sharded.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for _ in range(2):
+        assert torch.equal(sharded(tokens()), alone(tokens()))
+    trained(sharded)
+    trained(alone)
+    for name, parameter in sharded.named_parameters():
+        assert isinstance(parameter, DTensor)
+        assert (parameter.grad is not None) == ("lora_" in name), name  # no base is reduced
+        assert torch.equal(parameter.full_tensor(), alone.get_parameter(name)), name
+    expected = alone(tokens())
+    assert torch.equal(sharded(tokens()), expected)
+    sharded.float()
+    assert torch.equal(sharded(tokens()), expected)
+    sharded.load_state_dict(sharded.state_dict())
+    assert torch.equal(sharded(tokens()), expected)
+
+    full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    assert full.keys() == alone.state_dict().keys()
+    resumed = rf.add_adapters(made(seed=3), 4, **how)
+    resumed.load_state_dict(full)
+    assert torch.equal(resumed(tokens()), expected)
+    again = rf.add_adapters(made(seed=4), 4, **how)
+    fully_shard(again, mesh=mesh)
+    set_model_state_dict(again, full, options=StateDictOptions(full_state_dict=True))
+    assert torch.equal(again(tokens()), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sine", "dora"])
+def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, kind: str) -> None:
+    ranks(WORLD, check_fsdp, kind)
 
 
 def test_adapters_on_two_ranks(ranks: RunRanks) -> None:
