@@ -86,7 +86,8 @@ def test_a_later_call_that_differs_is_an_error_within_the_timeout(
 
 
 def count_agreements(rank: Rank) -> list[int]:
-    counts, gather = [], dist.all_gather_object
+    counts: list[int] = []
+    gather = dist.all_gather_object
 
     def counted(*args: Any, **kwargs: Any) -> None:
         counts[-1] += 1
