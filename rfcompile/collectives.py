@@ -189,7 +189,8 @@ def _prepare(
     ops.check_codec_input(x, f"the input of {name}")
     spec = _spec_of(fmt)
     process_group = resolve(group)
-    plan = f"{name} {spec} {how} {str(x.dtype).removeprefix('torch.')}"
+    dtype = str(x.dtype).removeprefix("torch.")
+    plan = " ".join(word for word in (name, spec, how, dtype) if word)
     if not torch.compiler.is_compiling():
         plan += str(list(x.shape[first_dim:]))
     agree(process_group.group_name, plan)

@@ -59,7 +59,7 @@ class Policy:
             fmt = as_format(getattr(self, kind))
             object.__setattr__(self, kind, fmt and fmt.for_kind(kind))
         size = self.min_bytes
-        if size is not None and (type(size) is not int or size < 0):
+        if size is not None and (type(size) is not int or not 0 <= size < 2**63):
             raise PolicyError("min_bytes", size, "use a number of bytes, 0 or more.")
         is_mapping = isinstance(self.sites, Mapping)
         if not (is_mapping and all(isinstance(pattern, str) for pattern in self.sites)):

@@ -40,6 +40,7 @@ from rfcompile.fake_wire import FakeWire
 from rfcompile.graph import graph_text
 from rfcompile.process_groups import simulated
 
+EVERY_SIZE = rf.Policy.of(bits=4, min_bytes=0)
 POLICY = rf.Policy(activations=4, gradients="6b:g32", min_bytes=0)
 FMT = rf.QuantFormat(3, 32, rotate=16)
 X = torch.randn(4, 8, 32)
@@ -795,12 +796,12 @@ def test_a_graph_with_collectives_gets_them_quantized() -> None:
     with simulated(4):
         exported = torch.export.export(Reduced(), (X,), strict=False).module()
         assert isinstance(exported, fx.GraphModule)
-        text = graph_text(rf.transform(exported, bits=4))  # type: ignore[arg-type]
+        text = graph_text(rf.transform(exported, policy=EVERY_SIZE))  # type: ignore[arg-type]
         assert "_c10d_functional.all_reduce" in graph_text(exported)
         for node in exported.graph.nodes:
             node.meta.pop("val", None)
         with pytest.raises(CaptureError, match="the graph has no shapes"):
-            rf.transform(exported, bits=4)
+            rf.transform(exported, policy=EVERY_SIZE)
     assert "_c10d_functional.all_reduce" not in text
     assert "rfcompile.requantize" in text
     assert "fake_wire" not in text
@@ -816,7 +817,7 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
         model = tensor_parallel()
         rf.reports(clear=True)
         with pytest.warns(RFCompileWarning, match=r"boundaries=\['0'\] has no effect"):
-            wired = rf.transform(model, bits=4, boundaries=["0"])
+            wired = rf.transform(model, policy=EVERY_SIZE, boundaries=["0"])
         wired(x).sum().backward()
         (report,) = rf.reports(clear=True)  # one graph, though Sequential is torch's own
         assert report.num_quantized == report.num_sites == 3
@@ -825,7 +826,7 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
 
         torch._dynamo.reset()
         compiled = torch.compile(model)
-        wired = rf.transform(compiled, bits=4)
+        wired = rf.transform(compiled, policy=EVERY_SIZE)
         assert list(wired.state_dict()) == list(compiled.state_dict())
         wired(x).sum().backward()
         (report,) = rf.reports(clear=True)

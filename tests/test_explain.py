@@ -360,7 +360,7 @@ def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
         body = parallelize_module(nn.Sequential(Parallel(), Parallel()), mesh, plan)
         model = torch.compile(Returns(body))  # unwrapped: another backend is no obstacle
         random_state = torch.get_rng_state()
-        report = rf.explain(model, X, bits=4)
+        report = rf.explain(model, X, policy={"bits": 4, "min_bytes": 0})
         change = rf.diff(report)
 
     assert change.removed["_c10d_functional.all_reduce.default"] == 3
