@@ -1,17 +1,19 @@
 # Two commands set everything up on a fresh machine with Python 3.11 or later:
 #   make demo   trains a small language model, tensor parallel, with 32 to 2 bit collectives
 #   make test   lint, types, tests (and make test-benchmarks: the benchmarks' scripts, tiny)
+#   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH := torch==2.13.0
+TORCH ?= 2.13.0
+TORCH_VENV = .venv-torch-$(TORCH)
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-benchmarks lint clean
+.PHONY: demo test test-benchmarks test-torch lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -22,12 +24,26 @@ test: lint
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
 
+# Several GB for a torch that comes with CUDA. The other packages are those of constraints.txt.
+test-torch: $(TORCH_VENV)/dev.stamp
+	$(TORCH_VENV)/bin/python -m mypy --python-executable $(TORCH_VENV)/bin/python \
+		--cache-dir $(TORCH_VENV)/mypy
+	$(TORCH_VENV)/bin/python -m pytest -n 2 --dist worksteal -m 'not benchmark'
+
+$(TORCH_VENV)/dev.stamp: $(PINS)
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check --quiet torch==$(TORCH)
+	grep -v '^torch==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c $(TORCH_VENV)/constraints.txt -e '.[dev]'
+	touch $@
+
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-torch-* .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
 
 # torch comes first and by exact version, so that no later install resolves it anew.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)
@@ -44,5 +60,5 @@ $(VENV)/torch.stamp: constraints.txt
 			"$$($(PYTHON) --version 2>&1). Name another: make $(MAKECMDGOALS) PYTHON=..." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt $(TORCH)
+	$(PIP) -c constraints.txt torch==2.13.0
 	touch $@

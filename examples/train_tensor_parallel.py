@@ -138,8 +138,7 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
         losses.append(loss.item())
         times.append(time.perf_counter())
         progress.show(len(losses), losses[-1])
-    reports = rf.reports(clear=True)  # each of a block's forward and backward graph
-    report, blocks = merge_reports(reports), settings.model.layers // len(reports)
+    report = merge_reports(rf.reports(clear=True))  # a graph that blocks share counts for each
     # Not under no_grad: with it the forward would be compiled once more, as an inference graph.
     validation = torch.stack(
         [loss_of("validation").detach() for _ in range(settings.validation_batches)]
@@ -149,10 +148,10 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
         bits=bits,
         train_loss=sum(losses[-10:]) / len(losses[-10:]),
         validation_loss=validation.mean().item(),
-        wire_bytes=report.bytes_after * blocks,
-        exact_bytes=report.bytes_before * blocks,
-        num_quantized=report.num_quantized * blocks,
-        num_sites=report.num_sites * blocks,
+        wire_bytes=report.bytes_after,
+        exact_bytes=report.bytes_before,
+        num_quantized=sum(site.runs for site in report.sites if site.format is not None),
+        num_sites=sum(site.runs for site in report.sites if not site.merged),
         step_ms=1e3 * sorted(b - a for a, b in pairwise(times))[settings.steps // 2],
         seconds=time.perf_counter() - started,
         losses=losses,

@@ -210,9 +210,22 @@ def _out_of_reach(transfer: _Transfer, fmt: QuantFormat) -> str:
 
 
 def _waits(handle: fx.Node) -> list[fx.Node]:
-    """Those for a transfer, in order: what a wait returns may be waited for again."""
+    """Those for a transfer: what a wait returns may be waited for again."""
     waits = [user for user in handle.users if user.target is WAIT]
     return waits + [later for wait in waits for later in _waits(wait)]
+
+
+def _earliest_need(transfer: _Transfer, waits: list[fx.Node]) -> fx.Node:
+    """Where a transfer must be over.
+
+    torch itself may wait for a receive as soon as it has begun (not so for a batch in 2.15); then
+    the user waits for that wait, and reads the buffer only later.
+    """
+    if transfer.is_send:
+        return min(waits)  # the earliest in the graph
+    node, values = transfer.node, [transfer.tensor, *waits]
+    reads = [u for v in values for u in v.users if u not in (node, *waits) and u > node]
+    return min([*([w for w in waits if w.args[0] in waits] or waits), *reads])
 
 
 # ---- how ---------------------------------------------------------------------------------------
@@ -280,9 +293,7 @@ def _finish(
             "that this function sends and receives stay exact (a policy whose sites name its "
             "module with None, on both ranks)."
         )
-    # torch 2.13 and 2.14 wait for a receive as soon as it has begun: the user waits for that wait.
-    by_user = [wait for wait in waits if wait.args[0] in waits]
-    first = (by_user or waits)[0]
+    first = _earliest_need(transfer, waits)
     finish = finish_send if transfer.is_send else finish_receive
     _insert(finish, (order, payload), node, before=first)
     if not transfer.is_send:

@@ -6,16 +6,19 @@ with fake kernels and gradients, and the public functions around them.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._ops import OpOverload
 
 from rfcompile import ops
 from rfcompile.derivatives import differentiable
-from rfcompile.errors import PolicyError, ShapeError
+from rfcompile.errors import PolicyError, ShapeError, TransportError
 from rfcompile.formats import QuantFormat, as_format
 from rfcompile.process_groups import agree, constant_while_compiling, resolve
 from rfcompile.wire import (
@@ -37,11 +40,31 @@ def define_operator(
     """An operator that runs ``wire`` eagerly, and that compilers may replace by it."""
     name = schema.split("(")[0]
     ops.LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    ops.LIBRARY.impl(name, wire, "CompositeExplicitAutograd")
+    ops.LIBRARY.impl(name, _with_errors(name, wire), "CompositeExplicitAutograd")
     ops.LIBRARY.impl(name, fake, "Meta")
     overload: OpOverload[..., Tensor] = getattr(torch.ops.rfcompile, name).default
     DECOMPOSITIONS[overload] = wire
     return overload
+
+
+def _with_errors(name: str, wire: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The wire for eager use: what its process group raises is a TransportError."""
+    parameters = tuple(inspect.signature(wire).parameters)
+    if "group" not in parameters:
+        return wire
+    place = parameters.index("group")
+
+    @functools.wraps(wire)
+    def run(*args: Any) -> Tensor:
+        try:
+            return wire(*args)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+                raise  # of this package, or of torch's tracing
+            reason = f"{type(error).__name__}: {error}"
+            raise TransportError(name, args[place], reason) from error
+
+    return run
 
 
 DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {}
@@ -143,7 +166,6 @@ def before_compiling() -> bool:
 Formatish = QuantFormat | str | int
 
 
-@constant_while_compiling
 def _spec_of(fmt: Formatish) -> str:
     format = as_format(fmt)
     if format is None:
@@ -152,23 +174,57 @@ def _spec_of(fmt: Formatish) -> str:
     return format.spec
 
 
-def _prepare(x: Tensor, fmt: Formatish, group: Any, name: str) -> tuple[str, Any, int, str]:
+def _prepare(
+    x: Tensor, fmt: Formatish, group: Any, name: str, how: str = "", *, first_dim: int = 0
+) -> tuple[str, Any, int, str]:
+    """Check the arguments, and that the other ranks have the same.
+
+    Args:
+        how: the other arguments that all ranks share.
+        first_dim: from this dimension on all ranks have the same shape. Compiled graphs compare no
+            shapes: which of them are dynamic may differ between ranks.
+    """
     if torch.compiler.is_compiling():
         before_compiling()
     ops.check_codec_input(x, f"the input of {name}")
     spec = _spec_of(fmt)
     process_group = resolve(group)
-    agree(process_group.group_name, f"{name} {spec}")
+    plan = f"{name} {spec} {how} {str(x.dtype).removeprefix('torch.')}"
+    if not torch.compiler.is_compiling():
+        plan += str(list(x.shape[first_dim:]))
+    agree(process_group.group_name, plan)
     return spec, process_group, process_group.size(), process_group.group_name
 
 
-def _check_op(op: object) -> None:
-    if op not in REDUCTIONS:
-        raise PolicyError("op", op, f"a quantized reduction is one of {', '.join(REDUCTIONS)}.")
+ReduceOp = str | Any
+"""A text, or a ``torch.distributed.ReduceOp``."""
+
+
+def _op_name(op: ReduceOp) -> str:
+    if isinstance(op, str):
+        if op in REDUCTIONS:
+            return op
+    elif dist.is_available():
+        if op == dist.ReduceOp.SUM:
+            return "sum"
+        if op == dist.ReduceOp.AVG:
+            return "avg"
+    rule = f"a quantized reduction is one of {', '.join(REDUCTIONS)}, or ReduceOp.SUM or AVG."
+    raise PolicyError("op", op, rule)
+
+
+def _check_segments(segments: object) -> None:
+    if segments is not None and (type(segments) is not int or segments < 1):
+        raise PolicyError("segments", segments, "use a number of 1 or more, or None.")
 
 
 def all_reduce(
-    x: Tensor, fmt: Formatish, group: Any = None, *, op: str = "sum", segments: int | None = None
+    x: Tensor,
+    fmt: Formatish,
+    group: Any = None,
+    *,
+    op: ReduceOp = "sum",
+    segments: int | None = None,
 ) -> Tensor:
     """Sum (or average) ``x`` over the ranks of ``group`` in format ``fmt``.
 
@@ -178,7 +234,7 @@ def all_reduce(
             travels on that of activations and its gradient on that of gradients, which keeps
             zeros: to average gradients with this function, name it (``"4b:tread"``).
         group: a ProcessGroup, a group's name, or None for the default group.
-        op: "sum" or "avg".
+        op: "sum" or "avg", or ``ReduceOp.SUM`` or ``AVG`` of torch.distributed.
         segments: pipelined segments, so that coding overlaps sending; None chooses by size.
 
     Returns:
@@ -188,24 +244,32 @@ def all_reduce(
     :meth:`~rfcompile.QuantFormat.max_error`, ``a_r`` and ``a`` the largest magnitudes of the group
     on rank r and in the (rounded) sum, at most ``e * (sum a_r + a)``.
 
+    Ranks compare format, dtype, shape and arguments when a rank meets them for the first time, and
+    never again: no message is added to later calls.
+
     Raises:
-        DtypeError, FormatError, ProcessGroupError, RankMismatchError, NonFiniteError.
+        DtypeError, FormatError, PolicyError, ProcessGroupError, NonFiniteError.
+        RankMismatchError: on every rank, if they call with something else, for the first time.
+        TransportError: a rank died or did not answer within the timeout of the group; or some call
+        with what they used before while others meet something new.
     """
-    _check_op(op)
-    spec, _, world, name = _prepare(x, fmt, group, "all_reduce")
+    op = _op_name(op)
+    _check_segments(segments)
+    how = f"{op} segments={segments}"
+    spec, _, world, name = _prepare(x, fmt, group, "all_reduce", how)
     if world == 1 or x.numel() == 0:
         return x.clone()
     return _all_reduce(x, spec, op, world, name, segments or 0)
 
 
-def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: str = "sum") -> Tensor:
+def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: ReduceOp = "sum") -> Tensor:
     """Sum (or average) over ranks; rank r keeps slice r of dim 0: ``[W d, ..] -> [d, ..]``.
 
     Arguments, error and exceptions as :func:`all_reduce` (one rounding: ``e * sum a_r``), and
     ShapeError when dim 0 does not divide by the world size.
     """
-    _check_op(op)
-    spec, _, world, name = _prepare(x, fmt, group, "reduce_scatter")
+    op = _op_name(op)
+    spec, _, world, name = _prepare(x, fmt, group, "reduce_scatter", op)
     if x.dim() == 0 or x.shape[0] % world:
         raise ShapeError(
             "the input of reduce_scatter",
@@ -244,11 +308,15 @@ def all_to_all(
 ) -> Tensor:
     """Send ``input_splits[r]`` rows of dim 0 to rank r, and get ``output_splits[r]`` from it.
 
-    Without splits dim 0 is cut evenly. Arguments and exceptions as :func:`all_reduce`, and
+    Without splits dim 0 is cut evenly, on all ranks. With splits, which every rank then gives, dim
+    0 is not compared: that ``output_splits`` are what the others send is the caller's part, as in
+    torch. Arguments and exceptions as :func:`all_reduce`, and
     ShapeError when the splits do not fit; the error is one rounding, ``e * a``. What a rank sends
     itself is rounded like the rest.
     """
-    spec, _, world, name = _prepare(x, fmt, group, "all_to_all")
+    is_even = input_splits is None and output_splits is None
+    how, first_dim = ("evenly", 0) if is_even else ("in splits", 1)
+    spec, _, world, name = _prepare(x, fmt, group, "all_to_all", how, first_dim=first_dim)
     rows = x.shape[0] if x.dim() else 0
     if input_splits is None or output_splits is None:
         if x.dim() == 0 or rows % world:
@@ -271,14 +339,15 @@ def all_to_all(
     return _all_to_all(x, spec, list(output_splits), list(input_splits), name)
 
 
-def broadcast(x: Tensor, fmt: Formatish, src: int = 0, group: Any = None) -> Tensor:
-    """Rank ``src``'s values on every rank, rank ``src`` included (``src`` counts in the group).
+def broadcast(x: Tensor, fmt: Formatish, group: Any = None, *, src: int = 0) -> Tensor:
+    """Rank ``src``'s values on every rank, rank ``src`` included; ``src`` is a rank of the group.
 
     Arguments and exceptions as :func:`all_reduce`; the error is one rounding, ``e * a``.
     """
-    spec, _, world, name = _prepare(x, fmt, group, "broadcast")
-    if not 0 <= src < world:
+    world = resolve(group).size()
+    if type(src) is not int or not 0 <= src < world:
         raise PolicyError("src", src, f"a rank of the group: 0 to {world - 1}.")
+    spec, _, world, name = _prepare(x, fmt, group, "broadcast", f"src={src}")
     if world == 1 or x.numel() == 0:
         return x.clone()
     return _broadcast(x, spec, src, world, name)

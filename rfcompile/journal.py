@@ -119,9 +119,10 @@ def entries_of(frame: int) -> list[Entry]:
 
 
 def forget_frames() -> None:
-    """Dynamo begins to number functions anew."""
+    """Dynamo was reset: it numbers functions anew, and compiles all of them again."""
     for entry in _ENTRIES:
         entry.frame = None
+    _USED.clear()
 
 
 def graphs() -> list[Runs]:

@@ -17,6 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from rfcompile.capture import inputs_of
 from rfcompile.errors import CaptureError, PolicyError
+from rfcompile.rebinding import Rebinding
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -30,9 +31,12 @@ def check_module(model: object) -> None:
 def copy_of(model: ModuleT, *, share: bool) -> ModuleT:
     """A copy of the modules; it may share their parameters and buffers.
 
+    It calls its own parts, also where a ``forward`` was replaced on the instance.
+
     Raises:
         CaptureError: the model cannot be copied.
     """
+    rebinding = Rebinding(model)
     tensors = [*model.parameters(), *model.buffers()] if share else []
     # torch does not copy what has a history, such as the weight that an old weight_norm computed.
     held = [value for module in model.modules() for value in vars(module).values()]
@@ -41,12 +45,15 @@ def copy_of(model: ModuleT, *, share: bool) -> ModuleT:
         # An exported module holds a structure of torch whose own copying warns.
         warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
         try:
-            return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+            memo = {id(tensor): tensor for tensor in tensors} | rebinding.memo
+            twin = copy.deepcopy(model, memo)
+            rebinding.finish(memo)
         except Exception as error:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied: {error}. transform changes a copy of "
                 "the modules: set what cannot be copied after it, or give its class a __deepcopy__."
             ) from error
+    return twin
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

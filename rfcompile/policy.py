@@ -36,11 +36,12 @@ class Policy:
         weights: all-gathers of parameters.
         optimizer_state: transfers of optimizer state.
         min_bytes: collectives whose input is smaller stay exact: small messages cost latency,
-            which quantization cannot save, and are often statistics. Zero quantizes all. None:
+            which quantization cannot save. Zero: none is too small (statistics stay exact). None:
             :data:`DEFAULT_MIN_BYTES` for what is sent or kept, and 0 for a fake wire, which sends
             nothing and is often tried on tiny inputs.
         sites: overrides by module path, first match wins: ``{"layers.0.*": None, "lm_head": 8}``.
-            Patterns as in a shell (``*``, ``?``, ``[...]``). An override also lifts ``min_bytes``.
+            Patterns as in a shell (``*``, ``?``, ``[...]``). An override also lifts ``min_bytes``
+            and, in graphs, names statistics that would stay exact.
 
     Raises:
         PolicyError, FormatError: an option is not understood.

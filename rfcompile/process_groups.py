@@ -23,7 +23,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rfcompile.errors import ProcessGroupError, RankMismatchError
+from rfcompile.errors import ProcessGroupError, RankMismatchError, TransportError
 from rfcompile.fingerprint import package_version, source_digest
 
 P = ParamSpec("P")
@@ -119,17 +119,40 @@ def constant_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
 def agree(group: str, plan: str) -> bool:
     """Check once per group and plan that every rank has the same plan; True, or an error on all.
 
-    Under torch.compile it runs while compiling.
+    Under torch.compile it runs while compiling. A plan that is known costs no message. A rank that
+    alone meets a new one waits in a barrier, which no backend takes for one of the collectives that
+    carry payloads: nothing mixes, and all ranks fail when the timeout of the group has passed.
 
     Raises:
         RankMismatchError: some rank has another plan or other package sources.
+        TransportError: another rank died, or did not ask for a new plan too, within the timeout.
     """
     process_group = resolve(group)
     agreed = _AGREED.setdefault(process_group, set())
     if plan not in agreed:
+        if not _sends_nothing(process_group):
+            _meet(process_group, plan)
         require_same(process_group, plan)
         agreed.add(plan)
     return True
+
+
+def _meet(group: Any, plan: str) -> None:
+    on_cuda = "nccl" in dist.get_backend(group)
+    devices = [torch.cuda.current_device()] if on_cuda else None
+    try:
+        with no_python_dispatcher():
+            dist.barrier(group, device_ids=devices)
+    except RuntimeError as error:
+        reason = (
+            "no answer to the first call of this kind here. Either a rank died, or the others are "
+            f"in a call of another format, dtype or shape. {type(error).__name__}: {error}"
+        )
+        raise TransportError(plan, name_of(group), reason) from error
+
+
+def _sends_nothing(group: Any) -> bool:
+    return group.size() == 1 or dist.get_backend(group) == "fake"
 
 
 def require_same(group: Any, plan: str) -> None:
@@ -138,7 +161,7 @@ def require_same(group: Any, plan: str) -> None:
     Raises:
         RankMismatchError: as :func:`agree`.
     """
-    if group.size() == 1 or dist.get_backend(group) == "fake":
+    if _sends_nothing(group):
         return
     mine = f"{plan} [rfcompile {package_version()}, sources {source_digest()}]"
     plans: list[Any] = [None] * group.size()

@@ -25,6 +25,8 @@ ranks in graphs     2.14     ``isend``, ``irecv`` and ``batch_p2p_ops``   ``isen
                              ranks
 reductions          2.15     ``reduce_op`` may be a ``ReduceOp``; before, its type
                              a text
+name of a gather    2.14     ``dist.all_gather_into_tensor`` is            it has the new name
+                             deprecated for ``all_gather_single``
 captured graphs     2.15     Dynamo empties a graph whose backend         no need: ``residuals.py``
                              raises                                       keeps a copy
 decorators          2.15     torch renames the code of what               no need: ``candidates.py``
@@ -98,6 +100,10 @@ def require(thing: object, names: Sequence[str], what: str) -> None:
             f"with torch {', '.join(TRIED)}: install one of these."
         )
         raise HookError(what, rule)
+
+
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""``torch.distributed.all_gather_into_tensor`` under the name that is not deprecated."""
 
 
 # ---- FSDP2 -------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ tensor for ever, and when its memory is used again, a second wait fails on gloo.
 their order, so that Inductor may wait for a send before the receive that the other rank waits for.
 Here every operator mutates ``order``, a tensor without meaning, so each comes after the one before.
 
-Private torch symbol used here, tried on torch 2.13: ``_C._distributed_c10d._register_work``, what
-lets ``wait_tensor`` know of a send or a receive.
+Private torch symbol used here, tried on torch 2.13 to 2.15:
+``_C._distributed_c10d._register_work``, what lets ``wait_tensor`` know of a send or a receive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ def _start(
         dist.P2POp(getattr(dist, name), tensor, peer, process_group, tag)
         for name, tensor, peer, tag in zip(names, tensors, peers, tags, strict=True)
     ]
+    works: list[Any]
     if is_batch:
         works = dist.batch_isend_irecv(operations)
     else:

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("formats", "bitmath", "policy", "default_policy", "graph", "cost"),
         *("rotation", "fingerprint"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
-        *("low_rank_weight", "factored_linear", "derivatives"),
+        *("low_rank_weight", "factored_linear", "derivatives", "rebinding"),
     ),
     (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from rfcompile.errors import CaptureError
 from rfcompile.graph import graph_text
 from rfcompile.pipeline import GraphPass, PassResult, Record, Tier, run
 
@@ -51,6 +52,14 @@ X = torch.linspace(-1, 1, 4)
 
 def graph() -> fx.GraphModule:
     return make_fx(lambda x: torch.relu(torch.relu(x) + 1), tracing_mode="fake")(X)
+
+
+def test_an_emptied_graph_is_an_error() -> None:
+    gm = graph()
+    for node in reversed(gm.graph.nodes):
+        gm.graph.erase_node(node)
+    with pytest.raises(CaptureError, match=r"the graph is empty.*torch 2\.15.*Keep a copy of it"):
+        run(gm, [])
 
 
 def test_record_has_every_step_and_the_text_between() -> None:

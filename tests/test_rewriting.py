@@ -785,6 +785,53 @@ def test_a_class_without_source() -> None:
     assert (type(model), list(model._modules)) == classes
 
 
+def renamed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator whose function has no source under its name, as torch 2.15 makes them."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        return function(*args)
+
+    wrapper.__code__ = wrapper.__code__.replace(co_name="another")
+    return wrapper
+
+
+def generated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator whose function comes from a text."""
+    space: dict[str, Any] = {}
+    exec("def make(f):\n def forward(self, x):\n  return f(self, x)\n return forward", space)
+    made: Callable[..., Any] = space["make"](function)
+    return made
+
+
+class Renamed(Base):
+    @renamed
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Generated(Base):
+    @generated
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class WithoutGradient(Base):
+    @torch.no_grad()
+    @renamed
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("kind", [Renamed, Generated, WithoutGradient])
+def test_a_decorator_without_source_holds_the_function_that_adds(kind: type[Base]) -> None:
+    model = nn.Sequential(kind(), kind())
+    before = model(X)
+    opened, left = open_sites(model, ((X,), {}))
+    assert (len(opened), len(left)) == (2, 0)
+    assert torch.equal(model(X), before)
+
+
 # ---- the parts ---------------------------------------------------------------------------------
 
 

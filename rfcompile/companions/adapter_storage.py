@@ -216,7 +216,8 @@ def _taken(
     tensor = found.pop(name)
     fits = len(tensor.shape) == len(shape)
     fits &= all(want in (None, size) for want, size in zip(shape, tensor.shape, strict=False))
-    if not fits or tensor.dtype.is_floating_point != dtype.is_floating_point:
+    are_floating = tensor.dtype.is_floating_point and dtype.is_floating_point
+    if not fits or not (are_floating or tensor.dtype == dtype):
         wanted = "x".join("n" if size is None else str(size) for size in shape)
         rule = f"It is {tensor.dtype} {list(tensor.shape)}, not {dtype} of {wanted}. Save it anew."
         raise StateError("a tensor of another shape or dtype", [name], rule)
@@ -280,6 +281,9 @@ def _of_peft(paths: Mapping[str, None], config: Any) -> dict[str, list[Any]]:
         if not _is_positive(value):
             raise PolicyError(name, value, f"{CONFIG} needs a positive number.")
     gain = config["r"] / config["lora_alpha"]
+    if not _is_positive(gain):
+        rule = f"{CONFIG} needs numbers whose ratio is one."
+        raise PolicyError("r / lora_alpha", gain, rule)
     return {path: [None, gain, [], [], bool(config.get("use_dora"))] for path in paths}
 
 

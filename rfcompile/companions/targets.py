@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from rfcompile.boundaries import find_boundaries
 from rfcompile.errors import BoundaryError, PolicyError
 from rfcompile.factored_linear import FactoredLinear
+from rfcompile.rebinding import runs_its_class
 
 Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """Paths or shell patterns; the last parts of a path do ("q_proj", as PEFT's ``target_modules``). Or
@@ -29,6 +30,8 @@ def is_linear(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     forward = type(module).forward
     if weight is None or (forward is not nn.Linear.forward and not is_conv1d(module)):
+        return False
+    if not runs_its_class(module):
         return False
     return is_lazy(weight) or weight.is_floating_point()
 

@@ -18,12 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
 from rfcompile.ops import Coder
+from rfcompile.torch_versions import all_gather_single
 from rfcompile.wire import all_gather_sent_bytes, finish_all_gather, start_all_gather
 
 
@@ -53,7 +53,7 @@ class WeightDelta:
         copy, self._copy = self._copy, None  # it comes back when all went well
         ages = torch.empty(group.size(), dtype=torch.int64, device=x.device)
         mine = ages.new_full((1,), 0 if copy is None else self._age)
-        dist.all_gather_into_tensor(ages, mine, group=group)
+        all_gather_single(ages, mine, group=group)
         age, *others = ages.tolist()
         if copy is None or age == 0 or any(other != age for other in others):
             return self._start_exactly(x, group)
@@ -69,7 +69,7 @@ class WeightDelta:
 
     def _start_exactly(self, x: Tensor, group: Any) -> Callable[[], Tensor]:
         rows = x.new_empty(group.size() * x.numel())
-        work = dist.all_gather_into_tensor(rows, x, group=group, async_op=True)
+        work = all_gather_single(rows, x, group=group, async_op=True)
 
         def finish() -> Tensor:
             work.wait()

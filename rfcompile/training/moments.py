@@ -37,6 +37,7 @@ MOMENTS = frozenset(
 )  # fmt: skip
 """Keys of moments, elementwise averages of gradients or of their squares."""
 
+_TIMES = 3
 _NEAR = 0.25
 """A state this near to its parameter, as a share of the parameter's norm, holds weights."""
 
@@ -156,3 +157,23 @@ def holds_weights(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool | None:
         if size > 0:
             votes[float((x.float() - p.float()).norm()) <= _NEAR * size] += p.numel()
     return votes[True] > votes[False] if any(votes.values()) else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a key: how often its states were near the parameters, and whether that is
+    final. A gradient may look like its parameter once; what does three times is taken for weights.
+    """
+
+    times: int = 0
+    is_final: bool = False
+
+    @property
+    def is_weight(self) -> bool:
+        return self.times > 0
+
+    def after(self, is_near: bool | None) -> Verdict:
+        """The verdict after one more look; None shows nothing."""
+        if is_near is None:
+            return self
+        return Verdict(self.times + 1, self.times + 1 == _TIMES) if is_near else Verdict(0, True)

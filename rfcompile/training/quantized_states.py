@@ -14,7 +14,14 @@ from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.report import Report, Site
 from rfcompile.training.loading import to_load
-from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of, holds_weights
+from rfcompile.training.moments import (
+    MOMENTS,
+    Owner,
+    Verdict,
+    compared_name,
+    format_of,
+    holds_weights,
+)
 from rfcompile.training.optimizer_copies import carry, drop, handle_of
 from rfcompile.training.packed_checks import is_packed
 from rfcompile.training.packing import Packed, converted, pack, require_finite, sealed, unpack
@@ -87,7 +94,7 @@ class QuantizedStates:
     def __init__(self, policy: Policy, *, offload: bool, packed_state_dict: bool) -> None:
         self._policy, self._offload, self._packs_dict = policy, offload, packed_state_dict
         self._num_packed = 0
-        self._weights: dict[tuple[int, str], bool] = {}
+        self._weights: dict[tuple[int, str], Verdict] = {}
         self._forget()
 
     def _forget(self) -> None:
@@ -232,21 +239,21 @@ class QuantizedStates:
     def _format_of(
         self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor
     ) -> tuple[QuantFormat | None, str]:
-        is_weight = self._weights.get((part, key), False)
+        is_weight = self._weights.get((part, key), Verdict()).is_weight
         return format_of(self._policy, owner, key, value, like=parameter, is_weight=is_weight)
 
     def _look_for_weights(self, part: int) -> None:
-        """Decide once for a key of moments whether this optimizer keeps weights there."""
+        """Decide for a key of moments whether this optimizer keeps weights there."""
         pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for parameter, state in self._optimizers[part].state.items():
             if isinstance(parameter, Tensor) and isinstance(state, dict):
                 for key in state.keys() & MOMENTS:
-                    if isinstance(state[key], Tensor) and (part, key) not in self._weights:
+                    if isinstance(state[key], Tensor):
                         pairs.setdefault(key, []).append((state[key], parameter))
         for key, found in pairs.items():
-            answer = holds_weights(found)
-            if answer is not None:
-                self._weights[part, key] = answer
+            verdict = self._weights.get((part, key), Verdict())
+            if not verdict.is_final:
+                self._weights[part, key] = verdict.after(holds_weights(found))
 
     @torch.no_grad()
     def _unpack(self, optimizer: Optimizer) -> None:

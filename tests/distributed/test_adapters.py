@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -22,8 +24,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import rfcompile as rf
-from rfcompile.companions import AdaptedLinear, broadcast_adapters
-from rfcompile.errors import PolicyError, RankMismatchError
+from rfcompile.companions import AdaptedLinear, adapter_exchange, broadcast_adapters
+from rfcompile.errors import FormatError, PolicyError, RankMismatchError, TransportError
 from tests.companions.models import made, moved, tokens
 from tests.distributed.conftest import Rank, RunRanks
 
@@ -149,3 +151,54 @@ def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, ki
 
 def test_adapters_on_two_ranks(ranks: RunRanks) -> None:
     ranks(WORLD, check_exchange)
+
+
+def adapters(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for name, p in model.named_parameters() if "lora_" in name]
+
+
+def check_source(rank: Rank) -> None:
+    group = dist.new_group([1, 2])
+    if rank.index == 0:
+        return
+    model = moved(rf.add_adapters(made(), 4), seed=rank.index)
+    before, fmt = adapters(model), rf.QuantFormat(8)
+    broadcast_adapters(model, fmt, group, src=1)
+    for old, new in zip(before, adapters(model), strict=True):
+        rank.assert_same(new, "an adapter", group)
+        if rank.index == 2:  # rank 1 of the group
+            assert torch.equal(new, rf.dequantize(rf.quantize(old, fmt), fmt, old.shape))
+
+
+def test_the_source_is_a_rank_of_the_group(ranks: RunRanks) -> None:
+    ranks(3, check_source)
+
+
+def check_errors(rank: Rank) -> None:
+    """Of one rank only: all raise the same, and every rank has its old adapters."""
+    me = rank.index
+    model = moved(rf.add_adapters(made(), 4, modules=["blocks.0.up"], dora=True), seed=me)
+    before = adapters(model)
+    with pytest.raises(FormatError, match="rank 1: bits=7"):
+        broadcast_adapters(model, 7 if me else 8)
+    with pytest.raises(PolicyError, match="rank 1: src=5"):
+        broadcast_adapters(model, 8, src=5 * me)
+    real = dist.broadcast
+
+    def breaks(*arguments: Any, **options: Any) -> Any:
+        real(*arguments, **options)
+        if me == 1:
+            raise RuntimeError("the cable")
+
+    adapter_exchange.dist.broadcast = breaks  # type: ignore[assignment]
+    try:
+        with pytest.raises(TransportError, match=r"^(rank 1: )?broadcast_adapters failed in"):
+            broadcast_adapters(model, 4)
+    finally:
+        adapter_exchange.dist.broadcast = real  # type: ignore[assignment]
+    assert all(map(torch.equal, before, adapters(model)))
+
+
+def test_errors_of_one_rank_reach_all(ranks: RunRanks) -> None:
+    # With one magnitude only the last message fails, so that the ranks stay in step.
+    ranks(WORLD, check_errors, timeout=60)

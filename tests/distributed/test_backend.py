@@ -772,3 +772,48 @@ def test_passes_that_the_user_configured_still_run() -> None:
         assert "rfcompile.requantize.default" in seen[name]
         assert "rfcompile.dequantize.default" in seen[name]
         assert "_c10d_functional.all_reduce.default" not in seen[name]
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+def vocabulary_parallel_loss(rank: Rank) -> tuple[float, float, float, list[str]]:
+    """The loss over a sharded vocabulary, the exact one, and how far its gradient is off."""
+    tokens, vocabulary = 8192, 64
+    group, mine = dist.group.WORLD, vocabulary // rank.world
+    first = rank.index * mine
+    logits = torch.randn(tokens, vocabulary, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor) -> Tensor:
+        top = funcol.all_reduce(x.detach().amax(-1, keepdim=True), "max", group)
+        total = funcol.all_reduce((x - top).exp().sum(-1, keepdim=True), "sum", group)
+        is_mine = (labels >= first) & (labels < first + mine)
+        place = (labels - first).clamp(0, mine - 1)[:, None]
+        hit = (x - top).gather(1, place) * is_mine[:, None]
+        return (total.log() - funcol.all_reduce(hit, "sum", group)).mean()
+
+    grads = []
+    for f in (loss, compiled(loss, bits=2)):
+        x = logits[:, first : first + mine].clone().requires_grad_()
+        value = f(x)
+        value.backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+    exact = nn.functional.cross_entropy(logits, labels).item()
+    reasons = [site.reason for site in reported().sites]
+    return value.item(), exact, relative(grads[1], grads[0]), reasons
+
+
+def run_exact_loss(rank: Rank) -> tuple[float, float, float, list[str]]:
+    with graphs_run_as_they_are():
+        return vocabulary_parallel_loss(rank)
+
+
+def test_a_vocabulary_parallel_loss_at_2_bits_is_exact(ranks: RunRanks) -> None:
+    """By the default min_bytes all of it would be quantized; it sums 8,192 floats near 5."""
+    for loss, exact, error, reasons in ranks(2, run_exact_loss):
+        assert abs(loss - exact) <= 8192 * torch.finfo(torch.float32).eps
+        assert error <= 32 * torch.finfo(torch.float32).eps
+        assert len(reasons) == 5
+        assert [reason.startswith("a statistic") for reason in reasons] == [False, *[True] * 4]

@@ -77,7 +77,7 @@ class Case:
         if self.name == "all_gather":
             return rf.all_gather(x, fmt, group)
         if self.name == "broadcast":
-            return rf.broadcast(x, fmt, SRC, group)
+            return rf.broadcast(x, fmt, group, src=SRC)
         splits = self.splits(rank.world)
         return rf.all_to_all(
             x,
@@ -438,7 +438,7 @@ def check_alone(rank: Rank, group: Any = None) -> None:
         assert x.grad is not None
         assert (x.grad == 1).all()
     x = make((129,), 0)
-    assert torch.equal(rf.broadcast(x, 2, 0, group), x)
+    assert torch.equal(rf.broadcast(x, 2, group), x)
 
 
 def check_groups_of_one(rank: Rank) -> None:
@@ -463,7 +463,7 @@ def check_groups(rank: Rank) -> None:
             rank.assert_same(y, half, group)
             bound = ALL_REDUCE.bound(inputs, 0, QuantFormat(4))
             assert_within(y, ALL_REDUCE.exact(inputs, 0), bound, half)
-        y = rf.broadcast(make((1000,), rank.index), 4, SRC, group)  # src counts in the group
+        y = rf.broadcast(make((1000,), rank.index), 4, group, src=SRC)  # src counts in the group
         fmt = QuantFormat(4)
         broadcast = Case("broadcast")
         assert_within(y, inputs[SRC], broadcast.bound(inputs, 0, fmt), half)

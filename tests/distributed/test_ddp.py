@@ -860,6 +860,9 @@ def check_loading(rank: Rank) -> None:
     never = error_of(lambda: handle.load_state_dict(nan))
     assert isinstance(never, StateError)
     assert "that are NaN or Inf and would never go away: '0.bias'." in str(never)
+    here = error_of(lambda: handle.load_state_dict(nan if rank.index else state))
+    assert isinstance(here, StateError)  # on all ranks
+    assert str(here).startswith("rank 1: ")
     off = quantize_ddp(DDP(Net()), 4)
     assert off.state_dict() == {}
     off.load_state_dict({})
@@ -1116,3 +1119,41 @@ def test_a_rank_that_stalls_is_an_error_within_the_groups_timeout(
     seconds, text = seen(tmp_path, 0)
     assert 4 < seconds < 30  # 5 s, not the 120 s of the default group
     assert re.match(r"DDP gradient bucket [012] failed .*: RuntimeError: .*[Tt]imed out", text)
+
+
+# ---- going on from a checkpoint ------------------------------------------------------------------
+
+
+def warmed(seed: int) -> tuple[nn.Module, DDP]:
+    """The recipe of the README: one pass before the hook, which settles DDP's buckets."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(*[nn.Linear(40, 40) for _ in range(3)])
+    ddp = DDP(module)
+    ddp(torch.zeros(2, 40)).sum().backward()
+    module.zero_grad()
+    quantize_ddp(ddp, policy(4))
+    return module, ddp
+
+
+def check_resume(rank: Rank) -> None:
+    def train(module: nn.Module, ddp: DDP, steps: range) -> None:
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        for step in steps:
+            seed = torch.Generator().manual_seed(2 * step + rank.index)
+            optimizer.zero_grad()
+            ddp(torch.randn(8, 40, generator=seed)).square().mean().backward()
+            optimizer.step()
+
+    module, ddp = warmed(0)
+    train(module, ddp, range(3))
+    saved = {key: value.clone() for key, value in module.state_dict().items()}
+    train(module, ddp, range(3, 6))
+    other, resumed = warmed(1)
+    other.load_state_dict(saved)
+    train(other, resumed, range(3, 6))
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_resumed_training_is_bit_for_bit(ranks: RunRanks) -> None:
+    ranks(2, check_resume)

@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
 
 
+REDUCES_AS_PARAMETERS = hasattr(MixedPrecisionPolicy, "_resolve_for_param")
+"""torch 2.15: without reduce_dtype, gradients reduce in the dtype of the sharded parameters."""
+
+
 class Block(nn.Module):
     """Sizes that no number of ranks divides."""
 
@@ -269,15 +273,18 @@ def check_precision(rank: Rank) -> None:
         mixed = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=reduce)
         model = shard(copy.deepcopy(plain), mp_policy=mixed)
         chosen = policy("8b", "8b")
-        if param == torch.float16:  # FSDP divides before and after the sum
+        wide = reduce or (torch.float32 if REDUCES_AS_PARAMETERS else param)
+        if param == torch.float16:
             handle = quantize_fsdp(model, chosen)
             with recorded(QuantizedReduceScatter, "_reduced") as calls:
                 backward(model, batch(rank, 0))
-            assert {args[3] for args, _ in calls} == {"sum"}
+            # In float16, FSDP divides before and after the sum.
+            assert {args[3] for args, _ in calls} == {"sum" if wide == param else "avg"}
+            assert {args[1].dtype for args, _ in calls} == {wide}
             for args, result in calls:
-                assert torch.equal(result, rf.reduce_scatter(args[1], args[2]))
+                assert torch.equal(result, rf.reduce_scatter(args[1], args[2], op=args[3]))
         else:
-            dtypes = {"param_dtype": param, "reduce_dtype": reduce}
+            dtypes = {"param_dtype": param, "reduce_dtype": wide}
             _, handle = check_training(rank, (param, reduce), chosen, model, plain, **dtypes)
         sites = handle.report().sites
         assert {s.dtype for s in sites if s.collective == "all_gather"} != {"f32"}
@@ -823,6 +830,42 @@ def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
     return modules, mismatches
 
 
+class SomeGradientsInFloat32(nn.Module):
+    """torch 2.15 packs the gradients of a and b side by side, older ones in order of names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.b = (
+            nn.Parameter(torch.randn(*shape, dtype=torch.bfloat16))
+            for shape in ((64,), (64, 64), (64,))
+        )
+        self.a.grad_dtype = self.b.grad_dtype = torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x * self.a) @ self.w).float() * self.b
+
+
+def gradients_of_some_dtypes(rank: Rank) -> None:
+    """What the policy keeps exact is exact, bit for bit, and nothing else."""
+    found = []
+    for chosen in (None, policy(None, "3b:g32", sites={"b": None})):
+        torch.manual_seed(0)
+        model = fully_shard(SomeGradientsInFloat32())
+        if chosen is not None:
+            quantize_fsdp(model, chosen)
+        torch.manual_seed(7 + rank.index)
+        model(torch.randn(32, 64).bfloat16()).square().mean().backward()
+        found.append({n: local(p.grad) for n, p in model.named_parameters() if p.grad is not None})
+    exact, quantized = found
+    same = {name: torch.equal(exact[name], quantized[name]) for name in exact}
+    assert same == {"a": False, "w": False, "b": True}
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+def test_gradients_of_some_dtypes_keep_their_formats(ranks: RunRanks) -> None:
+    ranks(2, gradients_of_some_dtypes)
+
+
 def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
     for modules, mismatches in ranks(2, wrong):
         patterns = [
@@ -842,6 +885,66 @@ def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
         for error, pattern in zip(mismatches, patterns, strict=True):
             assert isinstance(error, RankMismatchError)
             assert re.search(pattern, str(error)), str(error)
+
+
+class Chunked(nn.Module):
+    """The head's gradients come before those of the norm, which is in the same unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(32, 32), nn.RMSNorm(32)
+        self.head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+
+def check_chunked(rank: Rank) -> None:
+    model, alone = Chunked(), Chunked()
+    alone.load_state_dict(model.state_dict())
+    fully_shard([model.norm, model.head], reshard_after_forward=False)
+    fully_shard(model)
+    handle = quantize_fsdp(model, rf.Policy(gradients=4, min_bytes=1000))
+    x = batch(rank, 0, 32)
+    for _ in range(2):
+        model.zero_grad()
+        for net in (model, alone):
+            hidden = net(x)
+            if net is model:
+                model.head.unshard()
+            part = hidden.detach().requires_grad_()
+            net.head(part).square().mean().backward()
+            hidden.backward(part.grad)
+    lines = [s for s in handle.report().sites if s.collective == "reduce_scatter"]
+    unit = [s for s in lines if s.shape[0] in (32 * 64, 32)]
+    assert [(s.shape, s.format is not None) for s in unit] == [((2048,), True), ((32,), False)]
+    assert "128 bytes < min_bytes=1000" in unit[1].reason  # judged by what is sent
+    assert unit[0].bytes_before == sent_bytes("reduce_scatter", 4 * 2048, rank.world)
+    exact = alone.norm.weight.grad / 2  # of two steps
+    dist.all_reduce(exact, op=dist.ReduceOp.AVG)
+    mine = local(model.norm.weight.grad)
+    start = 16 * rank.index
+    torch.testing.assert_close(mine, exact[start : start + 16], rtol=1e-5, atol=1e-7)
+
+
+def test_a_unit_that_reduces_twice_a_step_has_a_line_for_each(ranks: RunRanks) -> None:
+    ranks(2, check_chunked)
+
+
+def check_one_shard(rank: Rank) -> None:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    error = error_of(lambda: quantize_fsdp(shard(Net(), mesh), 4))
+    assert isinstance(error, HookError)
+    assert "unit (root) has 2 replicas of one shard each" in str(error)
+    assert "call quantize_ddp" in str(error)
+    model = shard(Net(), mesh["shard"])  # a rank by itself
+    handle = quantize_fsdp(model, 4)
+    backward(model, batch(rank, 0))
+    assert "every unit has one rank: nothing is sent" in str(handle.report())
+
+
+def test_replicas_of_one_shard_are_refused(ranks: RunRanks) -> None:
+    ranks(2, check_one_shard)
 
 
 # ---- ranks that die or stall ---------------------------------------------------------------------

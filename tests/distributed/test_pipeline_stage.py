@@ -32,6 +32,7 @@ from torch.distributed.pipelining import (
     pipeline,
     schedules,
 )
+from torch.distributed.pipelining.stage import _PipelineStageBase
 
 import rfcompile as rf
 from rfcompile import process_groups
@@ -56,8 +57,8 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 WIDTH, ROWS, CHUNKS = 40, 12, 4
-MODERN = hasattr(PipelineStage, "_warmup_forward_vote")
-"""Of torch 2.13: tensors without gradient, and None gradients, between stages."""
+MODERN = hasattr(torch.distributed.pipelining.stage, "_StageMeta")
+"""From torch 2.13 on: tensors without gradient, and None gradients, between stages."""
 
 
 def policy(fmt: Any = "4b", gradients: Any = "8b:g64", **options: Any) -> rf.Policy:
@@ -580,6 +581,13 @@ def wrong_calls(rank: Rank) -> list[Exception]:
         errors.append(error_of(lambda: stage(policy=4)))
     finally:
         process_groups.source_digest = original
+    # Torches that keep an attribute elsewhere, or no longer call a method.
+    other = PipelineStage(Plain(), rank.index, 2, CPU)
+    del other.group_rank
+    errors.append(error_of(lambda: quantize_pipeline_stage(other, 4)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(_PipelineStageBase, "_retrieve_recv_grads")
+        errors.append(error_of(lambda: stage(policy=4)))
     misspelt = policy(sites={"stages.1": 8, "stage.0": None})
     report = quantize_pipeline_stage(plain, misspelt).report()
     assert "no step has run yet" in str(report)
@@ -597,6 +605,8 @@ def test_wrong_calls_and_ranks_that_disagree(ranks: RunRanks) -> None:
         (RankMismatchError, r"sites\['stages.0'\]=exact"),
         (RankMismatchError, r"all=5b.*all=6b"),
         (RankMismatchError, r"sources 0{16}\]; .* sources 0{15}1\]"),
+        (HookError, r"in torch 2\..* it has no group_rank\. rfcompile was tried with torch 2\.11"),
+        (HookError, r"torch's pipeline stage .* it has no _retrieve_recv_grads\."),
     ]
     for errors in ranks(2, wrong_calls):
         for error, (kind, pattern) in zip(errors, expected, strict=True):

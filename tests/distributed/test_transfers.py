@@ -161,6 +161,31 @@ def one_after_another(rank: Rank) -> None:
     assert torch._C._distributed_c10d._get_work_registry_size() == 0
 
 
+def in_a_group(rank: Rank, is_batch: bool) -> None:
+    """Ranks are those of the default group, also where the group numbers its ranks otherwise."""
+    group = dist.new_group([0, 2, 3])
+    if rank.index in (0, 1):
+        return
+    other = 5 - rank.index
+
+    def f(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        if is_batch:
+            batch = [
+                dist.P2POp(dist.isend, x, other, group),
+                dist.P2POp(dist.irecv, y, other, group),
+            ]
+            requests: list[Any] = dist.batch_isend_irecv(batch)
+        else:
+            requests = [dist.isend(x, other, group), dist.irecv(y, other, group)]
+        for request in requests:
+            request.wait()
+        return y * 2
+
+    y = compiled(f, bits=4)(values(rank.index, 5, 129))
+    assert torch.equal(y, round_trip(values(other, 5, 129), "4b:g128:rise") * 2)
+
+
 def reasons(rank: Rank) -> list[str]:
     def f(small: Tensor, numbers: Tensor, large: Tensor) -> tuple[Tensor, ...]:
         return shift(small, 1), shift(numbers, 1), shift(large, 1)
@@ -244,6 +269,11 @@ def test_transfers_keep_their_order_and_their_memory(ranks: RunRanks) -> None:
     ranks(2, one_after_another)
 
 
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_in_a_group_of_some_ranks(ranks: RunRanks, is_batch: bool) -> None:
+    ranks(4, in_a_group, is_batch)
+
+
 def test_what_stays_exact_says_why_on_both_ends(ranks: RunRanks) -> None:
     for found in ranks(2, reasons):
         small, numbers = "16 bytes < min_bytes=1000", "i64 data is not quantized"
@@ -264,6 +294,50 @@ def test_one_that_nobody_waits_for_is_an_error(name: str) -> None:
         gm = make_fx(f, tracing_mode="fake")(torch.zeros(8, 8))
         with pytest.raises(CaptureError, match=rf"the {name} at .* is not waited for where it is"):
             QuantizeTransfers(rf.Policy.of(bits=4, min_bytes=0))(gm)
+
+
+def transfer(x: Tensor, name: str) -> Tensor:
+    start: Callable[..., Tensor] = getattr(torch.ops._c10d_functional, name)
+    done: Tensor = torch.ops._c10d_functional.wait_tensor(start(x, 0, 0, "0"))
+    return done
+
+
+def sites_of(f: Callable[[Tensor], Tensor], x: Tensor, policy: rf.Policy) -> list[tuple[str, bool]]:
+    with simulated(2):
+        gm = make_fx(f, tracing_mode="fake")(x)
+        facts = QuantizeTransfers(policy)(gm).facts
+    assert all(isinstance(fact, rf.Site) for fact in facts)
+    return [(fact.reason, fact.eligible) for fact in facts]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["isend", "irecv"])
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [((8, 1), "a statistic: one value a row"), ((1,), "a statistic: a single element")],
+)
+def test_both_ends_see_a_statistic_by_its_shape(
+    name: str, shape: tuple[int, ...], reason: str
+) -> None:
+    policy = rf.Policy.of(bits=4, min_bytes=0)
+    assert sites_of(lambda x: transfer(x, name), torch.zeros(shape), policy) == [(reason, False)]
+    named = rf.Policy.of(bits=4, sites={"*": 4})
+    assert sites_of(lambda x: transfer(x, name), torch.zeros(shape), named) == [("", True)]
+
+
+def test_a_statistic_that_only_the_sender_sees_is_an_error_until_sites_name_it() -> None:
+    def f(x: Tensor) -> Tensor:
+        return transfer(x.logsumexp(-1), "isend")
+
+    x = torch.zeros(8, 16, 32)
+    with pytest.raises(CaptureError, match=r"a statistic: made by aten.logsumexp over features"):
+        sites_of(f, x, rf.Policy.of(bits=4, min_bytes=0))
+    for policy, reason in (
+        (rf.Policy.of(bits=4, sites={"*": 8}), ""),
+        (rf.Policy.of(bits=4, sites={"*": None}), "sites['*'] says exact"),
+        (rf.Policy.of(bits=4), "512 bytes < min_bytes=16384"),
+        (rf.Policy(), "the policy sends activations exact"),
+    ):
+        assert [found for found, _ in sites_of(f, x, policy)] == [reason]
 
 
 def test_another_policy_at_the_other_end_is_an_error(ranks: RunRanks) -> None:

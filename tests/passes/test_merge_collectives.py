@@ -5,6 +5,7 @@ That the numbers agree is shown on real ranks, in distributed/test_backend.py.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ from torch import Tensor, fx
 
 import rfcompile as rf
 from rfcompile.graph import graph_text
+from rfcompile.passes import wire_pipeline
 from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.passes.merge_collectives import MergeCollectives
+from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy
 from rfcompile.process_groups import simulated
@@ -250,3 +253,66 @@ def test_it_finds_nothing_in_a_graph_without_collectives(trace: Trace) -> None:
     gm = trace(lambda a, b: a + b, A, B)
     assert find_collectives(gm) == ()
     assert run(gm, [MergeCollectives()]).steps[0].changes == 0
+
+
+def test_a_group_of_another_process_merges_and_its_bytes_are_unknown(trace: Trace) -> None:
+    gm = trace(lambda a, b: reduce(a, group="lost") + reduce(b, group="lost"), A, B)
+    every = Policy.of(bits=4, min_bytes=0)
+    merge, left = run(gm, [MergeCollectives(), QuantizeCollectives(every)]).facts
+    assert isinstance(merge, Site)
+    assert isinstance(left, Site)
+    assert (merge.merged, merge.bytes_before) == (True, None)
+    assert left.reason == "process group 'lost' is not known in this process"
+
+
+def test_recomputed_forward_collectives_have_one_kind(trace: Trace) -> None:
+    gm = trace(lambda a, b: reduce(a) + reduce(b), A, B)
+    for node in gm.graph.nodes:
+        node.meta["partitioner_tag"] = "is_forward"
+    facts = run(gm, wire_pipeline(Policy.of(bits=4, min_bytes=0), "backward")).facts
+    assert [site.kind for site in facts if isinstance(site, Site)] == ["activations"] * 2
+
+
+def calls_of(f: Callable[[], object]) -> int:
+    """How many Python functions run."""
+    count = 0
+
+    def note(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        f()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def pairs(number: int) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        for _ in range(number):
+            y = x.relu()
+            x = reduce(y.sin()) + reduce(y.cos())
+        return x
+
+    return run
+
+
+def one_sum(number: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: sum((reduce(x * i) for i in range(1, number)), reduce(x))
+
+
+@pytest.mark.parametrize("make", [pairs, one_sum])
+def test_the_work_is_linear(
+    trace: Trace, make: Callable[[int], Callable[[Tensor], Tensor]]
+) -> None:
+    """Sixfold the collectives take sixfold the calls, within a tenth."""
+    work = []
+    for number in (10, 60):
+        gm = trace(make(number), torch.randn(4, 4))
+        merge = MergeCollectives("forward", Policy.of(bits=4, min_bytes=0))
+        work.append(calls_of(lambda merge=merge, gm=gm: merge(gm)))  # type: ignore[misc]
+        assert len(find_collectives(gm)) == (number if make is pairs else 1)
+    assert work[1] <= 1.1 * 6 * work[0]

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Muon
 
 import rfcompile as rf
-from rfcompile.errors import ResidualError
-from rfcompile.training import optimizers
+from rfcompile.errors import ResidualError, StateError
+from rfcompile.policy import Policy
+from rfcompile.training import optimizers, pack_state_dict, unpack_state_dict
+from rfcompile.training.optimizers import Optimizers
 
 IDS = torch.arange(6).view(2, 3)
 
@@ -146,3 +148,92 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ResidualError, match=r"needs the package pytorch-optimizer: pip install"):
         optimizers(Model(), matrices="soap", example_inputs=(IDS,))
+
+
+# ---- one optimizer to the outside ----------------------------------------------------------------
+
+
+def pair() -> tuple[nn.Linear, Optimizers]:
+    model = nn.Linear(6, 5)
+    return model, Optimizers(Muon([model.weight]), torch.optim.AdamW([model.bias]))
+
+
+def trained(steps: int = 2) -> tuple[nn.Linear, Optimizers]:
+    model, both = pair()
+    for _ in range(steps):
+        model(torch.ones(3, 6)).square().sum().backward()
+        both.step()
+    return model, both
+
+
+def test_its_state_is_that_of_all() -> None:
+    model, both = trained()
+    assert list(both.state) == [model.weight, model.bias]
+    assert len(both.state) == 2
+    assert model.bias in both.state
+    assert both.state.get(torch.ones(1)) is None
+    assert both.state[model.bias]["step"] == 2
+    both.state[model.bias] = {"step": torch.tensor(7.0)}
+    assert both.optimizers[1].state[model.bias]["step"] == 7
+    del both.state[model.bias]
+    assert not both.optimizers[1].state
+
+
+def test_its_state_dict_is_that_of_one_optimizer() -> None:
+    _, both = trained()
+    state_dict = both.state_dict()
+    assert state_dict.keys() == {"state", "param_groups"}
+    assert [group["params"] for group in state_dict["param_groups"]] == [[0], [1]]
+    assert [sorted(s) for s in state_dict["state"].values()] == [
+        ["momentum_buffer"],
+        ["exp_avg", "exp_avg_sq", "step"],
+    ]
+    packed = pack_state_dict(state_dict, Policy(optimizer_state=8, min_bytes=0))
+    _, other = pair()
+    other.load_state_dict(unpack_state_dict(packed))
+    old = {"optimizers": [o.state_dict() for o in both.optimizers]}  # of earlier versions
+    other.load_state_dict(old)
+    assert torch.equal(other.state_dict()["state"][1]["exp_avg"], state_dict["state"][1]["exp_avg"])
+
+
+def test_checkpoints_of_torch_take_it() -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, both = trained()
+    state_dict = copy.deepcopy(get_optimizer_state_dict(model, both))
+    assert sorted(map(str, state_dict["state"])) == ["bias", "weight"]
+    new, other = pair()
+    set_optimizer_state_dict(new, other, state_dict)
+    assert torch.equal(other.state[new.bias]["exp_avg"], both.state[model.bias]["exp_avg"])
+
+
+def test_a_load_that_fails_changes_nothing() -> None:
+    model, both = trained()
+    before = copy.deepcopy(both.state_dict())
+    damaged = copy.deepcopy(before)
+    damaged["state"][0]["momentum_buffer"].zero_()
+    damaged["param_groups"][1]["params"] = [1, 2]
+    with pytest.raises(ValueError, match="size of optimizer's group"):
+        both.load_state_dict(damaged)
+    with pytest.raises(ValueError, match="1 parameter groups, the optimizers have 2"):
+        both.load_state_dict({"state": {}, "param_groups": before["param_groups"][:1]})
+    with pytest.raises(StateError, match="a state of other optimizers"):
+        both.load_state_dict({"optimizers": []})
+    after = both.state_dict()["state"]
+    assert torch.equal(after[0]["momentum_buffer"], before["state"][0]["momentum_buffer"])
+    model(torch.ones(3, 6)).sum().backward()
+    both.step()
+    assert both.param_groups[0] is both.optimizers[0].param_groups[0]
+
+
+def test_a_copy_steps_alone() -> None:
+    model, both = trained()
+    twin_model, twin = copy.deepcopy((model, both))
+    twin_model(torch.ones(3, 6)).sum().backward()
+    twin.step()
+    assert not torch.equal(model.weight, twin_model.weight)
+    assert twin.state[twin_model.bias]["step"] == 3
+    assert both.state[model.bias]["step"] == 2

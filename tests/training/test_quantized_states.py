@@ -36,16 +36,20 @@ def test_signed_tensors_are_within_the_bound_of_the_format(
     x = torch.randn(shape) - 10.0 * (not shape)
     decoded = unpack(pack(x, fmt))
     assert decoded.shape == x.shape
-    assert ((decoded - x).abs() <= fmt.max_error() * peaks(x, fmt)).all()
+    error = fmt.for_kind("optimizer_state").max_error()
+    assert ((decoded - x).abs() <= error * peaks(x, fmt)).all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_second_moments_are_within_the_bound_as_fourth_roots(fmt: QuantFormat) -> None:
     x = torch.randn(33, 50).square() * 10 ** torch.linspace(-12, 0, 33)[:, None]
     decoded = unpack(pack(x, fmt))
-    used = QuantFormat(fmt.bits, fmt.group_size, grid="mid-rise")
+    used = QuantFormat(fmt.bits, fmt.group_size, grid="mid-tread", range="full")
     roots, peak = x**0.25, peaks(x**0.25, fmt)
-    assert ((decoded**0.25 - roots).abs() <= (used.max_error() + 2**-20) * peak).all()
+    step = peak / used.half_range * (1 + 2**-7)
+    limit = (used.max_error() + 2**-20) * peak
+    limit = torch.where(roots < step, torch.maximum(limit, step), limit)  # lifted to one step
+    assert ((decoded**0.25 - roots).abs() <= limit).all()
     assert (decoded > 0).all(), "an update would divide by zero"
 
 
@@ -148,7 +152,7 @@ def test_sites_are_names_of_parameters() -> None:
     train(net, optimizer, range(1))
     formats = {s.module: s.format for s in handle.report().sites if s.collective == "exp_avg"}
     assert formats == {
-        "up.weight": "4b:g128:rise", "up.bias": "8b:g128:tread",
+        "up.weight": "4b:g128:tread", "up.bias": "8b:g128:tread",
         "down.weight": None, "down.bias": None,
     }  # fmt: skip
     assert handle.report().notes == ()
