@@ -55,8 +55,8 @@ def quantize_fsdp(
     and TransportError when a rank died or did not answer within the timeout of the process group.
 
     Raises:
-        HookError: nothing in ``module`` is sharded by ``fully_shard``, or a unit has another custom
-            communication.
+        HookError: nothing in ``module`` is sharded by ``fully_shard``, a unit has replicas of a
+            single shard (its all-reduce is FSDP's own), or a unit has another custom communication.
         RankMismatchError: ranks use another policy or version; raised on every rank.
         PolicyError, FormatError: the policy is not understood.
     """
@@ -97,6 +97,9 @@ class FSDPHandle:
     def report(self) -> Report:
         """A line for each part of a unit's collectives, with the bytes of one run of each.
 
+        A unit whose gradients come at different times reduces several buffers a step: each size
+        has its lines.
+
         A step runs each line once; with gradient accumulation, gathers once a pass. What a pass
         needs is known when one has run: before, the report is empty.
         """
@@ -107,7 +110,7 @@ class FSDPHandle:
             for sent in comm.seen.values()
             for site in sent.sites(comm.unit)
         ]
-        notes = [] if sites else ["no pass has run yet: what the units send is not known"]
+        notes = [] if sites else [self._why_empty()]
         if self._weight_delta:
             notes.append("weight_delta: the first gather, and the first after a reset, is exact")
         delta = " weight_delta" if self._weight_delta else ""
@@ -117,6 +120,12 @@ class FSDPHandle:
             for name, _ in all_gather.unit.sizes(trainable=False)
         )
         return Report.of(self._policy, sites, names=names, options=delta, notes=notes)
+
+    def _why_empty(self) -> str:
+        units = [all_gather.unit for all_gather, _ in self._comms]
+        if units and all(unit.shard_group.size() == 1 for unit in units):
+            return "every unit has one rank: nothing is sent"
+        return "no pass has run yet: what the units send is not known"
 
     def reset(self) -> None:
         """With weight_delta: send the weights exactly in the next forward pass.
@@ -145,6 +154,14 @@ def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:
     for unit in units:
         if unit.shard_group is None:
             rule = f"unit {unit.label} is replicated, not sharded: it gathers nothing."
+            raise HookError(name, rule)
+        replicas = unit.replicate_group
+        if unit.shard_group.size() == 1 and replicas is not None and replicas.size() > 1:
+            rule = (
+                f"unit {unit.label} has {replicas.size()} replicas of one shard each: FSDP gathers "
+                "nothing and all-reduces the gradients itself, which no hook replaces. Wrap the "
+                "model in DistributedDataParallel and call quantize_ddp, or shard over 2 or more."
+            )
             raise HookError(name, rule)
         for comm in unit.comms:
             if not type(comm).__module__.startswith("torch."):

@@ -39,7 +39,7 @@ Finish = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Sent:
-    """What a collective of a unit carried when it last ran, for the report."""
+    """What a collective of a unit carried when it last ran with a buffer of its size."""
 
     collective: str
     direction: str
@@ -94,22 +94,38 @@ class _Quantized:
         sizes = self.unit.sizes(trainable=kind == "gradients")
         key = sizes, tuple(buffer.shape), buffer.dtype, world
         if key not in self._known:
-            parts = parts_of(self._policy, sizes, buffer, world, kind, self.unit.path)
-            if sum(size for _, size in sizes) != buffer.shape[-1]:
-                parts = (self._unknown(parts, buffer, kind),)
+            if sum(size for _, size in sizes) == buffer.shape[-1]:
+                unit = self.unit.path
+                parts = parts_of(self._policy, sizes, buffer, world, kind, unit, self.unit.label)
+            else:
+                parts = self._unknown([name for name, _ in sizes], buffer, kind, world)
             self._known[key] = parts
         return self._known[key]
 
-    def _unknown(self, parts: tuple[Part, ...], buffer: Tensor, kind: str) -> Part:
-        """All of a buffer that does not hold exactly the parameters that it should."""
-        span = Span(f"{self.unit.label} ({kind} of some parameters)", 0, buffer.shape[-1])
+    def _unknown(
+        self, names: Sequence[str], buffer: Tensor, kind: str, world: int
+    ) -> tuple[Part, ...]:
+        """All of a buffer that holds others than all parameters of the unit.
+
+        Its format is the one that all of them would have in a buffer of this size: ``min_bytes``
+        counts what is sent.
+        """
+        size = buffer.shape[-1]
+        span = Span(f"{self.unit.label} ({kind} of some parameters)", 0, size)
         if buffer.dtype == torch.uint8:
             why = "parameters of several dtypes, or u8 data, which FSDP sends as bytes"
-            return Part((span,), None, why, eligible=False)
-        if len(parts) == 1:
-            return Part((span,), parts[0].format, parts[0].reason, parts[0].eligible)
+            return (Part((span,), None, why, eligible=False),)
+        alone = [
+            part
+            for name in names
+            for part in parts_of(self._policy, [(name, size)], buffer, world, kind, self.unit.path)
+        ]
+        if alone and len({part.format for part in alone}) == 1:
+            why = "; ".join(dict.fromkeys(part.reason for part in alone if part.reason))
+            eligible = any(part.eligible for part in alone)
+            return (Part((span,), alone[0].format, why, eligible),)
         why = "which parameters it holds is not known (unused or converted ones), formats differ"
-        return Part((span,), None, why, eligible=buffer.dtype in DTYPES)
+        return (Part((span,), None, why, eligible=buffer.dtype in DTYPES),)
 
 
 class QuantizedAllGather(_Quantized, AllGather):
@@ -209,11 +225,12 @@ class QuantizedReduceScatter(_Quantized, ReduceScatter):
         rows = input_tensor.view(world, -1)
         parts = self._parts(rows, "gradients", world)
         dtype, name = input_tensor.dtype, group.group_name
-        self.seen["backward"] = Sent(
+        # A unit whose gradients come at different times sends buffers of several sizes.
+        self.seen[f"backward {rows.shape[1]}"] = Sent(
             "reduce_scatter", "backward", "gradients", parts, dtype, name, world
         )
         if self.unit.all_reduces:
-            self.seen["all_reduce"] = self._all_reduce(rows)
+            self.seen[f"all_reduce {rows.shape[1]}"] = self._all_reduce(rows)
         site = f"FSDP reduce-scatter of {self.unit.label}"
         reduction = reduction_of(op)
         with transport(site, group):

@@ -887,6 +887,66 @@ def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
             assert re.search(pattern, str(error)), str(error)
 
 
+class Chunked(nn.Module):
+    """The head's gradients come before those of the norm, which is in the same unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(32, 32), nn.RMSNorm(32)
+        self.head = nn.Linear(32, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.body(x))
+
+
+def check_chunked(rank: Rank) -> None:
+    model, alone = Chunked(), Chunked()
+    alone.load_state_dict(model.state_dict())
+    fully_shard([model.norm, model.head], reshard_after_forward=False)
+    fully_shard(model)
+    handle = quantize_fsdp(model, rf.Policy(gradients=4, min_bytes=1000))
+    x = batch(rank, 0, 32)
+    for _ in range(2):
+        model.zero_grad()
+        for net in (model, alone):
+            hidden = net(x)
+            if net is model:
+                model.head.unshard()
+            part = hidden.detach().requires_grad_()
+            net.head(part).square().mean().backward()
+            hidden.backward(part.grad)
+    lines = [s for s in handle.report().sites if s.collective == "reduce_scatter"]
+    unit = [s for s in lines if s.shape[0] in (32 * 64, 32)]
+    assert [(s.shape, s.format is not None) for s in unit] == [((2048,), True), ((32,), False)]
+    assert "128 bytes < min_bytes=1000" in unit[1].reason  # judged by what is sent
+    assert unit[0].bytes_before == sent_bytes("reduce_scatter", 4 * 2048, rank.world)
+    exact = alone.norm.weight.grad / 2  # of two steps
+    dist.all_reduce(exact, op=dist.ReduceOp.AVG)
+    mine = local(model.norm.weight.grad)
+    start = 16 * rank.index
+    torch.testing.assert_close(mine, exact[start : start + 16], rtol=1e-5, atol=1e-7)
+
+
+def test_a_unit_that_reduces_twice_a_step_has_a_line_for_each(ranks: RunRanks) -> None:
+    ranks(2, check_chunked)
+
+
+def check_one_shard(rank: Rank) -> None:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    error = error_of(lambda: quantize_fsdp(shard(Net(), mesh), 4))
+    assert isinstance(error, HookError)
+    assert "unit (root) has 2 replicas of one shard each" in str(error)
+    assert "call quantize_ddp" in str(error)
+    model = shard(Net(), mesh["shard"])  # a rank by itself
+    handle = quantize_fsdp(model, 4)
+    backward(model, batch(rank, 0))
+    assert "every unit has one rank: nothing is sent" in str(handle.report())
+
+
+def test_replicas_of_one_shard_are_refused(ranks: RunRanks) -> None:
+    ranks(2, check_one_shard)
+
+
 # ---- ranks that die or stall ---------------------------------------------------------------------
 
 
