@@ -214,8 +214,8 @@ def test_a_list_with_a_forward_is_a_module_like_others() -> None:
 
 def test_errors() -> None:
     model = Holder(layers=nn.ModuleList(blocks(2)))
-    with pytest.raises(BoundaryError, match=r"boundaries='blocks' is not known: use 'auto', 'br"):
-        find_boundaries(model, "blocks")
+    with pytest.raises(BoundaryError, match=r"boundaries='towers' is not known: use 'auto', 'b"):
+        find_boundaries(model, "towers")
     for path in ("layers.2", "layers", "Layers.0"):
         with pytest.raises(BoundaryError, match=f"no module that is called matches '{path}'") as e:
             find_boundaries(model, ["layers.0", path])

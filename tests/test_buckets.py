@@ -25,14 +25,14 @@ def parts(
 
 def test_one_format_is_one_part_without_the_empty_parameters() -> None:
     names = ("b.bias", "b.weight", "a.bias", "a.weight")
-    assert parts(Policy(gradients="4b", min_bytes=0)) == [("4b:g128:rise", names, "")]
+    assert parts(Policy(gradients="4b", min_bytes=0)) == [("4b:g128:tread", names, "")]
 
 
 def test_parameters_of_one_format_travel_together_wherever_they_lie() -> None:
     policy = Policy(gradients=4, min_bytes=0, sites={"*.bias": None, "a": 8})
     assert parts(policy) == [
         (None, ("b.bias", "a.bias"), "sites['*.bias'] says exact"),
-        ("4b:g128:rise", ("b.weight",), ""),
+        ("4b:g128:tread", ("b.weight",), ""),
         ("8b:g128:tread", ("a.weight",), ""),  # by the path of its module
     ]
 
@@ -42,7 +42,7 @@ def test_min_bytes_counts_what_no_pattern_names() -> None:
     rest = ("b.bias", "b.weight")
     for buffer, size in ((torch.zeros(14), 32), (torch.zeros(14, dtype=torch.bfloat16), 16)):
         assert parts(Policy(gradients=4, min_bytes=size, sites=sites), buffer)[0] == (
-            "4b:g128:rise", rest, "",
+            "4b:g128:tread", rest, "",
         )  # fmt: skip
         assert parts(Policy(gradients=4, min_bytes=size + 1, sites=sites), buffer)[0] == (
             None, rest, f"{size} bytes < min_bytes={size + 1}",
@@ -69,7 +69,7 @@ def test_rows_of_shards_are_named_by_their_unit_too() -> None:
         [part] = parts_of(policy, SIZES, buffer, 2, kind, "other")
         assert (part.format and part.format.bits) == bits  # 56 bytes a row
         [part] = parts_of(policy, SIZES, buffer, 2, kind, "unit")
-        assert part.format == rf.QuantFormat(8)
+        assert part.format == rf.QuantFormat(8, grid="mid-tread")
 
 
 def test_the_columns_of_a_part() -> None:

@@ -93,7 +93,7 @@ WRONG: list[tuple[Any, type[Exception]]] = [
     (7, FormatError),
     ("nonsense", FormatError),
     ([], FormatError),
-    (object(), FormatError),
+    (print, FormatError),
     ("4b:g64:g128", FormatError),
     ("4b:rise:tread", FormatError),
     ({"bits": 4.0}, FormatError),

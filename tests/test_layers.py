@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 PRIVATE_TORCH = ("torch._inductor", "torch._functorch")
 MAY_USE_PRIVATE_TORCH = {"rfcompile.lowering", "rfcompile.backend"}
-MAX_LINES = 320
+MAX_LINES = 480  # a file is as long as its one idea; functions are what must be short
 
 
 def modules() -> dict[str, Path]:

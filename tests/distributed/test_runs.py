@@ -153,7 +153,7 @@ def static(**options: Any) -> Callable[..., Tensor]:
     return torch.compile(total, backend="rfquant", options=OPTIONS | options, dynamic=False)
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_the_recompile_limit_is_an_error_with_strict() -> None:
     run = static(strict=True)
     run(torch.randn(4, WIDTH))
@@ -163,7 +163,7 @@ def test_the_recompile_limit_is_an_error_with_strict() -> None:
     assert issubclass(RecompileLimitError, UnquantizedSiteError)
 
 
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(recompile_limit=1)  # type: ignore[untyped-decorator]
 def test_the_recompile_limit_is_warned_of_and_in_the_report() -> None:
     run = static()
     run(torch.randn(4, WIDTH))
