@@ -43,5 +43,5 @@ def test_a_recomputed_collective_uses_the_format_of_the_forward() -> None:
     assert found == [
         ("forward", "activations", "8b:g128:tread"),
         ("backward", "activations", "8b:g128:tread"),
-        ("backward", "gradients", "4b:g128:rise"),
+        ("backward", "gradients", "4b:g128:tread"),
     ]

@@ -706,8 +706,7 @@ def test_strict_looks_at_the_backward_graph_too() -> None:
         ({"bits": 4, "strict": 1}, PolicyError, "strict=1 .* use True or False", {"value": 1}),
         ({"bits": 4, "merge": None}, PolicyError, "merge=None", {"option": "merge"}),
         ({"bits": 4, "inductor": 3}, PolicyError, "inductor=3", {"option": "inductor"}),
-        ({"strict": True}, PolicyError, "give bits, formats by kind of traffic, or a policy", {}),
-        ({"policy": 4}, PolicyError, "policy=4", {"option": "policy"}),
+        ({"strict": True}, PolicyError, "there is no policy; use options", {}),
         ({"policy": rf.Policy(), "bits": 4}, PolicyError, "no other option", {}),
         (
             {"bits": 4, "residual": "free"},
@@ -729,7 +728,7 @@ def test_options_that_are_not_understood(
 
 @pytest.mark.usefixtures("two_ranks")
 def test_a_mode_is_one_of_the_options() -> None:
-    with pytest.raises(PolicyError, match=r"mode='max-autotune' .* options=\{'mode': 'max"):
+    with pytest.raises(PolicyError, match="there is no policy; use options"):
         torch.compile(Block(), backend="rfquant", mode="max-autotune")(torch.randn(64))
     compiled(Block(), bits=4, min_bytes=0, mode="max-autotune")(torch.randn(64))
     assert reported().sites[0].format == "4b:g128:rise"
