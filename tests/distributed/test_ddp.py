@@ -409,10 +409,11 @@ def check_complex(rank: Rank, fmt: Any, error_feedback: bool) -> None:
             if fmt is None or sent.dtype == torch.float64:
                 dist.all_reduce(sent.mul_(1 / rank.world))
             else:
+                used = rf.QuantFormat.parse(fmt).for_kind("gradients")
                 if error_feedback:
                     sent = sent + residuals.get(name, torch.zeros_like(sent))
-                    residuals[name] = sent - round_trip(sent, rf.QuantFormat.parse(fmt), rank.world)
-                sent = rf.all_reduce(sent, fmt, op="avg")
+                    residuals[name] = sent - round_trip(sent, used, rank.world)
+                sent = rf.all_reduce(sent, used, op="avg")
             assert torch.equal(got.reshape(-1), sent), (name, step)
     sizes = {s.module: s.shape for s in handle.report().sites}
     assert sizes == {"mixing": (2 * 48 * 24,), "phase": (96,), "scale": (48,)}
@@ -775,7 +776,7 @@ def check_the_debt_is_paid(rank: Rank) -> None:
         assert module.weight.grad is not None
         applied += module.weight.grad
         [((received, *_), total)] = coded
-        spec = fmt.spec
+        spec = fmt.for_kind("gradients").spec
         shard = ops.dequantize_sum(received, spec, torch.float32, True)
         rounding = shard - ops.dequantize(total, spec, torch.float32).view(-1)
         both = torch.zeros(2, 2048)
