@@ -52,6 +52,7 @@ PUBLIC_NAMES = [
     "reports",
     "residual_report",
     "rewrites",
+    "set_default_policy",
     "transform",
 ]
 
