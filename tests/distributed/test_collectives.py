@@ -505,8 +505,8 @@ def check_gradients(rank: Rank) -> None:
         if exact is None:
             exact = torch.zeros_like(leaves[rank.index])
 
-        # The gradient went through the adjoint collective in the same format.
-        expected, bound = adjoint(case, seeds, fmt, rank)
+        # The gradient went through the adjoint collective, on the grid of gradients.
+        expected, bound = adjoint(case, seeds, fmt.for_kind("gradients"), rank)
         assert torch.equal(grad, expected), case
         assert_within(grad, exact, bound, case)
         if rank.index == SRC or case.name != "broadcast":
