@@ -148,10 +148,12 @@ class Reference:
                 patterns = [self.policy.override_for(path) for path in paths]
                 pattern = next(filter(None, patterns), "")
                 named = pattern != ""
+                site: Any = self.policy.sites[pattern] if named else None
                 formats = (
-                    (self.policy.sites[pattern],) * 2 if named
+                    tuple(site and site.for_kind(kind) for kind in ("weights", "gradients"))
+                    if named
                     else (self.policy.weights, self.policy.gradients)
-                )  # fmt: skip
+                )
                 groups.setdefault(formats, []).append(name)
             yield [(group, *formats) for formats, group in groups.items()]
 
