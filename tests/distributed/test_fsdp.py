@@ -628,7 +628,7 @@ def check_four(rank: Rank) -> None:
     reduced = {n: p for args, p in calls for n, p in [(args[0].unit.label, args[1])] if n}
     mine = mesh["shard"].get_group()
     for unit, x in reduced.items():
-        expected = rf.reduce_scatter(x, 4, mine, op="avg")
+        expected = rf.reduce_scatter(x, "4b:tread", mine, op="avg")
         dist.all_reduce(expected, op=dist.ReduceOp.AVG, group=mesh["replicate"].get_group())
         if unit == "layers.1":
             got = local(model.get_parameter("layers.1.up.weight").grad).flatten()
@@ -731,7 +731,7 @@ def check_delta(rank: Rank) -> None:
             copies = torch.stack(rank.gathered(x))
         else:
             difference = x - copies[rank.index]
-            copies = copies + rf.all_gather(difference, 4).view(rank.world, -1)
+            copies = copies + rf.all_gather(difference, "4b:tread").view(rank.world, -1)
         steps(rank, model, optimizer, range(step, step + 1))
         [delta] = gather._deltas.values()
         assert delta.copy is not None
@@ -740,8 +740,8 @@ def check_delta(rank: Rank) -> None:
     assert copies is not None
     # Errors do not add up: that of the last gather is that of one step's difference.
     error = (x - copies[rank.index]).abs().max()
-    assert error <= rf.QuantFormat(4).max_error() * difference.abs().max()
-    direct = rf.all_gather(x, 4).view(rank.world, -1)
+    assert error <= rf.QuantFormat.parse("4b:tread").max_error() * difference.abs().max()
+    direct = rf.all_gather(x, "4b:tread").view(rank.world, -1)
     assert error < (x - direct[rank.index]).abs().max() / 4
 
     counted = recorded(dist, "all_gather_into_tensor")
