@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 import rfcompile as rf
 from rfcompile import wire
 from rfcompile.cost import sent_bytes
-from rfcompile.distributed import FSDPHandle, quantize_fsdp
+from rfcompile.distributed import FSDPHandle, quantize_fsdp, weight_delta
 from rfcompile.distributed.fsdp_comms import (
     QuantizedAllGather,
     QuantizedReduceScatter,
@@ -744,11 +744,11 @@ def check_delta(rank: Rank) -> None:
     direct = rf.all_gather(x, "4b:tread").view(rank.world, -1)
     assert error < (x - direct[rank.index]).abs().max() / 4
 
-    counted = recorded(dist, "all_gather_into_tensor")
+    counted = recorded(weight_delta, "all_gather_single")
     with recorded(wire, "_all_gather") as gathered, counted as ages:
         backward(model, batch(rank, 9))
     sent = sum(sent_bytes("all_gather", args[0].nbytes, rank.world) for args, _ in gathered)
-    whole = [args[1] for args, _ in ages if args[1].dtype == torch.int64]  # not FSDP's own, in 2.11
+    whole = [args[1] for args, _ in ages if args[1].dtype == torch.int64]
     sent += sum(sent_bytes("all_gather", age.nbytes, rank.world) for age in whole)
     report = handle.report()
     quantized = [s for s in report.sites if s.collective == "all_gather" and s.format]
