@@ -34,7 +34,8 @@ from torch.distributed.fsdp import (
 import rfcompile as rf
 from rfcompile import wire
 from rfcompile.cost import sent_bytes
-from rfcompile.distributed import FSDPHandle, quantize_fsdp, weight_delta
+from rfcompile.distributed import FSDPHandle, quantize_fsdp
+from rfcompile.distributed import weight_delta as differences
 from rfcompile.distributed.fsdp_comms import (
     QuantizedAllGather,
     QuantizedReduceScatter,
@@ -744,7 +745,7 @@ def check_delta(rank: Rank) -> None:
     direct = rf.all_gather(x, "4b:tread").view(rank.world, -1)
     assert error < (x - direct[rank.index]).abs().max() / 4
 
-    counted = recorded(weight_delta, "all_gather_single")
+    counted = recorded(differences, "all_gather_single")
     with recorded(wire, "_all_gather") as gathered, counted as ages:
         backward(model, batch(rank, 9))
     sent = sum(sent_bytes("all_gather", args[0].nbytes, rank.world) for args, _ in gathered)
