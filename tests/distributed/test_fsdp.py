@@ -927,7 +927,7 @@ def check_chunked(rank: Rank) -> None:
     dist.all_reduce(exact, op=dist.ReduceOp.AVG)
     mine = local(model.norm.weight.grad)
     start = 16 * rank.index
-    torch.testing.assert_close(mine, exact[start : start + 16], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(mine, exact[start : start + 16], rtol=1e-5, atol=1e-7)  # type: ignore[index]
 
 
 def test_a_unit_that_reduces_twice_a_step_has_a_line_for_each(ranks: RunRanks) -> None:
