@@ -31,6 +31,7 @@ from rfcompile.models import (
 from rfcompile.passes import boundary_pipeline, wire_pipeline
 from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.pipeline import Record, run
+from rfcompile.placing import FirstCall, place
 from rfcompile.policy import Formatish, Policy, Policyish, as_policy
 from rfcompile.report import Report
 from rfcompile.residual_free import ResidualFree
@@ -142,18 +143,16 @@ def _with_wire(
             return cast(nn.Module, compiled)
         _compile_in_place(twin, wanted)
         return twin
-    return with_fake_wire(twin, wanted, boundaries)
+    twin = with_fake_wire(twin, wanted, boundaries)
+    uncompiled(twin).register_forward_hook(FirstCall())
+    return twin
 
 
 def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
     """The module, with a fake wire at its boundaries in place of those that it may have."""
     inner = uncompiled(twin)
-    for module in twin.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, FakeWire):
-                del module._forward_hooks[key]
-    for path, module in find_boundaries(inner, boundaries).items():
-        module.register_forward_hook(FakeWire(path, wanted))
+    found = find_boundaries(inner, boundaries)
+    place(inner, {path: FakeWire(path, wanted) for path in found})
     return twin
 
 

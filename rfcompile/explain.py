@@ -16,7 +16,7 @@ from rfcompile.analysis import excess_kurtosis, sqnr_db
 from rfcompile.api import NO_COLLECTIVES, policy_of, rewrite_graph, with_fake_wire
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
-from rfcompile.fake_wire import Crossing, FakeWire, round_trip, watch
+from rfcompile.fake_wire import Crossing, round_trip, watch
 from rfcompile.graph import dtype_text
 from rfcompile.models import (
     check_module,
@@ -25,6 +25,7 @@ from rfcompile.models import (
     uncompiled,
 )
 from rfcompile.pipeline import Record
+from rfcompile.placing import wires_of
 from rfcompile.policy import Formatish, Policy, Policyish
 from rfcompile.report import GraphChange, Report, Site
 from rfcompile.rewrites import rewrites
@@ -142,17 +143,14 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 def _idle_boundaries(model: nn.Module, crossings: Sequence[Crossing]) -> Iterator[str]:
     seen = {crossing.module: crossing for crossing in crossings}
-    for module in model.modules():
-        for hook in module._forward_hooks.values():
-            if not isinstance(hook, FakeWire):
-                continue
-            if hook.module not in seen:
-                yield f"nothing travels at {hook.module}: the model did not call it"
-            elif seen[hook.module].tensor is None:
-                yield (
-                    f"nothing travels at {hook.module}: its output is or directly holds no "
-                    "floating-point tensor"
-                )
+    for wire in (wire for module in model.modules() for wire in wires_of(module)):
+        if wire.module not in seen:
+            yield f"nothing travels at {wire.module}: the model did not call it"
+        elif seen[wire.module].tensor is None:
+            yield (
+                f"nothing travels at {wire.module}: its output is or directly holds no "
+                "floating-point tensor"
+            )
 
 
 def _boundary_sites(crossing: Crossing, policy: Policy) -> list[Site]:

@@ -114,16 +114,19 @@ class FakeWire:
 
     Of a tuple, list or dict (a model output) the first floating-point tensor travels: the hidden
     state; what a block hands on beside it (caches, attention maps) does not. Where there is none,
-    nothing travels, and a warning says so.
+    nothing travels, and a warning says so. ``has_run``: it was called, by no compiler.
     """
 
     def __init__(self, module: str, policy: Policy) -> None:
         self.module = module
+        self.has_run = False
         policy = policy.for_fake_wire()
         self.arguments = wire_arguments(policy, module, 2**62)
         self.min_bytes = 0 if policy.override_for(module) is not None else policy.smallest
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            self.has_run = True
         if _travels(output):
             return self.send(output)
         if isinstance(output, (tuple, list)):

@@ -129,6 +129,14 @@ CASES: dict[str, Case] = {
         "min_bytes, name them in sites={pattern: None} to accept it, or drop strict.",
         {"sites": (("a", "integers"), ("b", "too small"))},
     ),
+    "RecompileLimitError": (
+        lambda: errors.RecompileLimitError("m.py:3", "recompile_limit", 8),
+        UnquantizedSiteError,
+        "strict=True, but Dynamo compiled the function at m.py:3 8 times, which is its "
+        "recompile_limit: calls that fit none of these graphs run exact. Raise "
+        "torch._dynamo.config.recompile_limit, or compile with dynamic=True, or drop strict.",
+        {"sites": (("m.py:3", "recompile_limit 8"),)},
+    ),
     "ProcessGroupError": (lambda: errors.ProcessGroupError("m"), RuntimeError, "m", {}),
     "BoundaryError": (lambda: errors.BoundaryError("m"), ValueError, "m", {}),
     "CaptureError": (lambda: errors.CaptureError("m"), RuntimeError, "m", {}),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
 from rfcompile import ops
@@ -251,3 +254,78 @@ def test_the_operator_is_one_of_the_package() -> None:
     assert torch.ops.rfcompile.fake_wire.default is fake_wire
     assert fake_wire._schema.name == "rfcompile::fake_wire"
     assert ops.LIBRARY.ns == "rfcompile"
+
+
+# ---- where it stands in a module ----------------------------------------------------------------
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x
+
+
+class Calling(nn.Module):
+    """Calls its blocks in one of the ways that models do."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.blocks = nn.ModuleList(Doubling() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.way == "module":
+                x = block(x)
+            elif self.way == "forward":
+                x = block.forward(x)
+            else:
+                x = checkpoint(block.forward, x, use_reentrant=False)
+        return x
+
+
+class CallingLikeOthers(nn.Module):
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.call = call
+        self.blocks = nn.ModuleList(Doubling() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.call(block, x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["module", "forward", "checkpoint"])
+def test_a_wire_is_in_the_path_of_every_call(way: str) -> None:
+    x = torch.randn(40)
+    expected = x
+    for _ in range(3):
+        expected = by_codec(expected + expected, "4b")
+    model = Calling(way)
+    wired = rf.transform(model, bits=4)
+    for twin in (wired, copy.deepcopy(wired), pickle.loads(pickle.dumps(wired))):
+        assert torch.equal(twin(x), expected)
+    compiled = torch.compile(wired, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(rf.transform(wired, bits=4)(x), expected), "a wire in place of the first"
+    assert rf.explain(model, x, bits=4).num_quantized == 3
+    assert rf.explain(wired, x, bits=4).num_quantized == 3
+    assert torch.equal(model(x), 8 * x), "the model that was given"
+
+
+def call_class(block: nn.Module, x: Tensor) -> Tensor:
+    return Doubling.forward(block, x)
+
+
+def call_method(block: nn.Module, x: Tensor) -> Tensor:
+    return block.forward(x)
+
+
+@pytest.mark.parametrize("call", [call_class, call_method])
+def test_wires_that_did_not_run_are_named_once(call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    wired = rf.transform(CallingLikeOthers(call), bits=4)
+    x = torch.randn(40)
+    message = r"3 of 3 fake wires did not run .* CallingLikeOthers: 'blocks.0', 'blocks.1', 'blo"
+    with pytest.warns(RFCompileWarning, match=message):
+        wired(x)
+    assert torch.equal(wired(x), 8 * x)

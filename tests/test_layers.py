@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
         *("polynomial", "polynomial_linear", "attention_ops", "graying", "together"),
     ),
-    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "runs"),
+    ("wire", "collectives", "tensors", "fake_wire", "placing", "pipeline", "report", "runs"),
     ("journal", "step_report", "measure", "left_out", "transfers"),
     ("passes",),
     (

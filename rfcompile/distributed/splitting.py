@@ -14,6 +14,7 @@ from rfcompile.capture import exported, inputs_of
 from rfcompile.errors import BoundaryError, CaptureError, PolicyError
 from rfcompile.fake_wire import FakeWire
 from rfcompile.models import check_module, copy_of, uncompiled
+from rfcompile.placing import place, wires_of
 from rfcompile.policy import Policy
 
 _MARK = torch.ops.rfcompile.fake_wire.default
@@ -70,15 +71,8 @@ def split_at_boundaries(
 
 def _mark(twin: nn.Module) -> None:
     """A fake wire that shows in the graph, wherever there is one, or else at every boundary."""
-    is_marked = False
-    for module in twin.modules():
-        for key, hook in module._forward_hooks.items():
-            if isinstance(hook, FakeWire):
-                module._forward_hooks[key] = FakeWire(hook.module, _MARKING)
-                is_marked = True
-    if not is_marked:
-        for path, module in find_boundaries(twin).items():
-            module.register_forward_hook(FakeWire(path, _MARKING))
+    marked = [wire.module for module in twin.modules() for wire in wires_of(module)]
+    place(twin, {path: FakeWire(path, _MARKING) for path in marked or find_boundaries(twin)})
 
 
 def _cuts(marks: list[fx.Node], n: int, model: str) -> list[fx.Node]:

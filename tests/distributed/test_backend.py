@@ -228,8 +228,9 @@ def test_llama(
             ("backward", "all_reduce", False): 4,
             ("backward", "all_reduce", True): 6,
         }
-    spec = rf.QuantFormat(bits).spec
-    assert all(site.format == (None if site.merged else spec) for site in report.sites)
+    kinds = {"forward": "activations", "backward": "gradients"}
+    specs = {way: rf.QuantFormat(bits).for_kind(kind).spec for way, kind in kinds.items()}
+    assert all(s.format == (None if s.merged else specs[s.direction]) for s in report.sites)
     assert report.num_quantized == report.num_sites
     assert "model.layers.1.mlp.down_proj" in {site.module for site in report.sites}
     assert all("modeling_llama.py:" in site.source for site in report.sites)
@@ -326,7 +327,7 @@ def infer(rank: Rank) -> None:
         with context(), graphs_run_as_they_are():
             y = run(x)
         report = reported()
-        assert [site.format for site in report.sites] == ["4b:g128:rise"] * 2
+        assert [site.format for site in report.sites] == ["4b:g128:rise", "4b:g128:tread"]
         assert [graph.direction for graph in report.graphs] == ["forward"]
         rank.assert_same(y)
         outputs.append(y)

@@ -881,7 +881,7 @@ def test_modules_and_ranks_that_do_not_fit(ranks: RunRanks) -> None:
             assert isinstance(error, HookError)
             assert re.search(pattern, str(error)), str(error)
         patterns = [
-            r"0: FSDP 4 units all=4b.* 1: FSDP 4 units all=8b",
+            r"0: FSDP 4 units activations=4b.* 1: FSDP 4 units all=8b",
             r"sites\['\*\.bias'\]=exact",
             r"weight_delta=False .*weight_delta=True",
         ]
