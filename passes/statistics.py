@@ -250,6 +250,8 @@ class Statistics:
             return count
         if name.startswith(("embedding", "_embedding", "rand")):
             return _TRAFFIC
+        if not operands:
+            return _from_outside(value_of(node), f"made by {_text(node)}", False)
         if name in _LOSSES:
             return _statistic(f"made by {_text(node)}")
         if name in _REDUCING and len(operands) == 1:

@@ -98,8 +98,8 @@ def test_graphs_are_used_again_until_options_or_sources_change(
     shutil.copytree(root / "rfcompile", tmp_path / "edited" / "rfcompile")  # the link as a folder
     formats = tmp_path / "edited" / "rfcompile" / "formats.py"
     before = formats.read_text()
-    assert before.count("4: 0.3352") == 1
-    formats.write_text(before.replace("4: 0.3352", "4: 0.3"))
+    assert before.count("16: 0.3352") == 1
+    formats.write_text(before.replace("16: 0.3352", "16: 0.3"))
     edited = run(four_bits, tmp_path / "edited")
     assert (edited["hits"], edited["misses"]) == (0, 3)
     assert edited["compiled"] == edited["eager"] != first["eager"]
