@@ -21,9 +21,9 @@ from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same
+from rfcompile.process_groups import require_same, transport
 from rfcompile.report import Report
-from rfcompile.together import together, transport
+from rfcompile.together import together
 from rfcompile.wire import all_reduce_wire
 
 
