@@ -11,8 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from rfcompile.errors import PolicyError, UnquantizedSiteError
-from rfcompile.policy import Policy
+from rfcompile.graph import dtype_text
+from rfcompile.policy import Decision, Policy, Why
 
 AT_REST = "at rest"
 
@@ -32,11 +35,11 @@ class Site:
         dtype: of the input.
         group: name of the process group; world_size: its ranks.
         format: text of the format, None where the site stays exact.
-        reason: why it stays exact, "" for a quantized site.
+        reason: why it stays exact, "" for a quantized site; ``why`` is the rule, for programs (see
+            :class:`~rfcompile.policy.Decision`).
         eligible: it could be quantized and nobody asked by name to leave it.
         bytes_before, bytes_after: bytes one rank sends in one run, None where a size is symbolic.
         sqnr_db, kurtosis: measured on the tensor, where a report measures.
-        merged: it is gone: another site carries its traffic.
         runs: how often it sends them in what the report covers: for each module that shares its
             graph, or in a step that :func:`~rfcompile.measure_step` counted.
     """
@@ -57,8 +60,52 @@ class Site:
     bytes_after: int | None
     sqnr_db: float | None = None
     kurtosis: float | None = None
-    merged: bool = False
     runs: int = 1
+    why: Why = ""
+
+    @classmethod
+    def of(
+        cls,
+        decision: Decision,
+        shape: Iterable[Any],
+        dtype: torch.dtype | str,
+        sent: tuple[int | None, int | None],
+        *,
+        collective: str,
+        direction: str,
+        kind: str,
+        module: str,
+        source: str = "",
+        group: str = "",
+        world_size: int = 2,
+        sqnr_db: float | None = None,
+        kurtosis: float | None = None,
+    ) -> Site:
+        """The place of a tensor of ``shape`` and ``dtype``; ``sent``: bytes before and after."""
+        return cls(
+            collective=collective,
+            direction=direction,
+            kind=kind,
+            module=module,
+            source=source,
+            shape=tuple(size if isinstance(size, int) else str(size) for size in shape),
+            dtype=dtype if isinstance(dtype, str) else dtype_text(dtype),
+            group=group,
+            world_size=world_size,
+            format=decision.spec,
+            reason=decision.reason,
+            eligible=decision.eligible,
+            bytes_before=sent[0],
+            bytes_after=sent[1],
+            why=decision.why,
+            sqnr_db=sqnr_db,
+            kurtosis=kurtosis,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """It is gone: another site carries its traffic."""
+        return self.why == "merged"
 
     @property
     def place(self) -> str:

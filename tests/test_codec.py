@@ -19,7 +19,7 @@ from torch import Tensor
 
 import rfcompile as rf
 from rfcompile import codec
-from rfcompile.formats import BITS, PLANES, QuantFormat
+from rfcompile.formats import BITS, DTYPES, PLANES, QuantFormat
 from rfcompile.rotation import axes_of
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024, None)
@@ -260,7 +260,7 @@ def test_saturate_never_makes_zeros_of_inf() -> None:
 # ---- dtypes, sizes, strides, magnitudes ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", codec.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
 def test_every_size_and_dtype_round_trips(numel: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, numel).to(dtype)
@@ -310,7 +310,7 @@ def test_the_input_is_left_alone() -> None:
         assert torch.equal(x, copy)
 
 
-@pytest.mark.parametrize("dtype", codec.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_finite_value_decodes_to_inf_or_nan(dtype: torch.dtype, rotation_matrix: Matrix) -> None:
     largest = torch.finfo(dtype).max
     uniform = torch.rand(1, 2048) * 2 - 1
@@ -395,7 +395,7 @@ def test_dequantize_sum_adds_the_rows_in_order(rows: int, average: bool) -> None
         for row in decoded[1:]:
             total = total + row
         total = total * (1.0 / rows) if average else total
-        for dtype in codec.DTYPES:
+        for dtype in DTYPES:
             assert torch.equal(codec.dequantize_sum(payload, fmt, dtype, average), total.to(dtype))
         again = codec.requantize(payload, fmt, average)
         assert torch.equal(again, codec.quantize(total[None], fmt, seed=1))
