@@ -5,8 +5,6 @@ Data first (frozen dataclasses), text and JSON second.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from rfcompile.errors import PolicyError, UnquantizedSiteError
 from rfcompile.graph import dtype_text
 from rfcompile.policy import Decision, Policy, Why
+from rfcompile.table import TableReport, table
 
 AT_REST = "at rest"
 
@@ -139,7 +138,7 @@ class GraphChange:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(TableReport):
     """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
     read its fields; :func:`~rfcompile.merge_reports` makes one of several.
 
@@ -230,7 +229,7 @@ class Report:
         symbolic = sum(site.bytes_before is None for site in self.sites)
         return text + (f"; {symbolic} sites of symbolic size not counted" if symbolic else "")
 
-    def text(self) -> str:
+    def lines(self) -> Iterator[str]:
         """The summary, the policy, a table with a line a kind, and one with a line a site."""
         measured = any(site.sqnr_db is not None for site in self.sites)
         header = ["", "site", "place", "tensor", "format", "bytes before", "after"]
@@ -249,35 +248,25 @@ class Report:
             ]
             row += [f"{site.runs}x"] if counted else []
             rows.append(row + ([_number(site.sqnr_db), _number(site.kurtosis)] if measured else []))
-        lines = [self.summary()]
+        yield self.summary()
         if self.policy:
-            lines.append(f"policy: {self.policy}")
+            yield f"policy: {self.policy}"
         if len(self.kinds) > 1:
-            lines += [*table([*_rows(self.kinds)]), ""]
-        lines += table(rows) if self.sites else []
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def __str__(self) -> str:
-        return self.text()
+            yield from [*table([*_rows(self.kinds)]), ""]
+        yield from table(rows) if self.sites else []
+        yield from (f"note: {note}" for note in self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graphs as plain data, for JSON: NaN and infinity become None."""
-        plain = asdict(self)
-        del plain["graphs"]
-        for site in plain["sites"]:
-            for name in ("sqnr_db", "kurtosis"):
-                if site[name] is not None and not math.isfinite(site[name]):
-                    site[name] = None
-        return plain | {
+        fields = super().to_dict()
+        del fields["graphs"]
+        return fields | {
             "kinds": [asdict(line) for line in self.kinds],
             "num_sites": self.num_sites,
             "num_quantized": self.num_quantized,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
-
-    def json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def require_all(self) -> None:
         """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""
@@ -351,12 +340,3 @@ def _rows(kinds: Iterable[Traffic]) -> Iterator[list[str]]:
             f"{line.bytes_after:,}",
             f"{line.ratio:.2f}x",
         ]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
