@@ -8,7 +8,9 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from rfcompile.on_compile import BEFORE_COMPILING
+import torch
+
+from rfcompile.on_use import BEFORE_COMPILING, Operators
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOMES
     from rfcompile import companions, distributed, errors, training
@@ -135,7 +137,13 @@ class _Package(ModuleType):
             super().__setattr__(name, value)
 
 
+def _define_operators() -> None:
+    for name in ("attention_ops", "collectives", "fake_wire", "graying", "ops", "transfers"):
+        import_module(f"rfcompile.{name}")
+
+
 sys.modules[__name__].__class__ = _Package
+torch.ops.rfcompile = Operators("rfcompile", _define_operators)  # type: ignore[attr-defined]
 
 # Inductor is loaded when something compiles, not when this package is imported.
 BEFORE_COMPILING.append(lambda: import_module("rfcompile.lowering"))

@@ -20,7 +20,7 @@ from rfcompile import ops
 from rfcompile.derivatives import differentiable
 from rfcompile.errors import PolicyError, ShapeError, TransportError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.on_compile import BEFORE_COMPILING
+from rfcompile.on_use import BEFORE_COMPILING
 from rfcompile.process_groups import agree, constant_while_compiling, resolve
 from rfcompile.wire import (
     all_gather_wire,

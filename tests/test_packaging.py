@@ -175,7 +175,22 @@ def test_importing_the_package_loads_next_to_nothing() -> None:
         "import sys, torch; before = set(sys.modules); import rfcompile;"
         "print(sorted(set(sys.modules) - before))"
     )
-    assert output_of(code) == "['rfcompile', 'rfcompile.on_compile']"
+    assert output_of(code) == "['rfcompile', 'rfcompile.on_use']"
+
+
+def test_operators_are_defined_when_one_is_asked_for() -> None:
+    code = (
+        "import pkgutil, torch, rfcompile; "
+        "from importlib import import_module; "
+        "asked = torch.ops.rfcompile.quantize.default; "
+        "names = lambda: {n for n in torch._C._dispatch_get_all_op_names() if 'rfcompile::' in n}; "
+        "found = names(); "
+        "[import_module(m.name) for m in pkgutil.walk_packages(rfcompile.__path__, 'rfcompile.')"
+        " if not m.name.endswith('__main__')]; "
+        "print(asked, asked is rfcompile.ops.quantize, sorted(names() - found), "
+        "hasattr(torch.ops.rfcompile, 'surprise'))"
+    )
+    assert output_of(code) == "rfcompile.quantize.default True [] False"
 
 
 def test_the_codec_does_not_load_the_compiler() -> None:
