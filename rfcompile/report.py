@@ -132,7 +132,7 @@ class Report:
 
     @property
     def num_sites(self) -> int:
-        """Sites that send something: those merged into others are not counted."""
+        """Sites that send something. Those merged into others are not counted."""
         return sum(not site.merged for site in self.sites)
 
     @property
