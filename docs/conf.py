@@ -139,7 +139,18 @@ def link(match: re.Match[str]) -> str:
     return f":exc:`~rfcompile.errors.{name}`" if hasattr(rfcompile.errors, name) else f"``{name}``"
 
 
+def short_types(
+    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, result: str
+) -> tuple[str, str]:
+    """An alias inside of another type is written by its name, too."""
+    short = [
+        re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text or "") for text in (signature, result)
+    ]
+    return short[0], short[1]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-signature", short_types)
     app.connect("autodoc-process-docstring", raises_as_list, priority=400)  # napoleon's is 500
     return {"parallel_read_safe": True}
