@@ -140,13 +140,17 @@ def link(match: re.Match[str]) -> str:
 
 
 def short_types(
-    app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, result: str
-) -> tuple[str, str]:
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    signature: str | None,
+    result: str | None,
+) -> tuple[str, str | None] | None:
     """An alias inside of another type is written by its name, too."""
-    short = [
-        re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text or "") for text in (signature, result)
-    ]
-    return short[0], short[1]
+    long = r"TypeAliasForwardRef\('(\w+)'\)"
+    return (re.sub(long, r"\1", signature), result) if signature else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

@@ -2,7 +2,9 @@
 
 Markdown that a reader does not see says how:
 
-``<!-- session: ranks=2 -->``  the blocks from here on share a new namespace, on so many ranks
+``<!-- session: ranks=2 -->``  the blocks from here on share a new namespace, on so many ranks;
+                               ``ranks=2 eager``: rewritten graphs run as they are, no kernel is
+                               made of them (a minute less; other tests compile the same model)
 ``<!-- setup`` ... ``-->``     Python that runs, but is not shown
 ``<!-- output -->``            the fence that follows is what the block before it prints on rank 0;
                                a line ``...`` stands for any lines
@@ -11,14 +13,20 @@ Markdown that a reader does not see says how:
 
 from __future__ import annotations
 
-import contextlib
 import io
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, chdir, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from torch import fx
+from torch._functorch.aot_autograd import make_boxed_func
+
+from rfcompile import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")))
@@ -41,6 +49,7 @@ class Session:
     page: str
     line: int
     ranks: int
+    is_eager: bool = False
     blocks: list[Block] = field(default_factory=list)
 
     @property
@@ -57,8 +66,8 @@ def sessions_of(page: str, text: str) -> list[Session]:
     sessions, mark = [Session(page, 1, 1)], ""
     lines = iter(enumerate(text.splitlines(), 1))
     for number, line in lines:
-        if found := re.fullmatch(r"<!-- session: ranks=(\d+) -->", line):
-            sessions.append(Session(page, number, int(found[1])))
+        if found := re.fullmatch(r"<!-- session: ranks=(\d+)( eager)? -->", line):
+            sessions.append(Session(page, number, int(found[1]), bool(found[2])))
         elif line == "<!-- setup":
             code = _until(lines, "-->", page, number)
             sessions[-1].blocks.append(Block(number + 1, code))
@@ -100,7 +109,7 @@ def run_session(rank: Any, session: Session, folder: str) -> None:
     namespace: dict[str, Any] = {"__name__": "page"}
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        with contextlib.chdir(place):
+        with chdir(place), _no_kernels() if session.is_eager else nullcontext():
             for block in session.blocks:
                 printed = _run(session.page, block, namespace)
                 if block.output is not None and rank.index == 0:
@@ -109,13 +118,20 @@ def run_session(rank: Any, session: Session, folder: str) -> None:
         sys.path.remove(str(ROOT / "examples"))
 
 
+def _no_kernels() -> AbstractContextManager[object]:
+    def run_as_it_is(gm: fx.GraphModule, inputs: object, **options: object) -> object:
+        return make_boxed_func(gm.forward)
+
+    return mock.patch.object(backend, "compile_fx_inner", run_as_it_is)
+
+
 def _run(page: str, block: Block, namespace: dict[str, Any]) -> str:
     if block.file:
         Path(block.file).write_text(block.code + "\n")
         return ""
     # Lines of the page: tracebacks, and whoever reads a function's source, find them there.
     code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec")
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with redirect_stdout(io.StringIO()) as printed:
         exec(code, namespace)
     return printed.getvalue()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -56,6 +57,36 @@ def resolved(name: str) -> object:
         return importlib.import_module(name)
     module = importlib.import_module(owner)
     return getattr(module, last, None) or importlib.import_module(name)
+
+
+# ---- private torch -------------------------------------------------------------------------------
+
+IN_MANY_FILES = ("torch._ops", "torch.utils._pytree", "torch.ops")
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """What a source names of torch that has a part with an underscore."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    private = re.compile(r"torch\.([\w.]*\.)?_[a-zA-Z][\w.]*")
+    return {n for n in names if private.fullmatch(n) and not n.startswith(IN_MANY_FILES)}
+
+
+@pytest.mark.parametrize(
+    "file",
+    [p.relative_to(ROOT) for folder in ("rfcompile", "passes") for p in (ROOT / folder).rglob("*.py")],
+    ids=str,
+)
+def test_the_page_on_private_torch_has_every_module_that_uses_it(file: Path) -> None:
+    table = (ROOT / "docs" / "internals" / "private-torch.md").read_text()
+    names = private_names(ast.parse((ROOT / file).read_text()))
+    assert not names or f"| `{file.as_posix()}` |" in table, f"no row for {sorted(names)}"
 
 
 # ---- links ---------------------------------------------------------------------------------------
