@@ -9,7 +9,9 @@ import pytest
 from tests.distributed.conftest import RunRanks
 from tests.pages import PAGES, ROOT, Session, run_session, sessions_of
 
-TOGETHER = [s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks > 1]
+TOGETHER = [
+    s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks > 1
+]
 
 
 @pytest.mark.slow
