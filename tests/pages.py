@@ -85,7 +85,7 @@ def sessions_of(page: str, text: str) -> list[Session]:
 
 
 def _until(lines: Iterator[tuple[int, str]], end: str, page: str, start: int) -> str:
-    found = []
+    found: list[str] = []
     for _, line in lines:
         if line.rstrip() == end:
             return "\n".join(found)
