@@ -27,6 +27,12 @@ def value_of(node: object) -> Any:
     return node.meta.get("val", node.meta.get("example_value"))
 
 
+def bytes_of(value: Any) -> int | None:
+    """Of a tensor; None where its size is symbolic."""
+    size = value.numel() * value.element_size()
+    return size if isinstance(size, int) else None
+
+
 def shape_of(node: object) -> Shape:
     """The shape of a node's tensor; () where there is none."""
     value = value_of(node)

@@ -13,6 +13,7 @@ from torch import fx
 
 from rfcompile.cost import sent_bytes
 from rfcompile.errors import ProcessGroupError
+from rfcompile.passes.axes import bytes_of
 from rfcompile.process_groups import name_of, resolve
 from rfcompile.torch_versions import reduction_name
 
@@ -113,17 +114,16 @@ def is_recomputed(node: fx.Node) -> bool:
     return node.meta.get("partitioner_tag") == "is_forward"
 
 
-def size_to_compare(c: Collective) -> int:
-    """Bytes, for min_bytes; large if not known. All ranks must come to the same decision, and in
-    an all_to_all each has a size of its own."""
-    size = c.input.numel() * c.input.element_size()
-    return size if isinstance(size, int) and c.kind != "all_to_all" else 2**62
+def size_to_compare(c: Collective) -> int | None:
+    """Bytes, for min_bytes; None if not known. All ranks must come to the same decision, and in an
+    all_to_all each has a size of its own."""
+    return None if c.kind == "all_to_all" else bytes_of(c.input)
 
 
 def sent_by_each(c: Collective) -> int | None:
     """Bytes that one rank sends in a collective, None where that is not known."""
-    size = c.input.numel() * c.input.element_size()
-    if c.node.target not in KNOWN or not isinstance(size, int):
+    size = bytes_of(c.input)
+    if c.node.target not in KNOWN or size is None:
         return size if isinstance(size, int) else None
     if not c.world:
         return None

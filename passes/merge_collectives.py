@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from rfcompile.graph import dtype_text, module_of, source_of
+from rfcompile.graph import module_of, source_of
 from rfcompile.passes.find_collectives import (
     Collective,
     find_collectives,
@@ -20,7 +20,7 @@ from rfcompile.passes.find_collectives import (
 )
 from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, exact
 from rfcompile.report import Site
 
 aten = torch.ops.aten
@@ -122,25 +122,21 @@ class MergeCollectives:
         if is_statistic:
             return None
         kind = traffic_kind(c, self.direction, self.parameters)
-        return self.policy.format_for(kind, module, size_to_compare(c))[0]
+        return self.policy.decide(kind, module, size_to_compare(c)).format
 
     def _merged_site(self, c: Collective) -> Site:
-        return Site(
+        return Site.of(
+            exact("merged", "merged: added to a later site's tensor"),
+            c.input.shape,
+            c.input.dtype,
+            (sent_by_each(c), 0),
             collective=c.kind,
             direction=self.direction,
             kind=traffic_kind(c, self.direction, self.parameters),
             module=module_of(c.node),
             source=source_of(c.node),
-            shape=tuple(s if isinstance(s, int) else str(s) for s in c.input.shape),
-            dtype=dtype_text(c.input.dtype),
             group=c.group,
             world_size=c.world,
-            format=None,
-            reason="merged: added to a later site's tensor",
-            eligible=False,
-            bytes_before=sent_by_each(c),
-            bytes_after=0,
-            merged=True,
         )
 
 

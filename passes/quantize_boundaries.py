@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import fx
@@ -13,9 +13,10 @@ from rfcompile import ops
 from rfcompile.boundaries import find_blocks, match_paths
 from rfcompile.errors import BoundaryError, CaptureError
 from rfcompile.fake_wire import fake_wire, wire_arguments
-from rfcompile.graph import ModuleCall, dtype_text, graph_text, module_calls, source_of
+from rfcompile.graph import ModuleCall, graph_text, module_calls, source_of
+from rfcompile.passes.axes import bytes_of, value_of
 from rfcompile.pipeline import PassResult
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, exact
 from rfcompile.report import Site
 
 
@@ -52,44 +53,39 @@ class QuantizeBoundaries:
         sites: list[Site] = []
         for call in sorted(depths, key=lambda call: -depths[call]):  # inner blocks first
             leaving = _leaving(gm, inside, call)
-            matrices = [node for node in leaving if _value(node).dim() >= 2]
+            matrices = [node for node in leaving if value_of(node).dim() >= 2]
             hidden = next(reversed(matrices or list(leaving)), None)
             if hidden is None:
                 continue
             sites += [self._site(node, call.path, node is hidden) for node in leaving]
             if arguments := self._arguments(hidden, call.path):
-                ops.check_codec_input(_value(hidden), f"the output of module {call.path!r}")
+                ops.check_codec_input(value_of(hidden), f"the output of module {call.path!r}")
                 wire = _insert_wire(hidden, arguments, leaving[hidden])
                 inside[wire] = inside[hidden][: depths[call]]
                 changes += 1
         return PassResult(gm, changes if graph_text(gm) != before else 0, tuple(sites))
 
     def _arguments(self, node: fx.Node, block: str) -> tuple[str, ...]:
-        size = _size_bytes(node)
-        return wire_arguments(self.policy.for_fake_wire(), block, 2**62 if size is None else size)
+        size = bytes_of(value_of(node))
+        return wire_arguments(self.policy.for_fake_wire(), block, size)
 
     def _site(self, node: fx.Node, block: str, is_hidden_state: bool) -> Site:
-        value, size = _value(node), _size_bytes(node)
-        compared = 2**62 if size is None else size
-        fmt, reason = self.policy.for_fake_wire().format_for("activations", block, compared)
-        eligible = fmt is not None or "min_bytes" in reason
+        value = value_of(node)
+        size = bytes_of(value)
+        decision = self.policy.for_fake_wire().decide("activations", block, size)
         if not is_hidden_state:
-            fmt, reason, eligible = None, "it is not the hidden state of the block", False
-        return Site(
+            decision = exact("not traffic", "it is not the hidden state of the block")
+        fmt = decision.format
+        return Site.of(
+            decision,
+            value.shape,
+            value.dtype,
+            (size, fmt.payload_bytes(value.numel()) if fmt and size is not None else size),
             collective="boundary",
             direction="forward",
             kind="activations",
             module=block,
             source=source_of(node),
-            shape=tuple(s if isinstance(s, int) else str(s) for s in value.shape),
-            dtype=dtype_text(value.dtype),
-            group="",
-            world_size=2,
-            format=fmt.spec if fmt else None,
-            reason=reason,
-            eligible=eligible,
-            bytes_before=size,
-            bytes_after=fmt.payload_bytes(value.numel()) if fmt and size is not None else size,
         )
 
     def _blocks(self, gm: fx.GraphModule) -> dict[fx.Node, list[ModuleCall]]:
@@ -125,7 +121,7 @@ def _leaving(
     found = {}
     for node in gm.graph.nodes:
         readers = [user for user in node.users if call not in inside.get(user, ())]
-        if readers and call in inside.get(node, ()) and _travels(_value(node)):
+        if readers and call in inside.get(node, ()) and _travels(value_of(node)):
             found[node] = readers
     return found
 
@@ -147,15 +143,5 @@ def _remove_wires(gm: fx.GraphModule) -> int:
     return len(wires)
 
 
-def _value(node: fx.Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
 def _travels(value: object) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _size_bytes(node: fx.Node) -> int | None:
-    value = _value(node)
-    size = value.numel() * value.element_size()
-    return size if isinstance(size, int) else None

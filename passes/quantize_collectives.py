@@ -11,11 +11,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rfcompile import ops, wire
-from rfcompile.codec import DTYPES
 from rfcompile.collectives import REDUCTIONS
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import dtype_text, module_of, source_of
+from rfcompile.graph import module_of, source_of
 from rfcompile.passes.find_collectives import (
     KNOWN,
     WAIT,
@@ -30,7 +29,7 @@ from rfcompile.passes.find_collectives import (
 from rfcompile.passes.splicing import Decompositions, splice
 from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
-from rfcompile.policy import Policy
+from rfcompile.policy import Decision, Policy, exact
 from rfcompile.report import Site
 
 
@@ -75,33 +74,20 @@ class QuantizeCollectives:
         statistics = Statistics(gm, self.direction, self.parameters, self.saved)
         for collective in collectives:
             kind = traffic_kind(collective, self.direction, self.parameters)
-            module = module_of(collective.node)
-            fmt: QuantFormat | None = None
-            reason = _nothing_to_do(collective)
-            if not reason and kind != "weights" and self.policy.override_for(module) is None:
-                reason = statistics.why_exact(collective.node.args[0], collective.node)
-            eligible = not reason
-            if eligible:
-                fmt, reason = self.policy.format_for(kind, module, size_to_compare(collective))
-                eligible = fmt is not None or "min_bytes" in reason
-                if fmt is not None and (out_of_reach := _out_of_reach(collective)):
-                    fmt, reason = None, out_of_reach
-            before = sent_by_each(collective)
-            site = Site(
+            decision = self._decide(collective, kind, statistics)
+            fmt, before = decision.format, sent_by_each(collective)
+            site = Site.of(
+                decision,
+                collective.input.shape,
+                collective.input.dtype,
+                (before, _sent_quantized(collective, fmt) if fmt else before),
                 collective=collective.kind,
                 direction=self.direction,
                 kind=kind,
-                module=module,
+                module=module_of(collective.node),
                 source=source_of(collective.node),
-                shape=tuple(s if isinstance(s, int) else str(s) for s in collective.input.shape),
-                dtype=dtype_text(collective.input.dtype),
                 group=collective.group,
                 world_size=collective.world,
-                format=fmt.spec if fmt else None,
-                reason=reason,
-                eligible=eligible,
-                bytes_before=before,
-                bytes_after=_sent_quantized(collective, fmt) if fmt else before,
             )
             sites.append(site)
             if fmt is not None:
@@ -109,22 +95,26 @@ class QuantizeCollectives:
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
-
-def _nothing_to_do(c: Collective) -> str:
-    """Why quantizing a collective makes no sense, "" if it does."""
-    sent = c.node.args[0]
-    if isinstance(sent, fx.Node) and sent.target in _CODED:
-        return "its input is quantized already"
-    if c.input.dtype not in DTYPES:
-        return f"{dtype_text(c.input.dtype)} data is not quantized"
-    if c.op and c.op not in REDUCTIONS:
-        return f"the reduction {c.op!r} of rounded values is not the rounded reduction"
-    if c.world == 1:
-        return "one rank: nothing is sent"
-    # Not of an all_to_all: a rank that has nothing to send may still receive.
-    if c.kind != "all_to_all" and isinstance(c.input.numel(), int) and c.input.numel() == 0:
-        return "empty tensor"
-    return ""
+    def _decide(self, c: Collective, kind: str, statistics: Statistics) -> Decision:
+        module, sent = module_of(c.node), c.node.args[0]
+        if isinstance(sent, fx.Node) and sent.target in _CODED:
+            return exact("not traffic", "its input is quantized already")
+        # Of an all_to_all no size tells: a rank that has nothing to send may still receive.
+        numel = None if c.kind == "all_to_all" else c.input.numel()
+        decision = self.policy.decide(
+            kind, module, size_to_compare(c), dtype=c.input.dtype, numel=numel, world=c.world
+        )
+        if decision.why in ("one rank", "dtype", "empty"):
+            return decision
+        if c.op and c.op not in REDUCTIONS:
+            reason = f"the reduction {c.op!r} of rounded values is not the rounded reduction"
+            return exact("not traffic", reason)
+        is_named = self.policy.override_for(module) is not None
+        if kind != "weights" and not is_named and (why := statistics.why_exact(sent, c.node)):
+            return exact("statistic", why)
+        if decision.format is not None and (reason := _out_of_reach(c)):
+            return exact("out of reach", reason)
+        return decision
 
 
 def _out_of_reach(c: Collective) -> str:

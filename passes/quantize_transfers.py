@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from rfcompile import ops
-from rfcompile.codec import DTYPES
 from rfcompile.errors import CaptureError
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import dtype_text, module_of, source_of
-from rfcompile.passes.axes import has_one_element, is_one
+from rfcompile.graph import module_of, source_of
+from rfcompile.passes.axes import bytes_of, has_one_element, is_one
 from rfcompile.passes.find_collectives import WAIT, all_nodes, kind_of
 from rfcompile.passes.splicing import Decompositions, origin_of, splice
 from rfcompile.passes.statistics import Origin, Statistics
 from rfcompile.pipeline import PassResult
-from rfcompile.policy import Policy
+from rfcompile.policy import Decision, Policy, exact
 from rfcompile.process_groups import resolve
 from rfcompile.report import Site
 from rfcompile.torch_versions import global_rank, split_joined_waits
@@ -92,10 +91,12 @@ class QuantizeTransfers:
             return PassResult(gm, 0)
         statistics = Statistics(gm, self.direction, saved=self.saved)
         for transfer in transfers:
-            site, fmt = self._decide(transfer, statistics)
-            sites.append(site)
+            decision = self._decide(transfer, statistics)
+            sites.append(self._site(transfer, decision))
             node = transfer.node
-            calls.setdefault(node.graph, {}).setdefault(node, []).append((transfer, fmt))
+            calls.setdefault(node.graph, {}).setdefault(node, []).append(
+                (transfer, decision.format)
+            )
         for decided in calls.values():
             if any(fmt for call in decided.values() for _, fmt in call):
                 self._rewrite(decided)
@@ -116,45 +117,45 @@ class QuantizeTransfers:
         for node, decided in calls.items():
             _replace(node, decided, order, self.decompositions)
 
-    def _decide(
-        self, transfer: _Transfer, statistics: Statistics
-    ) -> tuple[Site, QuantFormat | None]:
-        x, kind = transfer.value, kind_of(transfer.node, self.direction)
-        module = module_of(transfer.node)
-        size = x.numel() * x.element_size()
+    def _decide(self, transfer: _Transfer, statistics: Statistics) -> Decision:
+        """What both ends decide alike: what only the sender sees may at most be an error."""
+        x, module = transfer.value, module_of(transfer.node)
         is_named = self.policy.override_for(module) is not None
-        fmt, reason, eligible = None, _nothing_to_do(transfer), False
-        if not reason and not is_named:
-            reason = _looks_like_a_statistic(transfer)
-        if not reason:
-            known = size if isinstance(size, int) else 2**62
-            fmt, reason = self.policy.format_for(kind, module, known)
-            eligible = fmt is not None or "min_bytes" in reason
-            if fmt is not None and (out_of_reach := _out_of_reach(transfer, fmt)):
-                fmt, reason = None, out_of_reach
-            if fmt is not None and transfer.is_send and not is_named:
-                _refuse_a_statistic(transfer, statistics)
-        before = after = 0 if not transfer.is_send else size if isinstance(size, int) else None
-        if fmt is not None and before:
-            after = fmt.payload_bytes(x.numel())
-        name = str(transfer.node.args[-1])
-        site = Site(
+        decision = self.policy.decide(
+            kind_of(transfer.node, self.direction),
+            module,
+            bytes_of(x),
+            dtype=x.dtype,
+            numel=x.numel(),
+        )
+        if decision.why in ("dtype", "empty"):
+            return decision
+        if not is_named and (reason := _looks_like_a_statistic(transfer)):
+            return exact("statistic", reason)
+        if decision.format is not None and (reason := _out_of_reach(transfer, decision.format)):
+            return exact("out of reach", reason)
+        if decision.format is not None and transfer.is_send and not is_named:
+            _refuse_a_statistic(transfer, statistics)
+        return decision
+
+    def _site(self, transfer: _Transfer, decision: Decision) -> Site:
+        x, name = transfer.value, str(transfer.node.args[-1])
+        before = after = bytes_of(x) if transfer.is_send else 0
+        if decision.format is not None and before:
+            after = decision.format.payload_bytes(x.numel())
+        return Site.of(
+            decision,
+            x.shape,
+            x.dtype,
+            (before, after),
             collective="send" if transfer.is_send else "recv",
             direction=self.direction,
-            kind=kind,
-            module=module,
+            kind=kind_of(transfer.node, self.direction),
+            module=module_of(transfer.node),
             source=source_of(transfer.node),
-            shape=tuple(s if isinstance(s, int) else str(s) for s in x.shape),
-            dtype=dtype_text(x.dtype),
             group=name,
             world_size=resolve(name).size(),
-            format=fmt.spec if fmt else None,
-            reason=reason,
-            eligible=eligible,
-            bytes_before=before,
-            bytes_after=after,
         )
-        return site, fmt
 
 
 # ---- where -------------------------------------------------------------------------------------
@@ -171,14 +172,6 @@ def _transfers(node: fx.Node) -> Iterator[_Transfer]:
         items = {user.args[1]: user for user in node.users}
         for number, (op, tensor) in enumerate(zip(args[0], args[3], strict=True)):
             yield _Transfer(node, number, op == "isend", tensor, items.get(number))
-
-
-def _nothing_to_do(transfer: _Transfer) -> str:
-    """Why a transfer is exact whatever the policy says, "" if it is not; the other end agrees."""
-    if transfer.value.dtype not in DTYPES:
-        return f"{dtype_text(transfer.value.dtype)} data is not quantized"
-    size = transfer.value.numel()
-    return "empty tensor" if isinstance(size, int) and size == 0 else ""
 
 
 def _looks_like_a_statistic(transfer: _Transfer) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from rfcompile.boundaries import Boundaries, find_boundaries
 from rfcompile.capture import Inputs, buffers_kept, copied, in_mode, inputs_of
 from rfcompile.errors import CaptureError
 from rfcompile.models import check_module, uncompiled, without_wrappers
-from rfcompile.report import table
+from rfcompile.table import TableReport, table
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,14 @@ class AttentionFacts:
 
 
 @dataclass(frozen=True)
-class Analysis:
+class Analysis(TableReport):
     """What :func:`analyze` measured: ``print`` it, or read its fields."""
 
     blocks: tuple[BlockFacts, ...]
     attentions: tuple[AttentionFacts, ...]
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         rows = [["block", "condition in", "out", "excess kurtosis"]]
         for b in self.blocks:
             numbers = (b.condition_in, b.condition_out, b.kurtosis)
@@ -69,21 +65,6 @@ class Analysis:
                 rows.append([a.module, a.kind, f"{a.frobenius:.3g}", f"{a.bound:.3g}"])
             yield from table(rows)
         yield from (f"note: {note}" for note in self.notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: NaN and infinity become None."""
-
-        def plain(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        facts: dict[str, Any] = asdict(self)
-        return {
-            name: [{k: plain(v) for k, v in row.items()} for row in facts[name]]
-            for name in ("blocks", "attentions")
-        } | {"notes": list(self.notes)}
-
-    def json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 def analyze(

@@ -30,7 +30,6 @@ from rfcompile.errors import PayloadError
 from rfcompile.formats import SCALE_BYTES, QuantFormat
 from rfcompile.rotation import axes_of, rotate_parts, unrotate_parts
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 16
 """float32 lanes of the widest CPU vectors."""
 

@@ -20,6 +20,7 @@ from rfcompile import ops
 from rfcompile.derivatives import differentiable
 from rfcompile.errors import PolicyError, ShapeError, TransportError
 from rfcompile.formats import QuantFormat, as_format
+from rfcompile.on_use import BEFORE_COMPILING
 from rfcompile.process_groups import agree, constant_while_compiling, resolve
 from rfcompile.wire import (
     all_gather_wire,
@@ -150,9 +151,6 @@ _broadcast = _differentiable(_broadcast_op, _broadcast_backward)
 
 
 # ---- the public functions ----------------------------------------------------------------------
-
-BEFORE_COMPILING: list[Callable[[], object]] = []
-"""Called when Dynamo traces one of the functions below: the package loads its lowerings here."""
 
 
 @constant_while_compiling

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rfcompile.errors import DerivativeError
+from rfcompile.on_use import defining
 
 
 class Library(torch.library.Library):
@@ -28,7 +29,8 @@ class Library(torch.library.Library):
         self.straight_through: set[str] = set()
 
     def define(self, schema: str, alias_analysis: str = "", *, tags: Any = ()) -> Any:
-        return super().define(schema, alias_analysis, tags=tags)  # type: ignore[no-untyped-call]
+        with defining():
+            return super().define(schema, alias_analysis, tags=tags)  # type: ignore[no-untyped-call]
 
     def impl(
         self, op_name: Any, fn: Any, dispatch_key: str = "", *, with_keyset: bool = False, **kw: Any

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram
@@ -87,8 +88,12 @@ class GraphDiff:
         return f"{text} ({ratio:.1f}x {'less' if less else 'more'})"
 
     def json(self) -> str:
-        """The fields, ``changed``, and the lines of the diff, as a JSON object."""
-        return json.dumps({"changed": self.changed, **vars(self), "lines": self.lines()}, indent=2)
+        """:meth:`to_dict` as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, ``changed``, and the lines of the diff, as plain data."""
+        return {"changed": self.changed, **vars(self), "lines": self.lines()}
 
     def html(self) -> str:
         """A page that needs no other file, for light and dark screens."""

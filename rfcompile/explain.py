@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile import codec, journal
+from rfcompile import journal
 from rfcompile.analysis import excess_kurtosis, sqnr_db
 from rfcompile.api import NO_COLLECTIVES, policy_of, rewrite_graph, with_fake_wire
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
 from rfcompile.fake_wire import Crossing, round_trip, watch
-from rfcompile.graph import dtype_text
 from rfcompile.models import (
     check_module,
     copy_of,
@@ -161,28 +160,20 @@ def _boundary_sites(crossing: Crossing, policy: Policy) -> list[Site]:
     for direction, kind in (("forward", "activations"), ("backward", "gradients")):
         if direction == "backward" and not crossing.has_gradient:
             continue
-        fmt, reason = policy.format_for(kind, crossing.module, x.nbytes)
-        eligible = fmt is not None or "min_bytes" in reason
-        if x.dtype not in codec.DTYPES:
-            fmt, reason, eligible = None, f"{dtype_text(x.dtype)} data is not quantized", False
+        decision = policy.decide(kind, crossing.module, x.nbytes, dtype=x.dtype)
+        fmt = decision.format
         measured = direction == "forward" and not x.is_complex()
         decoded = round_trip(x, fmt.spec if fmt else "") if measured else None
         sites.append(
-            Site(
+            Site.of(
+                decision,
+                x.shape,
+                x.dtype,
+                (x.nbytes, fmt.payload_bytes(x.numel()) if fmt else x.nbytes),
                 collective="boundary",
                 direction=direction,
                 kind=kind,
                 module=crossing.module,
-                source="",
-                shape=tuple(x.shape),
-                dtype=dtype_text(x.dtype),
-                group="",
-                world_size=2,
-                format=fmt.spec if fmt else None,
-                reason=reason,
-                eligible=eligible,
-                bytes_before=x.nbytes,
-                bytes_after=fmt.payload_bytes(x.numel()) if fmt else x.nbytes,
                 sqnr_db=sqnr_db(x, decoded) if decoded is not None else None,
                 kurtosis=excess_kurtosis(x) if measured else None,
             )

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile import codec, collectives, ops
+from rfcompile import collectives, ops
 from rfcompile.derivatives import differentiable
 from rfcompile.errors import RFCompileWarning
-from rfcompile.formats import QuantFormat
+from rfcompile.formats import DTYPES, QuantFormat
 from rfcompile.policy import Policy
 from rfcompile.process_groups import constant_while_compiling
 
@@ -66,10 +66,10 @@ def send(x: Tensor, forward: str, backward: str, site: str = "a fake wire") -> T
     return _send(x, forward, backward, site)
 
 
-def wire_arguments(policy: Policy, module: str, size_bytes: int) -> tuple[str, ...]:
+def wire_arguments(policy: Policy, module: str, size_bytes: int | None) -> tuple[str, ...]:
     """What :func:`fake_wire` takes after the tensor; empty where the policy leaves all exact."""
     formats = [
-        policy.format_for(kind, module, size_bytes)[0] for kind in ("activations", "gradients")
+        policy.decide(kind, module, size_bytes).format for kind in ("activations", "gradients")
     ]
     if not any(formats):
         return ()
@@ -121,7 +121,7 @@ class FakeWire:
         self.module = module
         self.has_run = False
         policy = policy.for_fake_wire()
-        self.arguments = wire_arguments(policy, module, 2**62)
+        self.arguments = wire_arguments(policy, module, None)
         self.min_bytes = 0 if policy.override_for(module) is not None else policy.smallest
 
     def __call__(self, module: torch.nn.Module, args: Any, output: Any) -> Any:
@@ -153,7 +153,7 @@ class FakeWire:
             collectives.before_compiling()
         elif _WATCHERS:
             _WATCHERS[-1].append(Crossing(self.module, x.detach(), x.requires_grad))
-            if x.dtype not in codec.DTYPES:
+            if x.dtype not in DTYPES:
                 return x  # the watcher reports it
         if not self.arguments or x.numel() * x.element_size() < self.min_bytes:
             return x

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from rfcompile.errors import FormatError
 
@@ -22,6 +23,8 @@ NonFinite = Literal["propagate", "raise", "saturate"]
 Range = Literal["fitted", "full"]
 
 BITS = (2, 3, 4, 5, 6, 8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What can be coded."""
 SCALE_BYTES = 2
 """A scale is one bfloat16."""
 

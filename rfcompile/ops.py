@@ -19,7 +19,7 @@ from torch._ops import OpOverload
 from rfcompile import codec
 from rfcompile.derivatives import Library
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
-from rfcompile.formats import QuantFormat
+from rfcompile.formats import DTYPES, QuantFormat
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY = Library("rfcompile")
@@ -57,14 +57,14 @@ def _define(
 
 def check_codec_input(x: Tensor, what: str = "the input of quantize") -> None:
     if not isinstance(x, Tensor):
-        raise DtypeError(what, type(x).__name__, [str(dtype) for dtype in codec.DTYPES])
-    if x.dtype not in codec.DTYPES:
-        raise DtypeError(what, x.dtype, [str(dtype) for dtype in codec.DTYPES])
+        raise DtypeError(what, type(x).__name__, [str(dtype) for dtype in DTYPES])
+    if x.dtype not in DTYPES:
+        raise DtypeError(what, x.dtype, [str(dtype) for dtype in DTYPES])
 
 
 def check_codec_output(dtype: torch.dtype) -> None:
-    if dtype not in codec.DTYPES:
-        raise DtypeError("the output of dequantize", dtype, [str(d) for d in codec.DTYPES])
+    if dtype not in DTYPES:
+        raise DtypeError("the output of dequantize", dtype, [str(d) for d in DTYPES])
 
 
 def _check_rows(x: Tensor, op: str) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from rfcompile.errors import PolicyError
-from rfcompile.formats import FORMAT_FIELDS, QuantFormat, as_format
+from rfcompile.formats import DTYPES, FORMAT_FIELDS, QuantFormat, as_format
+from rfcompile.graph import dtype_text
 
 KINDS = ("activations", "gradients", "weights", "optimizer_state")
 
@@ -21,6 +24,58 @@ DEFAULT_MIN_BYTES = 16 * 1024
 Formatish = QuantFormat | Mapping[str, Any] | str | int | None
 """What users write for a format: a QuantFormat or its fields, a text such as "4b:g64", bits, or
 "exact" or None."""
+
+Why = Literal[
+    "",
+    "policy",
+    "site",
+    "min_bytes",
+    "dtype",
+    "empty",
+    "one rank",
+    "statistic",
+    "not traffic",
+    "no place",
+    "out of reach",
+    "merged",
+]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How one tensor travels: in a format, or exactly and why.
+
+    Args:
+        format: None is exact.
+        why: the rule that keeps it exact, for programs; "" for a format.
+
+            - "policy": the policy has no format for this kind; "site": a pattern says exact;
+              "min_bytes": the tensor is too small.
+            - "dtype": it cannot be coded; "empty": it has no elements; "one rank": nobody receives.
+            - "statistic": it is one; "not traffic": it was coded before, or is of another use.
+            - "no place": torch offers no place to code it; "out of reach": this version cannot.
+            - "merged": another site carries it.
+        reason: the same for people, with the numbers.
+    """
+
+    format: QuantFormat | None
+    why: Why = ""
+    reason: str = ""
+
+    @property
+    def eligible(self) -> bool:
+        """It is quantized, or could be and nobody asked by name to leave it."""
+        return self.why in ("", "min_bytes", "out of reach")
+
+    @property
+    def spec(self) -> str | None:
+        """The text of the format."""
+        return self.format.spec if self.format else None
+
+
+def exact(why: Why, reason: str) -> Decision:
+    """A tensor stays exact."""
+    return Decision(None, why, reason)
 
 
 @dataclass(frozen=True)
@@ -170,20 +225,43 @@ class Policy:
         used = {self.override_for(name) for name in names}
         return {pattern: pattern in used for pattern in self.sites}
 
-    def format_for(self, kind: str, module: str, size_bytes: int) -> tuple[QuantFormat | None, str]:
-        """The format of a site, and if it is None the reason."""
-        pattern = self.override_for(module)
+    def decide(
+        self,
+        kind: str,
+        path: str,
+        size_bytes: int | None,
+        *,
+        dtype: torch.dtype | None = None,
+        numel: object = None,
+        world: int | None = None,
+    ) -> Decision:
+        """How a tensor travels.
+
+        Args:
+            kind: of the traffic, one of :data:`KINDS`.
+            path: what the patterns of ``sites`` are compared with.
+            size_bytes: what ``min_bytes`` is compared with; None: symbolic, and large.
+            dtype, numel, world: of the tensor and its group, where they are known: a dtype that
+                cannot be coded, an empty tensor and a lone rank stay exact under any policy.
+        """
+        if world == 1:
+            return exact("one rank", "one rank: nothing is sent")
+        if dtype is not None and dtype not in DTYPES:
+            return exact("dtype", f"{dtype_text(dtype)} data is not quantized")
+        if isinstance(numel, int) and numel == 0:
+            return exact("empty", "empty tensor")
+        pattern = self.override_for(path)
         if pattern is not None:
             named: QuantFormat | None = self.sites[pattern]  # type: ignore[assignment]
             if named is None:
-                return None, f"sites[{pattern!r}] says exact"
-            return named.for_kind(kind), ""
-        fmt = getattr(self, kind)
+                return exact("site", f"sites[{pattern!r}] says exact")
+            return Decision(named.for_kind(kind))
+        fmt: QuantFormat | None = getattr(self, kind)
         if fmt is None:
-            return None, f"the policy sends {kind} exact"
-        if size_bytes < self.smallest:
-            return None, f"{size_bytes} bytes < min_bytes={self.smallest}"
-        return fmt, ""
+            return exact("policy", f"the policy sends {kind} exact")
+        if size_bytes is not None and size_bytes < self.smallest:
+            return exact("min_bytes", f"{size_bytes} bytes < min_bytes={self.smallest}")
+        return Decision(fmt)
 
     def describe(self) -> str:
         """One line that two policies share only if they put the same bytes on the wire."""

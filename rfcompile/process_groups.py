@@ -23,7 +23,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rfcompile.errors import ProcessGroupError, RankMismatchError, TransportError
+from rfcompile.errors import ProcessGroupError, RankMismatchError, RFCompileError, TransportError
 from rfcompile.fingerprint import package_version, source_digest
 
 P = ParamSpec("P")
@@ -69,6 +69,17 @@ def name_of(group: Any) -> str:
     return group if isinstance(group, str) else str(group.group_name)
 
 
+@contextlib.contextmanager
+def transport(group: Any, site: str) -> Iterator[None]:
+    """Errors of the collectives inside become TransportError; those of this package pass."""
+    try:
+        yield
+    except RFCompileError:
+        raise
+    except Exception as error:
+        raise TransportError(site, name_of(group), f"{type(error).__name__}: {error}") from error
+
+
 def twin(group: Any, device: torch.device) -> Any:
     """A new process group of the same ranks, backend and timeout; all of those ranks must call.
 
@@ -78,7 +89,20 @@ def twin(group: Any, device: torch.device) -> Any:
     Its name is drawn by the first rank. ``new_group`` with ``use_local_synchronization`` takes one
     from the number of groups that a rank knows: ranks that know other groups would wait for each
     other, and after a group was destroyed the next one would meet its keys in the store.
+
+    No rank goes on before all have connected: one that gave its half back would cut the others off.
+
+    Raises:
+        TransportError: a rank died, or did not call within the timeout of ``group``.
     """
+    with transport(group, "a process group for traffic beside the backward pass"):
+        made = _connected(group, device)
+        if not _sends_nothing(group):
+            _barrier(group)
+    return made
+
+
+def _connected(group: Any, device: torch.device) -> Any:
     names = [f"rfcompile_{uuid.uuid4().hex}"]
     dist.broadcast_object_list(names, group=group, group_src=0)
     ranks, world = dist.get_process_group_ranks(group), resolve(None)
@@ -137,12 +161,15 @@ def agree(group: str, plan: str) -> bool:
     return True
 
 
-def _meet(group: Any, plan: str) -> None:
+def _barrier(group: Any) -> None:
     on_cuda = "nccl" in dist.get_backend(group)
-    devices = [torch.cuda.current_device()] if on_cuda else None
+    dist.barrier(group, device_ids=[torch.cuda.current_device()] if on_cuda else None)
+
+
+def _meet(group: Any, plan: str) -> None:
     try:
         with no_python_dispatcher():
-            dist.barrier(group, device_ids=devices)
+            _barrier(group)
     except RuntimeError as error:
         reason = (
             "no answer to the first call of this kind here. Either a rank died, or the others are "
@@ -159,7 +186,7 @@ def require_same(group: Any, plan: str) -> None:
     """Compare plan and package sources with those of the other ranks now; all of them must call.
 
     Raises:
-        RankMismatchError: as :func:`agree`.
+        RankMismatchError: as :func:`agree`. TransportError: a rank died, or did not call in time.
     """
     if _sends_nothing(group):
         return
@@ -167,7 +194,7 @@ def require_same(group: Any, plan: str) -> None:
     plans: list[Any] = [None] * group.size()
     # While compiling, torch dispatches through Python and holds the interpreter's lock in the call:
     # a gloo thread that needs it to free the tensors of the last collective would never end.
-    with no_python_dispatcher():
+    with no_python_dispatcher(), transport(group, plan):
         dist.all_gather_object(plans, mine, group=group)
     if any(other != mine for other in plans):
         raise RankMismatchError(name_of(group), dict(enumerate(plans)))

@@ -5,14 +5,16 @@ Data first (frozen dataclasses), text and JSON second.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from rfcompile.errors import PolicyError, UnquantizedSiteError
-from rfcompile.policy import Policy
+from rfcompile.graph import dtype_text
+from rfcompile.policy import Decision, Policy, Why
+from rfcompile.table import TableReport, table
 
 AT_REST = "at rest"
 
@@ -32,11 +34,11 @@ class Site:
         dtype: of the input.
         group: name of the process group; world_size: its ranks.
         format: text of the format, None where the site stays exact.
-        reason: why it stays exact, "" for a quantized site.
+        reason: why it stays exact, "" for a quantized site; ``why`` is the rule, for programs (see
+            :class:`~rfcompile.policy.Decision`).
         eligible: it could be quantized and nobody asked by name to leave it.
         bytes_before, bytes_after: bytes one rank sends in one run, None where a size is symbolic.
         sqnr_db, kurtosis: measured on the tensor, where a report measures.
-        merged: it is gone: another site carries its traffic.
         runs: how often it sends them in what the report covers: for each module that shares its
             graph, or in a step that :func:`~rfcompile.measure_step` counted.
     """
@@ -57,8 +59,52 @@ class Site:
     bytes_after: int | None
     sqnr_db: float | None = None
     kurtosis: float | None = None
-    merged: bool = False
     runs: int = 1
+    why: Why = ""
+
+    @classmethod
+    def of(
+        cls,
+        decision: Decision,
+        shape: Iterable[Any],
+        dtype: torch.dtype | str,
+        sent: tuple[int | None, int | None],
+        *,
+        collective: str,
+        direction: str,
+        kind: str,
+        module: str,
+        source: str = "",
+        group: str = "",
+        world_size: int = 2,
+        sqnr_db: float | None = None,
+        kurtosis: float | None = None,
+    ) -> Site:
+        """The place of a tensor of ``shape`` and ``dtype``; ``sent``: bytes before and after."""
+        return cls(
+            collective=collective,
+            direction=direction,
+            kind=kind,
+            module=module,
+            source=source,
+            shape=tuple(size if isinstance(size, int) else str(size) for size in shape),
+            dtype=dtype if isinstance(dtype, str) else dtype_text(dtype),
+            group=group,
+            world_size=world_size,
+            format=decision.spec,
+            reason=decision.reason,
+            eligible=decision.eligible,
+            bytes_before=sent[0],
+            bytes_after=sent[1],
+            why=decision.why,
+            sqnr_db=sqnr_db,
+            kurtosis=kurtosis,
+        )
+
+    @property
+    def merged(self) -> bool:
+        """It is gone: another site carries its traffic."""
+        return self.why == "merged"
 
     @property
     def place(self) -> str:
@@ -92,7 +138,7 @@ class GraphChange:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(TableReport):
     """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
     read its fields; :func:`~rfcompile.merge_reports` makes one of several.
 
@@ -183,7 +229,7 @@ class Report:
         symbolic = sum(site.bytes_before is None for site in self.sites)
         return text + (f"; {symbolic} sites of symbolic size not counted" if symbolic else "")
 
-    def text(self) -> str:
+    def lines(self) -> Iterator[str]:
         """The summary, the policy, a table with a line a kind, and one with a line a site."""
         measured = any(site.sqnr_db is not None for site in self.sites)
         header = ["", "site", "place", "tensor", "format", "bytes before", "after"]
@@ -202,35 +248,25 @@ class Report:
             ]
             row += [f"{site.runs}x"] if counted else []
             rows.append(row + ([_number(site.sqnr_db), _number(site.kurtosis)] if measured else []))
-        lines = [self.summary()]
+        yield self.summary()
         if self.policy:
-            lines.append(f"policy: {self.policy}")
+            yield f"policy: {self.policy}"
         if len(self.kinds) > 1:
-            lines += [*table([*_rows(self.kinds)]), ""]
-        lines += table(rows) if self.sites else []
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def __str__(self) -> str:
-        return self.text()
+            yield from [*table([*_rows(self.kinds)]), ""]
+        yield from table(rows) if self.sites else []
+        yield from (f"note: {note}" for note in self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graphs as plain data, for JSON: NaN and infinity become None."""
-        plain = asdict(self)
-        del plain["graphs"]
-        for site in plain["sites"]:
-            for name in ("sqnr_db", "kurtosis"):
-                if site[name] is not None and not math.isfinite(site[name]):
-                    site[name] = None
-        return plain | {
+        fields = super().to_dict()
+        del fields["graphs"]
+        return fields | {
             "kinds": [asdict(line) for line in self.kinds],
             "num_sites": self.num_sites,
             "num_quantized": self.num_quantized,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
-
-    def json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def require_all(self) -> None:
         """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""
@@ -304,12 +340,3 @@ def _rows(kinds: Iterable[Traffic]) -> Iterator[list[str]]:
             f"{line.bytes_after:,}",
             f"{line.ratio:.2f}x",
         ]
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines of aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]

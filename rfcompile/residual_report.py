@@ -12,8 +12,8 @@ from torch import nn
 from rfcompile.errors import ResidualError
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite
-from rfcompile.report import table
 from rfcompile.rewrites import rewrites
+from rfcompile.table import TableReport, table
 
 if TYPE_CHECKING:  # these import this module's users
     from rfcompile.training.initialization import Initialized
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # these import this module's users
 
 
 @dataclass(frozen=True)
-class ResidualReport:
+class ResidualReport(TableReport):
     """What became of a model's residual adds, parameters and attentions; ``print`` it."""
 
     mode: str
@@ -31,10 +31,7 @@ class ResidualReport:
     temperatures: tuple[Temperature, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         found = len(self.sites) + len(self.left)
         yield f"{len(self.sites)} of {found} residual adds rewritten: {self.mode}"
         rows = [["site", "was", "at"]]

@@ -18,7 +18,7 @@ from rfcompile.models import check_module, uncompiled, with_shapes
 from rfcompile.passes import residual_pipeline
 from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.pipeline import run
-from rfcompile.report import table
+from rfcompile.table import table
 
 
 def find_residuals(

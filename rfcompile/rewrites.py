@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from rfcompile.capture import Inputs, copied, inputs_of
 from rfcompile.errors import PolicyError
 from rfcompile.models import check_module, copy_of, uncompiled, with_shapes
+from rfcompile.table import TableReport
 
 REPORTS = "_rfcompile_rewrites"
 
@@ -20,32 +21,31 @@ class Rewrite(Protocol):
     """One way to change what a model computes: a frozen dataclass whose fields are its options.
 
     ``keeps_parameters``: the new model computes with the old one's parameters and may share them;
-    otherwise some start anew. Both methods work in place, on a copy, and return a report: a frozen
-    dataclass with a table as its text.
+    otherwise some start anew. Both methods work in place, on a copy, and return a report.
     """
 
     @property
     def keeps_parameters(self) -> bool: ...
 
-    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> object:
+    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> TableReport:
         """``inputs()`` are example inputs, which the rewrite may change, anew at each call; it
         raises CaptureError if the user gave none.
         """
         ...
 
-    def on_graph(self, gm: fx.GraphModule) -> object: ...
+    def on_graph(self, gm: fx.GraphModule) -> TableReport: ...
 
 
-def add_report(model: nn.Module, report: object) -> None:
+def add_report(model: nn.Module, report: TableReport) -> None:
     """Keep a rewrite's report with the model: it is copied and pickled with it."""
     setattr(model, REPORTS, (*rewrites(model), report))
 
 
-def rewrites(model: nn.Module) -> tuple[object, ...]:
+def rewrites(model: nn.Module) -> tuple[TableReport, ...]:
     """The reports on what :func:`~rfcompile.transform` changed in ``model``, in order; ``print``
     them. The wire is no rewrite: :func:`~rfcompile.explain` reports on that.
     """
-    reports: tuple[object, ...] = getattr(model, REPORTS, ())
+    reports: tuple[TableReport, ...] = getattr(model, REPORTS, ())
     return reports
 
 

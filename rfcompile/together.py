@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rfcompile.errors import PeerError, RFCompileError, TransportError
-from rfcompile.process_groups import name_of
+from rfcompile.errors import PeerError, RFCompileError
+from rfcompile.process_groups import transport
 
 T = TypeVar("T")
 
@@ -57,14 +56,3 @@ def _sent(error: Exception | None) -> RFCompileError | str | None:
     except Exception:  # a field that cannot travel: the type and the message are enough
         return error.bare()
     return error
-
-
-@contextlib.contextmanager
-def transport(group: Any, site: str) -> Iterator[None]:
-    """Errors of the collectives inside become TransportError; those of this package pass."""
-    try:
-        yield
-    except RFCompileError:
-        raise
-    except Exception as error:
-        raise TransportError(site, name_of(group), f"{type(error).__name__}: {error}") from error

@@ -20,7 +20,7 @@ def parts(
     policy: Policy, buffer: Tensor | None = None, world: int = 2
 ) -> list[tuple[str | None, tuple[str, ...], str]]:
     found = parts_of(policy, SIZES, torch.arange(14.0) if buffer is None else buffer, world)
-    return [(part.format and part.format.spec, part.names, part.reason) for part in found]
+    return [(part.format and part.format.spec, part.names, part.decision.reason) for part in found]
 
 
 def test_one_format_is_one_part_without_the_empty_parameters() -> None:
@@ -95,12 +95,12 @@ def test_the_columns_of_a_part() -> None:
 def test_what_is_never_quantized(buffer: Tensor, world: int, reason: str) -> None:
     policy = Policy(gradients=4, min_bytes=0, sites={"a.*": 8})
     [part] = parts_of(policy, SIZES, buffer, world)
-    assert (part.format, part.reason, part.eligible) == (None, reason, False)
+    assert (part.format, part.decision.reason, part.decision.eligible) == (None, reason, False)
 
 
 def test_eligible_is_what_only_its_size_keeps_exact() -> None:
     def eligible(policy: Policy) -> list[bool]:
-        return [part.eligible for part in parts_of(policy, SIZES, torch.zeros(14), 2)]
+        return [part.decision.eligible for part in parts_of(policy, SIZES, torch.zeros(14), 2)]
 
     assert eligible(Policy(gradients=4, min_bytes=0)) == [True]
     assert eligible(Policy(gradients=4)) == [True]
@@ -138,5 +138,5 @@ def test_the_line_of_the_report() -> None:
 def test_sparse_gradients_have_no_size_before_they_are_there() -> None:
     [part] = parts_of(Policy(gradients=4), [("a", 4)], torch.zeros(4).to_sparse(), 2)
     assert isinstance(part, Part)
-    site = site_of(part, 0, torch.float32, "g", 2)
+    site = site_of(part, 0, torch.float32, "g", 2, is_sparse=True)
     assert (site.bytes_before, site.bytes_after) == (None, None)

@@ -5,6 +5,7 @@ The bounds are those QuantFormat documents; nothing here is tuned. Operators: te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import rfcompile as rf
 from rfcompile import codec
-from rfcompile.formats import BITS, PLANES, QuantFormat
+from rfcompile.formats import BITS, DTYPES, PLANES, QuantFormat
 from rfcompile.rotation import axes_of
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024, None)
@@ -258,7 +260,7 @@ def test_saturate_never_makes_zeros_of_inf() -> None:
 # ---- dtypes, sizes, strides, magnitudes ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", codec.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
 def test_every_size_and_dtype_round_trips(numel: int, dtype: torch.dtype) -> None:
     x = torch.randn(1, numel).to(dtype)
@@ -308,7 +310,7 @@ def test_the_input_is_left_alone() -> None:
         assert torch.equal(x, copy)
 
 
-@pytest.mark.parametrize("dtype", codec.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_finite_value_decodes_to_inf_or_nan(dtype: torch.dtype, rotation_matrix: Matrix) -> None:
     largest = torch.finfo(dtype).max
     uniform = torch.rand(1, 2048) * 2 - 1
@@ -393,7 +395,7 @@ def test_dequantize_sum_adds_the_rows_in_order(rows: int, average: bool) -> None
         for row in decoded[1:]:
             total = total + row
         total = total * (1.0 / rows) if average else total
-        for dtype in codec.DTYPES:
+        for dtype in DTYPES:
             assert torch.equal(codec.dequantize_sum(payload, fmt, dtype, average), total.to(dtype))
         again = codec.requantize(payload, fmt, average)
         assert torch.equal(again, codec.quantize(total[None], fmt, seed=1))
@@ -505,3 +507,33 @@ def test_bytes_of_one_small_group_by_name() -> None:
     )
     found = bytes(codec.quantize(x, QuantFormat(4, 16)).flatten().tolist())
     assert found.hex(" ") == "80 81 94 b6 d7 e7 f8 f8 09 3f"
+
+
+# ---- a rank that flushes denormal numbers to zero -----------------------------------------------
+
+
+@contextlib.contextmanager
+def flushing() -> Iterator[None]:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormal numbers")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("spec", ["8b", "4b", "4b:tread", "2b", "3b:h32", "8b:stoch", "5b:g64:s7"])
+def test_flushing_changes_no_bytes_from_a_peak_of_2_to_the_minus_100(spec: str) -> None:
+    fmt = QuantFormat.parse(spec)
+    for exponent in range(-149, -90):
+        x = torch.randn(16, 256, generator=torch.Generator().manual_seed(exponent + 200))
+        peaks = x.view(16, -1, fmt.group_size).abs().amax(-1, keepdim=True)
+        x = (x.view(16, -1, fmt.group_size).double() / peaks * 2.0**exponent).float()
+        payload = rf.quantize(x.flatten(), fmt)
+        decoded = rf.dequantize(payload, fmt, (x.numel(),), torch.float32)
+        with flushing():
+            other = rf.quantize(x.flatten(), fmt)
+            again = rf.dequantize(payload, fmt, (x.numel(),), torch.float32)
+        assert torch.equal(again.view(torch.int32), decoded.view(torch.int32)), exponent
+        if exponent >= -100:
+            assert torch.equal(payload, other), exponent

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfcompile import codec, errors, ops
+from rfcompile import codec, errors, formats, ops
 from rfcompile.errors import (
     DerivativeError,
     DtypeError,
@@ -217,7 +217,7 @@ def test_an_integer_tensor() -> None:
     with pytest.raises(DtypeError, match=r"torch\.int64; .* leave it exact \(format None\)") as e:
         ops.quantize(torch.arange(256).view(1, 256), "4b")
     assert e.value.dtype is torch.int64
-    assert e.value.allowed == tuple(str(dtype) for dtype in codec.DTYPES)
+    assert e.value.allowed == tuple(str(dtype) for dtype in formats.DTYPES)
 
 
 @pytest.mark.parametrize("length", [0, 65, 67, 132])

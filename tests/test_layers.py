@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "torch_versions"),
+    ("errors", "on_use", "table", "torch_versions"),
     (
         *("formats", "bitmath", "policy", "default_policy", "graph", "cost"),
         *("rotation", "fingerprint"),

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from rfcompile import codec, ops
+from rfcompile import codec, formats, ops
 from rfcompile.errors import DtypeError, FormatError, NonFiniteError, PayloadError, ShapeError
 from rfcompile.formats import BITS, QuantFormat
 
@@ -85,7 +85,7 @@ def test_pack_lays_the_pieces_of_a_field_side_by_side() -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_fake_results_have_the_shape_dtype_and_stride_of_real_ones(spec: str) -> None:
     for numel in (0, 1, 75, 129):
-        for dtype in codec.DTYPES:
+        for dtype in formats.DTYPES:
             x = torch.randn(3, numel).to(dtype)
             payload = ops.quantize(x, spec)
             calls: list[tuple[Any, tuple[Any, ...]]] = [

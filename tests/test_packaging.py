@@ -41,6 +41,7 @@ PUBLIC_NAMES = [
     "companions",
     "dequantize",
     "diff",
+    "distributed",
     "errors",
     "explain",
     "find_residuals",
@@ -53,6 +54,7 @@ PUBLIC_NAMES = [
     "residual_report",
     "rewrites",
     "set_default_policy",
+    "training",
     "transform",
 ]
 
@@ -168,12 +170,67 @@ def test_the_public_names_of_companions_are_exactly_these() -> None:
     assert all(hasattr(companions, name) for name in companions.__all__)
 
 
-def test_importing_the_package_does_not_load_the_compiler() -> None:
-    # Seconds of start-up that a user of the codec or of the command line help does not need.
-    # (Inductor's configuration comes along with torch.compiler.)
+def test_importing_the_package_loads_next_to_nothing() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import rfcompile;"
+        "print(sorted(set(sys.modules) - before))"
+    )
+    assert output_of(code) == "['rfcompile', 'rfcompile.on_use']"
+
+
+def test_operators_are_defined_when_one_is_asked_for() -> None:
+    code = (
+        "import pkgutil, torch, rfcompile; "
+        "from importlib import import_module; "
+        "asked = torch.ops.rfcompile.quantize.default; "
+        "names = lambda: {n for n in torch._C._dispatch_get_all_op_names() if 'rfcompile::' in n}; "
+        "found = names(); "
+        "[import_module(m.name) for m in pkgutil.walk_packages(rfcompile.__path__, 'rfcompile.')"
+        " if not m.name.endswith('__main__')]; "
+        "print(asked, asked is rfcompile.ops.quantize, sorted(names() - found), "
+        "hasattr(torch.ops.rfcompile, 'surprise'))"
+    )
+    assert output_of(code) == "rfcompile.quantize.default True [] False"
+
+
+def test_the_codec_does_not_load_the_compiler() -> None:
+    # Seconds of start-up. (Dynamo comes along with torch.compiler's decorators.)
     heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.backend"}
-    code = f"import sys, rfcompile; print(sorted({heavy!r} & set(sys.modules)))"
+    heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.companions"}
+    code = (
+        "import sys, torch, rfcompile as rf; rf.dequantize(rf.quantize(torch.ones(3), 4), 4, (3,));"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
     assert output_of(code) == "[]"
+
+
+def test_type_checkers_see_the_names_that_are_loaded_on_use() -> None:
+    import rfcompile
+
+    tree = ast.parse((ROOT / "rfcompile" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: (node.module or "").removeprefix("rfcompile").removeprefix(".")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == rfcompile._HOME_OF | dict.fromkeys(rfcompile._PACKAGES, "")
+    assert sorted(seen) == sorted(rfcompile.__all__)
+
+
+def test_a_public_name_is_never_the_module_of_that_name() -> None:
+    code = (
+        "import rfcompile as rf, rfcompile.diff, rfcompile.explain, rfcompile.cli;"
+        "from rfcompile import rewrites;"
+        "print([callable(x) for x in (rf.diff, rf.explain, rf.analyze, rewrites, rf.transform)],"
+        "rf.errors.FormatError.__name__, rf.distributed.quantize_ddp.__name__, 'diff' in dir(rf))"
+    )
+    assert output_of(code) == f"{[True] * 5} FormatError quantize_ddp True"
+    import rfcompile
+
+    with pytest.raises(AttributeError, match="module 'rfcompile' has no attribute 'surprise'"):
+        rfcompile.surprise  # noqa: B018
 
 
 def test_entry_points_lead_somewhere() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from rfcompile.errors import FormatError, PolicyError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy
+from rfcompile.policy import Decision, Policy, exact
 
 BIG = 10**6
 
@@ -24,38 +25,50 @@ def test_bits_are_shorthand_for_every_kind_and_named_kinds_keep_their_own() -> N
 
 def test_bits_none_is_exact_everywhere() -> None:
     policy = Policy.of(bits=None)
-    assert policy.format_for("activations", "any", BIG) == (
-        None,
-        "the policy sends activations exact",
-    )
+    decision = policy.decide("activations", "any", BIG)
+    assert decision == exact("policy", "the policy sends activations exact")
+    assert (decision.spec, decision.eligible) == (None, False)
 
 
 def test_small_tensors_stay_exact_with_the_figures() -> None:
     policy = Policy.of(bits=4, min_bytes=100)
-    assert policy.format_for("gradients", "m", 99) == (None, "99 bytes < min_bytes=100")
-    assert policy.format_for("gradients", "m", 100) == (
-        QuantFormat(4, grid="mid-tread"),
-        "",
-    )
+    small = policy.decide("gradients", "m", 99)
+    assert small == exact("min_bytes", "99 bytes < min_bytes=100")
+    assert small.eligible
+    assert policy.decide("gradients", "m", 100) == Decision(QuantFormat(4, grid="mid-tread"))
+    assert policy.decide("gradients", "m", None).spec == "4b:g128:tread", "symbolic, so large"
+
+
+def test_what_no_policy_can_quantize() -> None:
+    policy = Policy.of(bits=4, min_bytes=0, sites={"named": 8})
+    for path in ("m", "named"):
+        for why, facts in {
+            "one rank": {"world": 1},
+            "dtype": {"dtype": torch.int64},
+            "empty": {"numel": 0},
+        }.items():
+            decision = policy.decide("gradients", path, 0, **facts)  # type: ignore[arg-type]
+            assert (decision.format, decision.why, decision.eligible) == (None, why, False)
+    known = policy.decide("gradients", "m", 4, dtype=torch.float16, numel=2, world=2)
+    assert known.spec == "4b:g128:tread"
 
 
 def test_the_first_matching_site_wins_and_lifts_min_bytes() -> None:
     policy = Policy.of(bits=4, sites={"blocks.0.*": None, "blocks.*": "8b", "*": 2})
-    assert policy.format_for("activations", "blocks.0.mlp", BIG) == (
-        None,
-        "sites['blocks.0.*'] says exact",
-    )
+    named = policy.decide("activations", "blocks.0.mlp", BIG)
+    assert named == exact("site", "sites['blocks.0.*'] says exact")
+    assert not named.eligible
     eight, two = QuantFormat(8, grid="mid-tread"), QuantFormat(2, grid="mid-rise")
-    assert policy.format_for("activations", "blocks.1.mlp", 1) == (eight, "")
-    assert policy.format_for("activations", "head", 1) == (two, "")
+    assert policy.decide("activations", "blocks.1.mlp", 1) == Decision(eight)
+    assert policy.decide("activations", "head", 1) == Decision(two)
 
 
 def test_a_site_has_the_grid_of_the_kind_that_passes_it() -> None:
     policy = Policy(sites={"named": "4b:rise", "*": 4})
     for kind in ("gradients", "weights", "optimizer_state"):
-        assert policy.format_for(kind, "m", 1)[0] == QuantFormat(4, grid="mid-tread")
-        assert policy.format_for(kind, "named", 1)[0] == QuantFormat(4, grid="mid-rise")
-    assert policy.format_for("activations", "m", 1)[0] == QuantFormat(4, grid="mid-rise")
+        assert policy.decide(kind, "m", 1).format == QuantFormat(4, grid="mid-tread")
+        assert policy.decide(kind, "named", 1).format == QuantFormat(4, grid="mid-rise")
+    assert policy.decide("activations", "m", 1).format == QuantFormat(4, grid="mid-rise")
 
 
 def test_only_activations_are_rotated_unless_a_kind_is_named() -> None:

@@ -36,13 +36,20 @@ QUANTIZED = Site(
     bytes_after=264,
 )
 SMALL = replace(
-    QUANTIZED, module="norm", format=None, reason="64 bytes < min_bytes=100", bytes_after=2048
+    QUANTIZED,
+    module="norm",
+    format=None,
+    reason="64 bytes < min_bytes=100",
+    bytes_after=2048,
+    why="min_bytes",
 )
-INTEGER = replace(SMALL, module="count", reason="i64 data is not quantized", eligible=False)
+INTEGER = replace(
+    SMALL, module="count", reason="i64 data is not quantized", eligible=False, why="dtype"
+)
 SYMBOLIC = replace(QUANTIZED, shape=("s0", 64), bytes_before=None, bytes_after=None)
 MERGED = replace(
     SMALL, module="up", reason="merged: added to a later site's tensor", eligible=False,
-    bytes_after=0, merged=True,
+    bytes_after=0, why="merged",
 )  # fmt: skip
 
 GRADIENT = replace(QUANTIZED, direction="backward", kind="gradients", bytes_after=512)

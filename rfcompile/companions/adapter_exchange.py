@@ -13,8 +13,8 @@ from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.factor import Factor
 from rfcompile.errors import PolicyError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.process_groups import require_same, resolve
-from rfcompile.together import together, transport
+from rfcompile.process_groups import require_same, resolve, transport
+from rfcompile.together import together
 
 
 @torch.no_grad()

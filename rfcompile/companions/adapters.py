@@ -20,8 +20,8 @@ from rfcompile.errors import PolicyError
 from rfcompile.models import without_wrappers
 from rfcompile.passes.sine_low_rank import FactoredWeight, SineLowRank
 from rfcompile.pipeline import run
-from rfcompile.report import table
 from rfcompile.rewrites import rewritten
+from rfcompile.table import TableReport, table
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,14 @@ class AdapterSite:
 
 
 @dataclass(frozen=True)
-class AdapterReport:
+class AdapterReport(TableReport):
     """The adapters of a model; ``left`` are matrices of its blocks without one."""
 
     sites: tuple[AdapterSite, ...]
     parameters: int
     left: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         trained = sum(site.parameters for site in self.sites)
         share = trained / max(self.parameters, 1)
         yield (

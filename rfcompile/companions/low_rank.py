@@ -22,7 +22,7 @@ from rfcompile.low_rank_weight import low_rank_weight
 from rfcompile.models import without_wrappers
 from rfcompile.passes.sine_low_rank import FactoredWeight, SineLowRank
 from rfcompile.pipeline import run
-from rfcompile.report import table
+from rfcompile.table import TableReport, table
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class LowRankSite:
 
 
 @dataclass(frozen=True)
-class LowRankReport:
+class LowRankReport(TableReport):
     """What became of a model's linears; ``left`` are matrices of its blocks that stay dense."""
 
     sites: tuple[LowRankSite, ...]
@@ -63,10 +63,7 @@ class LowRankReport:
         before, after = zip(*(site.nbytes for site in self.sites), strict=True)
         return sum(before), sum(after)
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         (before, after), (nbytes, fewer) = self.parameters, self.nbytes
         yield (
             f"{len(self.sites)} linears of low rank: {before:,} -> {after:,} parameters, "

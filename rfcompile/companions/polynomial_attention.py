@@ -23,7 +23,7 @@ from rfcompile.passes.dataflow import operator_name
 from rfcompile.passes.polynomial_attention import GAIN, ReplacedAttention, ReplaceSoftmax
 from rfcompile.pipeline import run
 from rfcompile.polynomial import Form, Scale
-from rfcompile.report import table
+from rfcompile.table import TableReport, table
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Frobenius:
 
 
 @dataclass(frozen=True)
-class PolynomialReport:
+class PolynomialReport(TableReport):
     """Which attentions are polynomial now, and their Frobenius norms; ``print`` it."""
 
     power: int
@@ -220,10 +220,7 @@ class PolynomialReport:
     norms: tuple[Frobenius, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         yield f"{len(self.attentions)} attentions: s^{self.power}, scale {self.scale}"
         if self.norms:
             yield "Frobenius norm of the weights on the example inputs:"

@@ -18,8 +18,8 @@ from rfcompile.companions.ranks import stable_rank
 from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.formats import QuantFormat
 from rfcompile.models import copy_of, uncompiled
-from rfcompile.report import table
 from rfcompile.rewrites import add_report
+from rfcompile.table import TableReport, table
 
 PHASE_ERROR = 0.3
 _WIRE_GROUP = 64
@@ -47,7 +47,7 @@ class QuantizedSite:
 
 
 @dataclass(frozen=True)
-class QuantizedReport:
+class QuantizedReport(TableReport):
     """What quantization did to the adapters of a model."""
 
     codebook: str
@@ -58,10 +58,7 @@ class QuantizedReport:
         before, after = zip(*(site.nbytes for site in self.sites), strict=True)
         return sum(before), sum(after)
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         before, after = self.nbytes
         yield (
             f"{len(self.sites)} adapters in {self.codebook}: {before:,} -> {after:,} bytes "

@@ -20,7 +20,7 @@ from rfcompile.errors import GrayingError, PolicyError
 from rfcompile.models import without_nested_tensors, without_wrappers
 from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens, Where
 from rfcompile.pipeline import run
-from rfcompile.report import table
+from rfcompile.table import TableReport, table
 
 GrayingForm = Literal["dct", "svd"]
 
@@ -206,7 +206,7 @@ class Conditioned:
 
 
 @dataclass(frozen=True)
-class GrayingReport:
+class GrayingReport(TableReport):
     """Where tokens are grayed, what that does to them, and where not and why; ``print`` it."""
 
     form: str
@@ -215,10 +215,7 @@ class GrayingReport:
     left: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _lines(self) -> Iterator[str]:
+    def lines(self) -> Iterator[str]:
         found = len(self.places) + len(self.left)
         yield f"tokens grayed at {len(self.places)} of {found} places: {self.form}, {self.epsilon}"
         rows = [["before", "condition number was", "is"]]

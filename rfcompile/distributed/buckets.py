@@ -6,18 +6,16 @@ DDP and FSDP lay the values of several parameters side by side and send them at 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from rfcompile.codec import DTYPES
 from rfcompile.cost import sent_bytes
 from rfcompile.errors import HookError
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import dtype_text
-from rfcompile.policy import Policy
+from rfcompile.policy import Decision, Policy, exact
 from rfcompile.report import Site
 from rfcompile.wire import all_reduce_sent_bytes
 
@@ -37,14 +35,16 @@ class Part:
 
     Args:
         spans: their places, in the order of the buffer; none is empty.
-        format: how they travel, None: exactly, and ``reason`` says why.
-        eligible: they could be quantized and nobody asked by name to leave them.
+        decision: how they travel.
     """
 
     spans: tuple[Span, ...]
-    format: QuantFormat | None
-    reason: str
-    eligible: bool
+    decision: Decision
+
+    @property
+    def format(self) -> QuantFormat | None:
+        """How they travel; None: exactly."""
+        return self.decision.format
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,21 +70,18 @@ class Part:
         """Its line in a report: a ``collective`` of ``size`` elements, bytes ``sent`` exactly and
         in its format."""
         first, last = self.names[0], self.names[-1]
-        return Site(
+        return Site.of(
+            self.decision,
+            (size,),
+            dtype,
+            sent,
             collective=collective,
             direction=direction,
             kind=kind,
             module=first if len(self.spans) == 1 else f"{first} ... {last}",
             source=source,
-            shape=(size,),
-            dtype=dtype_text(dtype),
             group=group,
             world_size=world,
-            format=self.format.spec if self.format else None,
-            reason=self.reason,
-            eligible=self.eligible,
-            bytes_before=sent[0],
-            bytes_after=sent[1],
         )
 
     def pieces(self, values: Tensor) -> list[Tensor]:
@@ -155,23 +152,26 @@ def parts_of(
     unnamed = [span for span in spans if policy.override_for(paths[span.name]) is None]
     rows = buffer.shape[:-1].numel()
     unnamed_bytes = rows * sum(span.size for span in unnamed) * buffer.element_size()
-    nothing_to_do = _nothing_to_do(buffer, world)
 
-    groups: dict[QuantFormat | None, list[tuple[Span, str]]] = {}
+    groups: dict[QuantFormat | None, list[tuple[Span, Decision]]] = {}
     for span in spans:
-        fmt, reason = policy.format_for(kind, paths[span.name], unnamed_bytes)
-        if nothing_to_do:
-            fmt, reason = None, nothing_to_do
-        groups.setdefault(fmt, []).append((span, reason))
+        path = paths[span.name]
+        decision = policy.decide(kind, path, unnamed_bytes, dtype=buffer.dtype, world=world)
+        if buffer.layout != torch.strided:
+            decision = exact("dtype", "sparse gradients are not quantized")
+        groups.setdefault(decision.format, []).append((span, decision))
     return tuple(
-        Part(
-            spans=tuple(span for span, _ in members),
-            format=fmt,
-            reason="; ".join(dict.fromkeys(reason for _, reason in members)),
-            eligible=fmt is not None or any("min_bytes" in reason for _, reason in members),
-        )
-        for fmt, members in groups.items()
+        Part(tuple(span for span, _ in members), joined(decision for _, decision in members))
+        for members in groups.values()
     )
+
+
+def joined(decisions: Iterable[Decision]) -> Decision:
+    """One decision for tensors of one format: the rule of an eligible one, and all reasons."""
+    found = list(dict.fromkeys(decisions))
+    first = next((decision for decision in found if decision.eligible), found[0])
+    reasons = dict.fromkeys(decision.reason for decision in found if decision.reason)
+    return replace(first, reason="; ".join(reasons))
 
 
 def _require_cover(sizes: Sequence[tuple[str, int]], buffer: Tensor, what: str) -> None:
@@ -193,22 +193,12 @@ def path_of(policy: Policy, name: str, unit: str = "") -> str:
     return next(named, module)
 
 
-def _nothing_to_do(buffer: Tensor, world: int) -> str:
-    """Why quantizing a bucket makes no sense, "" if it does."""
-    if world == 1:
-        return "one rank: nothing is sent"
-    if buffer.layout != torch.strided:
-        return "sparse gradients are not quantized"
-    if buffer.dtype not in DTYPES:
-        return f"{dtype_text(buffer.dtype)} data is not quantized"
-    return ""
-
-
-def site_of(part: Part, index: int, dtype: torch.dtype, group: str, world: int) -> Site:
+def site_of(
+    part: Part, index: int, dtype: torch.dtype, group: str, world: int, *, is_sparse: bool = False
+) -> Site:
     """The line of a report on a part of DDP's bucket ``index``."""
-    # What is sparse has no size before it is there.
-    before = None
-    if not part.reason.startswith("sparse"):
+    before = None  # what is sparse has no size before it is there
+    if not is_sparse:
         before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
     after = all_reduce_sent_bytes(part.size, part.format, world) if part.format else before
     return part.site(

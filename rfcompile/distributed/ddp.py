@@ -21,9 +21,9 @@ from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same
+from rfcompile.process_groups import require_same, transport
 from rfcompile.report import Report
-from rfcompile.together import together, transport
+from rfcompile.together import together
 from rfcompile.wire import all_reduce_wire
 
 
@@ -86,6 +86,7 @@ class _Bucket:
     parameters: tuple[int, ...]
     """Their identities."""
     dtype: torch.dtype
+    is_sparse: bool
     parts: tuple[Part, ...]
 
 
@@ -136,7 +137,9 @@ class DDPHandle:
             sizes = [(self._names[id(p)], elements_of(p)) for p in parameters]
             what = f"DDP gradient bucket {index}"
             parts = parts_of(self._policy, sizes, buffer, self._world, what=what)
-            known = self._buckets[index] = _Bucket(identities, buffer.dtype, parts)
+            is_sparse = buffer.layout != torch.strided
+            known = _Bucket(identities, buffer.dtype, is_sparse, parts)
+            self._buckets[index] = known
         if bucket.is_last():
             self._buckets = {i: b for i, b in self._buckets.items() if i <= index}
         return known
@@ -202,12 +205,13 @@ class DDPHandle:
 
         DDP knows its final buckets after the first step; before, the report is preliminary.
         """
-        parts = [(i, b.dtype, part) for i, b in sorted(self._buckets.items()) for part in b.parts]
+        parts = [(i, b, part) for i, b in sorted(self._buckets.items()) for part in b.parts]
+        name = self._worker.group_name
         sites = [
-            site_of(part, index, dtype, self._worker.group_name, self._world)
-            for index, dtype, part in parts
+            site_of(part, index, bucket.dtype, name, self._world, is_sparse=bucket.is_sparse)
+            for index, bucket, part in parts
         ]
-        quantized = sum(len(part.names) for _, _, part in parts if part.format is not None)
+        quantized = sum(len(part.names) for *_, part in parts if part.format is not None)
         notes = [f"{quantized} of {len(self._names)} parameters quantized"]
         if not parts:
             notes.append("no backward pass has run yet: what the buckets hold is not known")

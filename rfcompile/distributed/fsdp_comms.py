@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfcompile.codec import DTYPES
 from rfcompile.cost import sent_bytes
-from rfcompile.distributed.buckets import Part, Span, parts_of
+from rfcompile.distributed.buckets import Part, Span, joined, parts_of
 from rfcompile.distributed.fsdp_units import AllGather, ReduceScatter, Unit
 from rfcompile.distributed.weight_delta import WeightDelta, delta_sent_bytes
 from rfcompile.errors import RFCompileError, TransportError
 from rfcompile.ops import Coder
-from rfcompile.policy import Policy
+from rfcompile.policy import Policy, exact
 from rfcompile.report import Site
 from rfcompile.wire import (
     all_gather_sent_bytes,
@@ -114,18 +113,16 @@ class _Quantized:
         span = Span(f"{self.unit.label} ({kind} of some parameters)", 0, size)
         if buffer.dtype == torch.uint8:
             why = "parameters of several dtypes, or u8 data, which FSDP sends as bytes"
-            return (Part((span,), None, why, eligible=False),)
+            return (Part((span,), exact("dtype", why)),)
         alone = [
             part
             for name in names
             for part in parts_of(self._policy, [(name, size)], buffer, world, kind, self.unit.path)
         ]
         if alone and len({part.format for part in alone}) == 1:
-            why = "; ".join(dict.fromkeys(part.reason for part in alone if part.reason))
-            eligible = any(part.eligible for part in alone)
-            return (Part((span,), alone[0].format, why, eligible),)
-        why = "which parameters it holds is not known (unused or converted ones), formats differ"
-        return (Part((span,), None, why, eligible=buffer.dtype in DTYPES),)
+            return (Part((span,), joined(part.decision for part in alone)),)
+        reason = "which parameters it holds is not known (unused or converted ones), formats differ"
+        return (Part((span,), exact("out of reach", reason)),)
 
 
 class QuantizedAllGather(_Quantized, AllGather):
@@ -183,7 +180,8 @@ class QuantizedAllGather(_Quantized, AllGather):
         if group.group_name == self.unit.shard_group.group_name:
             return self._parts(shard, "weights", group.size())
         why = "reshard_after_forward=int: weights that were decoded already, among fewer ranks"
-        return (Part((Span(self.unit.label, 0, shard.numel()),), None, why, eligible=False),)
+        span = Span(self.unit.label, 0, shard.numel())
+        return (Part((span,), exact("not traffic", why)),)
 
     def _start(self, part: Part, x: Tensor, group: dist.ProcessGroup, site: str) -> Finish:
         """Send a part of this rank's shard; the result will be ``[W, m]``."""
@@ -260,7 +258,7 @@ class QuantizedReduceScatter(_Quantized, ReduceScatter):
         group = self.unit.replicate_group
         span = Span(self.unit.label, 0, rows.shape[1])
         why = "FSDP has no hook that replaces the all-reduce of HSDP"
-        part = Part((span,), None, why, eligible=False)
+        part = Part((span,), exact("no place", why))
         name, world = group.group_name, group.size()
         return Sent("all_reduce", "backward", "gradients", (part,), rows.dtype, name, world)
 

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from rfcompile.errors import HookError, PolicyError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same, resolve
+from rfcompile.process_groups import require_same, resolve, transport
 from rfcompile.report import Report
-from rfcompile.together import together, transport
+from rfcompile.together import together
 from rfcompile.training.packing import pack_state_dict, unpack_state_dict
 from rfcompile.training.quantized_states import takes_packed
 from rfcompile.training.sharded_payloads import is_sharded

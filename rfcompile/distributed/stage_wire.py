@@ -11,18 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfcompile.codec import DTYPES
 from rfcompile.errors import NonFiniteError
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import dtype_text
 from rfcompile.ops import Coder
-from rfcompile.policy import Policy
+from rfcompile.policy import Decision, Policy, exact
 from rfcompile.report import Report, Site
 
 KINDS = {"forward": "activations", "backward": "gradients"}
 """The direction in which a tensor travels, and the kind of traffic that it is."""
 
-SAME_RANK = "same rank: handed over, nothing is sent"
+SAME_RANK = exact("one rank", "same rank: handed over, nothing is sent")
 
 
 def site_name(stage: int) -> str:
@@ -47,14 +45,12 @@ class _Arrival:
 
 @dataclass
 class _Departure:
-    """A tensor that left, once a micro-batch; ``reason`` says why it is exact."""
+    """A tensor that left, once a micro-batch."""
 
     sender: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    format: QuantFormat | None
-    reason: str
-    eligible: bool
+    decision: Decision
     times: int = 0
 
 
@@ -95,7 +91,7 @@ class StageWire:
             index: of the tensor among those of a micro-batch that go this way.
             x: any shape, stride and dtype.
         """
-        fmt = self._note(direction, index, x, self._stage).format
+        fmt = self._note(direction, index, x, self._stage).decision.format
         if fmt is None:
             return x, False
         self._num_encoded += 1
@@ -107,32 +103,26 @@ class StageWire:
 
     def note_hand_over(self, direction: str, index: int, x: Tensor, sender: int) -> None:
         """``x`` goes from stage ``sender`` to a stage on the same rank, as it is."""
-        departure = self._note(direction, index, x, sender)
-        departure.format, departure.reason, departure.eligible = None, SAME_RANK, False
+        self._note(direction, index, x, sender).decision = SAME_RANK
 
     def _note(self, direction: str, index: int, x: Tensor, sender: int) -> _Departure:
         key = (direction, sender, index)
         if key not in self._departures:
-            fmt, reason = self._format_of(direction, sender, x)
-            eligible = fmt is not None or "min_bytes" in reason
-            known = _Departure(sender, tuple(x.shape), x.dtype, fmt, reason, eligible)
-            self._departures[key] = known
+            decision = self._decide(direction, sender, x)
+            self._departures[key] = _Departure(sender, tuple(x.shape), x.dtype, decision)
         self._departures[key].times += 1
         return self._departures[key]
 
-    def _format_of(self, direction: str, sender: int, x: Tensor) -> tuple[QuantFormat | None, str]:
-        if x.numel() == 0:
-            return None, "empty"
-        if x.dtype not in DTYPES:
-            return None, f"{dtype_text(x.dtype)} data is not quantized"
-        size = x.numel() * x.element_size()
-        return self._policy.format_for(KINDS[direction], site_name(sender), size)
+    def _decide(self, direction: str, sender: int, x: Tensor) -> Decision:
+        kind, path, numel = KINDS[direction], site_name(sender), x.numel()
+        size = numel * x.element_size()
+        return self._policy.decide(kind, path, size, dtype=x.dtype, numel=numel)
 
     # ---- receiving -------------------------------------------------------------------------
 
     def expect(self, direction: str, chunk: int, sender: int, buffer: Tensor) -> Tensor:
         """Where to receive what will fill ``buffer``: a payload, or the buffer itself if exact."""
-        fmt, _ = self._format_of(direction, sender, buffer)
+        fmt = self._decide(direction, sender, buffer).format
         if fmt is None:
             return buffer
         size = fmt.payload_bytes(buffer.numel())
@@ -175,25 +165,19 @@ class StageWire:
 
 
 def _site(direction: str, index: int, departure: _Departure, group: str, world: int) -> Site:
-    shape, fmt = departure.shape, departure.format
-    size = torch.Size(shape).numel()
-    before = (
-        0 if departure.reason == SAME_RANK else departure.times * size * departure.dtype.itemsize
-    )
-    plural = "es" if departure.times > 1 else ""
-    return Site(
+    fmt, times = departure.decision.format, departure.times
+    size = torch.Size(departure.shape).numel()
+    before = 0 if departure.decision is SAME_RANK else times * size * departure.dtype.itemsize
+    return Site.of(
+        departure.decision,
+        departure.shape,
+        departure.dtype,
+        (before, times * fmt.payload_bytes(size) if fmt else before),
         collective="send",
         direction=direction,
         kind=KINDS[direction],
         module=site_name(departure.sender),
-        source=f"tensor {index} of {departure.times} micro-batch{plural}",
-        shape=shape,
-        dtype=dtype_text(departure.dtype),
+        source=f"tensor {index} of {times} micro-batch{'es' if times > 1 else ''}",
         group=group,
         world_size=world,
-        format=fmt.spec if fmt else None,
-        reason=departure.reason,
-        eligible=departure.eligible,
-        bytes_before=before,
-        bytes_after=departure.times * fmt.payload_bytes(size) if fmt else before,
     )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rfcompile.policy import Policy
-from rfcompile.training.moments import format_of
+from rfcompile.training.moments import decide
 from rfcompile.training.packing import (
     Packed,
     converted,
@@ -46,6 +46,6 @@ def _require_finite(state_dict: Mapping[str, Any], number: int, policy: Policy) 
     for _, owner, entries in entries_of(state_dict):
         if owner.index < number and isinstance(entries, Mapping):
             for key, value in entries.items():
-                fmt, _ = format_of(policy, owner, key, value)
+                fmt = decide(policy, owner, key, value).format
                 if fmt is not None:
                     require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)

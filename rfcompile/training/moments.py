@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile.codec import DTYPES
-from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy
+from rfcompile.formats import DTYPES
+from rfcompile.policy import Decision, Policy, exact
 from rfcompile.training.sharded_payloads import largest_shard
 
 MOMENTS = frozenset(
@@ -69,7 +68,7 @@ def compared_name(policy: Policy, owner: Owner, key: str) -> str:
     return owner.label
 
 
-def format_of(
+def decide(
     policy: Policy,
     owner: Owner,
     key: str,
@@ -77,8 +76,8 @@ def format_of(
     *,
     like: Tensor | None = None,
     is_weight: bool = False,
-) -> tuple[QuantFormat | None, str]:
-    """The format of a state, and if it is None the reason.
+) -> Decision:
+    """How a state is kept or sent.
 
     A pattern of ``sites`` that matches ``parameter.key`` but not the parameter names the state, and
     lifts every rule but that it can be coded. One that matches the parameter is for its moments.
@@ -89,20 +88,22 @@ def format_of(
     """
     problem = _why_not_codable(key, value, like)
     if problem or not isinstance(value, Tensor):
-        return None, problem
+        return exact("dtype", problem)
     name = compared_name(policy, owner, key)
     pattern = policy.override_for(name)
-    chosen = policy.format_for("optimizer_state", name, size_bytes(value))
+    chosen = policy.decide("optimizer_state", name, size_bytes(value))
     names_state = pattern is not None and not fnmatchcase(owner.label, pattern)
-    if names_state or (pattern is not None and chosen[0] is None):
+    if names_state or (pattern is not None and chosen.format is None):
         return chosen
     to_name = f"name it in sites as '{owner.label}.{key}' to quantize it"
     if value.dim() == 0:
-        return None, f"a single number, whose errors would add up: {to_name}"
+        return exact("not traffic", f"a single number, whose errors would add up: {to_name}")
     if key not in MOMENTS:
-        return None, f"an unknown state, maybe weights and not a moment: {to_name}"
+        return exact("not traffic", f"an unknown state, maybe weights and not a moment: {to_name}")
     if is_weight:
-        return None, f"it holds the parameter's values and is not a moment: {to_name}"
+        return exact(
+            "not traffic", f"it holds the parameter's values and is not a moment: {to_name}"
+        )
     return chosen
 
 

@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
-from rfcompile.codec import DTYPES as CODED
 from rfcompile.errors import FormatError, PayloadError
+from rfcompile.formats import DTYPES as CODED
 from rfcompile.formats import QuantFormat
 from rfcompile.training.sharded_payloads import IN_ROWS
 

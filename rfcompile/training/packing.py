@@ -26,7 +26,7 @@ from rfcompile import codec, ops
 from rfcompile.errors import NonFiniteError, StateError
 from rfcompile.formats import QuantFormat, Rounding
 from rfcompile.policy import Policyish, as_policy
-from rfcompile.training.moments import MOMENTS, Owner, format_of, holds_weights
+from rfcompile.training.moments import MOMENTS, Owner, decide, holds_weights
 from rfcompile.training.packed_checks import (
     CHECK,
     DTYPES,
@@ -201,7 +201,7 @@ def pack_state_dict(
     for index, owner, entries in entries_of(state_dict):
         state[index] = dict(entries) if isinstance(entries, Mapping) else entries
         for key, value in entries.items() if isinstance(entries, Mapping) else ():
-            fmt, _ = format_of(chosen, owner, key, value, is_weight=key in weights)
+            fmt = decide(chosen, owner, key, value, is_weight=key in weights).format
             if fmt is not None:
                 require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
                 like = value if isinstance(value, DTensor) else None

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Policy, Policyish, as_policy
+from rfcompile.policy import Decision, Policy, Policyish, as_policy, exact
 from rfcompile.report import Report, Site
 from rfcompile.training.loading import to_load
 from rfcompile.training.moments import (
@@ -19,7 +19,7 @@ from rfcompile.training.moments import (
     Owner,
     Verdict,
     compared_name,
-    format_of,
+    decide,
     holds_weights,
 )
 from rfcompile.training.optimizer_copies import carry, drop, handle_of
@@ -231,16 +231,14 @@ class QuantizedStates:
                 continue
             state = optimizer.state.get(parameter, {})
             for key, value in state.items():
-                fmt, _ = self._format_of(part, owner, key, value, parameter)
+                fmt = self._decide(part, owner, key, value, parameter).format
                 if fmt is not None:
                     require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
                     yield state, key, fmt
 
-    def _format_of(
-        self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor
-    ) -> tuple[QuantFormat | None, str]:
+    def _decide(self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor) -> Decision:
         is_weight = self._weights.get((part, key), Verdict()).is_weight
-        return format_of(self._policy, owner, key, value, like=parameter, is_weight=is_weight)
+        return decide(self._policy, owner, key, value, like=parameter, is_weight=is_weight)
 
     def _look_for_weights(self, part: int) -> None:
         """Decide for a key of moments whether this optimizer keeps weights there."""
@@ -311,7 +309,7 @@ class QuantizedStates:
                     index += 1
 
     def _site(self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor) -> Site:
-        reason = ""
-        if not is_packed(value):
-            reason = self._format_of(part, owner, key, value, parameter)[1]
-        return site_of(owner, key, value, reason or "decoded after an error")
+        decision = self._decide(part, owner, key, value, parameter)
+        if decision.format is not None:  # and yet it is not packed
+            decision = exact("out of reach", "decoded after an error")
+        return site_of(owner, key, value, decision)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile.graph import dtype_text
-from rfcompile.policy import Policy, Policyish, as_policy
+from rfcompile.formats import QuantFormat
+from rfcompile.policy import Decision, Policy, Policyish, as_policy
 from rfcompile.report import AT_REST, Report, Site
-from rfcompile.training.moments import MOMENTS, Owner, compared_name, format_of
+from rfcompile.training.moments import MOMENTS, Owner, compared_name, decide
 from rfcompile.training.packed_checks import is_packed
 from rfcompile.training.packing import entries_of, pack_state_dict, require_state_dict
 
@@ -37,7 +37,7 @@ def report_of(policy: Policy, packed: Mapping[str, Any], direction: str) -> Repo
         for key, value in found.items()
     ]
     sites = [
-        site_of(owner, key, value, format_of(policy, owner, key, value)[1], direction)
+        site_of(owner, key, value, decide(policy, owner, key, value), direction)
         for owner, key, value in entries
     ]
     owners = [owner for owner, _, _ in entries]
@@ -64,31 +64,28 @@ def names_before(policy: Policy, owner: Owner) -> Iterator[str]:
     yield from (compared_name(policy, owner, key) for key in sorted(MOMENTS))
 
 
-def site_of(owner: Owner, key: str, value: Any, reason: str, direction: str = AT_REST) -> Site:
-    """The line of a state; ``reason`` is why it stays exact, if it does."""
+def site_of(
+    owner: Owner, key: str, value: Any, decision: Decision, direction: str = AT_REST
+) -> Site:
+    """The line of a state; ``decision``: why it stays exact, if it is not packed."""
     before = after = _nbytes(value)
     shape = tuple(value.shape) if isinstance(value, Tensor) else ()
-    dtype = dtype_text(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    dtype = value.dtype if isinstance(value, Tensor) else type(value).__name__
     if is_packed(value):
-        torch_dtype = getattr(torch, value["dtype"])
-        shape, dtype = tuple(value["shape"]), dtype_text(torch_dtype)
-        before = torch.Size(shape).numel() * torch_dtype.itemsize
+        shape, dtype = tuple(value["shape"]), getattr(torch, value["dtype"])
+        before = torch.Size(shape).numel() * dtype.itemsize
         after = value["payload"].nbytes
-    return Site(
+        decision = Decision(QuantFormat.parse(value["format"]))
+    return Site.of(
+        decision,
+        shape,
+        dtype,
+        (before, after),
         collective=str(key),
         direction=direction,
         kind="optimizer_state",
         module=owner.label,
-        source="",
-        shape=shape,
-        dtype=dtype,
-        group="",
         world_size=1,
-        format=value["format"] if is_packed(value) else None,
-        reason="" if is_packed(value) else reason,
-        eligible=is_packed(value) or "min_bytes" in reason,
-        bytes_before=before,
-        bytes_after=after,
     )
 
 

@@ -483,6 +483,35 @@ def test_group_and_thread_are_given_back(ranks: RunRanks, how: str) -> None:
     ranks(2, check_given_back, how)
 
 
+def check_all_have_connected(rank: Rank) -> None:
+    """A rank that gave its half back at once would cut off one that still connects."""
+    ddp = DDP(nn.Linear(48, 48))
+    c10d: Any = dist.distributed_c10d
+    make, connected = c10d._new_process_group_helper, 0.0
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        nonlocal connected
+        time.sleep(0.5 * rank.index)
+        made = make(*args, **kwargs)
+        connected = time.monotonic()
+        return made
+
+    c10d._new_process_group_helper = slowly
+    try:
+        handle = quantize_ddp(ddp, policy())
+    finally:
+        c10d._new_process_group_helper = make
+    returned = time.monotonic()  # one clock for all processes of a machine
+    handle.remove()
+    times: list[Any] = [None] * rank.world
+    dist.all_gather_object(times, (connected, returned))
+    assert max(connected for connected, _ in times) <= min(returned for _, returned in times)
+
+
+def test_no_rank_goes_on_before_all_have_connected(ranks: RunRanks) -> None:
+    ranks(3, check_all_have_connected)
+
+
 def check_other_groups(rank: Rank) -> None:
     pair = dist.new_group([0, 1])
     for one in range(2):  # rank 0 knows a group more than rank 1

@@ -36,7 +36,6 @@ from torch.distributed.pipelining.stage import _PipelineStageBase
 
 import rfcompile as rf
 from rfcompile import process_groups
-from rfcompile.codec import DTYPES
 from rfcompile.distributed import (
     QuantizedPipelineStage,
     quantize_pipeline_stage,
@@ -50,6 +49,7 @@ from rfcompile.errors import (
     RFCompileError,
     ShapeError,
 )
+from rfcompile.formats import DTYPES
 from rfcompile.step_report import merge_reports
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def formats_of(wanted: rf.Policy, same_rank: tuple[int, ...] = ()) -> Formats:
         if cut in same_rank or x.dtype not in DTYPES or not x.numel():
             return None
         kind = "activations" if direction == "forward" else "gradients"
-        return wanted.format_for(kind, f"stages.{stage}", x.numel() * x.element_size())[0]
+        return wanted.decide(kind, f"stages.{stage}", x.numel() * x.element_size()).format
 
     return fmt
 
@@ -347,7 +347,7 @@ def check_several(rank: Rank) -> None:
         reasons = {(s.direction, s.dtype): s.reason for s in report.sites if s.format is None}
         assert rank.index or reasons["forward", "i64"] == "i64 data is not quantized"
         assert rank.index or reasons["forward", "b8"] == "b8 data is not quantized"
-        assert rank.index or reasons["forward", "f32"] == "empty"
+        assert rank.index or reasons["forward", "f32"] == "empty tensor"
 
 
 def check_traced(rank: Rank) -> None:
