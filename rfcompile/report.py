@@ -103,7 +103,7 @@ class Site:
 
     @property
     def merged(self) -> bool:
-        """It is gone: another site carries its traffic."""
+        """It is gone, another site carries its traffic."""
         return self.why == "merged"
 
     @property

@@ -79,7 +79,7 @@ def test_the_page_on_passes_has_every_file_of_the_folder() -> None:
 
 # ---- private torch -------------------------------------------------------------------------------
 
-IN_MANY_FILES = ("torch._ops", "torch.utils._pytree", "torch.ops")
+IN_MANY_FILES = re.compile(r"torch\.(_ops(\.[A-Z]\w+)?|utils\._pytree(\.\w+)?|ops(\..+)?)")
 
 
 def private_names(tree: ast.AST) -> set[str]:
@@ -93,7 +93,7 @@ def private_names(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.Attribute):
             names.add(ast.unparse(node))
     private = re.compile(r"torch\.([\w.]*\.)?_[a-zA-Z][\w.]*")
-    return {n for n in names if private.fullmatch(n) and not n.startswith(IN_MANY_FILES)}
+    return {n for n in names if private.fullmatch(n) and not IN_MANY_FILES.fullmatch(n)}
 
 
 def test_the_page_on_private_torch_has_every_module_that_uses_it() -> None:
@@ -125,6 +125,7 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
         ("from torch._dynamo import config", {"torch._dynamo.config"}),
         ("import torch\ntorch._C.x", {"torch._C.x", "torch._C"}),
         ("from torch._ops import OpOverload\nfrom torch import nn", set()),
+        ("from torch._ops import _OpNamespace", {"torch._ops._OpNamespace"}),
     ],
 )
 def test_private_names_are_seen(source: str, found: set[str]) -> None:
