@@ -1,6 +1,7 @@
-# Two commands set everything up on a fresh machine with Python 3.11 or later:
+# Each command sets up what it needs on a fresh machine with Python 3.11 or later:
 #   make demo   trains a small language model, tensor parallel, with 32 to 2 bit collectives
 #   make test   lint, types, tests (and make test-benchmarks: the benchmarks' scripts, tiny)
+#   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-benchmarks test-torch lint clean
+.PHONY: demo test test-benchmarks test-torch lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -23,6 +24,10 @@ test: lint
 
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/distributed/test_docs.py
 
 # Several GB for a torch that comes with CUDA. The other packages are those of constraints.txt.
 test-torch: $(TORCH_VENV)/dev.stamp
@@ -43,7 +48,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .cache .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-torch-* .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
 
 # torch comes first and by exact version, so that no later install resolves it anew.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)
@@ -52,6 +57,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp $(PINS)
 	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(PIP) -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/torch.stamp: constraints.txt

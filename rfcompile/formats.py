@@ -150,7 +150,7 @@ class QuantFormat:
 
     @property
     def zero_offset(self) -> float:
-        """The code of zero: a level is ``(u - zero_offset) * s``."""
+        """The code of zero. A level is ``(u - zero_offset) * s``."""
         return (2**self.bits - 1) / 2 if self.is_mid_rise else 2.0 ** (self.bits - 1)
 
     @property
@@ -188,7 +188,7 @@ class QuantFormat:
 
     @property
     def num_parts(self) -> int:
-        """Into how many equal runs the codec cuts a group: codes of different runs share a byte."""
+        """Into how many equal runs the codec cuts a group. Codes of different runs share a byte."""
         return max(8 // self.planes[-1], min(self.rotate or 1, 8))
 
     def group_elements(self, row_numel: int) -> int:

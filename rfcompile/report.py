@@ -103,7 +103,7 @@ class Site:
 
     @property
     def merged(self) -> bool:
-        """It is gone: another site carries its traffic."""
+        """It is gone, another site carries its traffic."""
         return self.why == "merged"
 
     @property
@@ -178,7 +178,7 @@ class Report(TableReport):
 
     @property
     def num_sites(self) -> int:
-        """Sites that send something: those merged into others are not counted."""
+        """Sites that send something. Those merged into others are not counted."""
         return sum(not site.merged for site in self.sites)
 
     @property

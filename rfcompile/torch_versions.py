@@ -54,7 +54,7 @@ from torch.distributed import _functional_collectives
 from rfcompile.errors import HookError, RFCompileWarning
 
 TRIED = ("2.11", "2.13", "2.14", "2.15")
-"""The versions that tests or types were checked with; README (Develop) says what on which."""
+"""The versions that tests or types were checked with; docs/limits.md says what on which."""
 
 
 def warn_if_untried() -> None:

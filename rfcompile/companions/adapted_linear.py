@@ -116,7 +116,7 @@ class AdaptedLinear(FactoredLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The same in the linear's own layout: [in, out] of a ``Conv1D``."""
+        """The same in the linear's own layout, [in, out] of a ``Conv1D``."""
         weight = self.matrix()
         return weight.t() if self.is_transposed else weight
 

@@ -52,7 +52,7 @@ class LowRankLinear(FactoredLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, as the linear had it: [out, in], or [in, out] of a ``Conv1D``."""
+        """The dense weight, as the linear had it, [out, in], or [in, out] of a ``Conv1D``."""
         weight = self.matrix()
         return weight.t() if self.is_transposed else weight
 

@@ -19,7 +19,7 @@ class SkipAnnealer:
     After ``n`` of ``N`` steps the gain is ``1 - n / N`` ("linear") or ``(1 + cos(pi n / N)) / 2``
     ("cosine"); before ``warmup`` steps it stays 1, and they do not count. The gains get no
     gradient: the schedule owns them. Call :meth:`step` after each optimizer step, keep
-    :meth:`state_dict` in the checkpoint, and :func:`finalize` the model at the end.
+    ``state_dict()`` in the checkpoint, and :func:`finalize` the model at the end.
 
     Dropping the skips of a trained model at once destroys it; annealing lets it adapt.
 

@@ -1155,7 +1155,7 @@ def test_a_rank_that_stalls_is_an_error_within_the_groups_timeout(
 
 
 def warmed(seed: int) -> tuple[nn.Module, DDP]:
-    """The recipe of the README: one pass before the hook, which settles DDP's buckets."""
+    """The recipe of docs/guide/ddp.md: one pass before the hook, which settles DDP's buckets."""
     torch.manual_seed(seed)
     module = nn.Sequential(*[nn.Linear(40, 40) for _ in range(3)])
     ddp = DDP(module)
