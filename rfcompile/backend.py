@@ -146,7 +146,12 @@ def rfquant(
     return compiled
 
 
-rfquant.reset = forget_frames  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+def _forget() -> None:
+    forget_frames()
+    left_out.forget_breaks()
+
+
+rfquant.reset = _forget  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
 def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
@@ -155,8 +160,8 @@ def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
     breaks = left_out.new_breaks()
     if breaks:
         entry.notes.append(left_out.note_on_breaks(breaks))
-    if settings.strict and (lost := [text for text in breaks if left_out.is_collective(text)]):
-        raise UnquantizedSiteError([(text, "it breaks the graph") for text in lost])
+    if settings.strict and (lost := [found for found in breaks if found.is_collective]):
+        raise UnquantizedSiteError([(str(found), "it breaks the graph") for found in lost])
     return entry
 
 

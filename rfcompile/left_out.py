@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo import config, convert_frame
 from torch._dynamo.utils import graph_break_reasons
@@ -83,33 +85,49 @@ def _limit_reached(entries: list[journal.Entry], limit: str) -> None:
 # ---- graph breaks ------------------------------------------------------------------------------
 
 _num_seen = 0
+_TORCH = Path(torch.__file__).parent
+_COLLECTIVE = ("distributed", "c10d", "ProcessGroup", "dist.Work", "of class `Work`")
 
 
-def new_breaks() -> tuple[str, ...]:
-    """Graph breaks since the last call, as "file.py:12 (why)"."""
+@dataclass(frozen=True)
+class Break:
+    """A place where Dynamo's graph ends; ``is_collective``: at a collective or a wait for one."""
+
+    place: str
+    why: str
+    is_collective: bool
+
+    def __str__(self) -> str:
+        return f"{self.place} ({self.why})".lstrip()
+
+
+def new_breaks() -> tuple[Break, ...]:
+    """Graph breaks since the last call."""
     global _num_seen
-    if _num_seen > len(graph_break_reasons):  # Dynamo was reset
+    if _num_seen > len(graph_break_reasons):  # somebody cleared them
         _num_seen = 0
     new, _num_seen = graph_break_reasons[_num_seen:], len(graph_break_reasons)
-    return tuple(dict.fromkeys(_texts(new)))
+    return tuple(dict.fromkeys(map(_break_of, new)))
 
 
-def _texts(reasons: list[Any]) -> Iterator[str]:
-    for reason in reasons:
-        where = ""
-        if reason.user_stack:
-            frame = reason.user_stack[-1]
-            where = f"{short_path(frame.filename)}:{frame.lineno} "
-        yield f"{where}({reason.reason.strip().splitlines()[0]})"
+def forget_breaks() -> None:
+    """Dynamo was reset, which clears its list."""
+    global _num_seen
+    _num_seen = 0
 
 
-def is_collective(text: str) -> bool:
-    """A break, as :func:`new_breaks` gives it, is at a collective or a wait for one."""
-    return any(word in text for word in ("distributed", "c10d", "ProcessGroup", "dist.Work"))
+def _break_of(reason: Any) -> Break:
+    """The user's line and the first line of the reason; all of both tells a collective."""
+    stack = [(Path(frame.filename), frame.lineno) for frame in reason.user_stack or ()]
+    users = [(file, line) for file, line in stack if _TORCH not in file.parents] or stack
+    place = f"{short_path(str(users[-1][0]))}:{users[-1][1]}" if users else ""
+    is_collective = any(word in reason.reason for word in _COLLECTIVE)
+    is_collective |= any(_TORCH / "distributed" in file.parents for file, _ in stack)
+    return Break(place, reason.reason.strip().splitlines()[0], is_collective)
 
 
-def note_on_breaks(breaks: tuple[str, ...]) -> str:
-    listing = ", ".join(breaks[:8]) + (", ..." if len(breaks) > 8 else "")
+def note_on_breaks(breaks: tuple[Break, ...]) -> str:
+    listing = ", ".join(map(str, breaks[:8])) + (", ..." if len(breaks) > 8 else "")
     return f"the graph breaks at {listing}: a collective that runs there is exact and no site here"
 
 

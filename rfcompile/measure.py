@@ -1,4 +1,8 @@
-"""measure_step: what one training step really sends, graphs counted as often as they run."""
+"""measure_step: what one training step really sends, graphs counted as often as they run.
+
+Private torch symbol used here, tried on torch 2.11 to 2.15: ``_dynamo.eval_frame._stance``, what
+``torch.compiler.set_stance`` sets.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ class MeasuredStep:
     def __init__(self, sources: tuple[Source, ...]) -> None:
         self._sources = sources
         self._counts = runs.start_counting()
+        self._stance = torch._dynamo.eval_frame._stance.stance
 
     def report(self) -> Report:
         """The sites of every graph that ran, :attr:`Site.runs <rfcompile.Site>` times each, and of
@@ -48,6 +53,8 @@ class MeasuredStep:
         ]
         if idle:
             yield f"not run in this step, and not counted: {', '.join(dict.fromkeys(idle))}"
+        if self._stance != "default":
+            yield f"torch.compiler.set_stance({self._stance!r}): what does not compile runs exact"
         if not self._counts and (reason := _nothing_compiles()):
             yield reason
 

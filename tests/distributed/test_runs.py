@@ -6,6 +6,7 @@ Ranks are simulated, and graphs run as they are where only their runs matter.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -172,19 +173,51 @@ def test_the_recompile_limit_is_warned_of_and_in_the_report() -> None:
     assert any("recompile_limit" in note for note in rf.reports()[-1].notes)
 
 
-def test_a_graph_break_is_in_the_report_and_at_a_collective_an_error_with_strict() -> None:
+BREAKING: dict[str, Callable[[Tensor], object]] = {
+    "async": lambda y: dist.all_reduce(y, async_op=True).wait(),
+    "broadcast": lambda y: dist.broadcast(y, 0),
+    "reduce": lambda y: dist.reduce(y, 0),
+    "gather": lambda y: dist.gather(y, [torch.empty_like(y) for _ in range(2)], 0),
+    "all_to_all": lambda y: dist.all_to_all([y.clone(), y.clone()], [y, y]),
+    "reduce_scatter": lambda y: dist.reduce_scatter(torch.empty_like(y), [y, y]),
+}
+
+
+@pytest.mark.parametrize("kind", BREAKING)
+def test_a_graph_break_is_in_the_report_and_at_a_collective_an_error_with_strict(kind: str) -> None:
     def broken(x: Tensor) -> Tensor:
         y = x * 2
-        dist.all_reduce(y, async_op=True).wait()
+        BREAKING[kind](y)
         return y + 1
 
     x = torch.randn(4)
-    torch.compile(broken, backend="rfquant", options=OPTIONS)(x)
-    notes = [note for report in rf.reports() for note in report.notes]
-    assert any("breaks at" in note and "test_runs.py" in note for note in notes)
-    torch._dynamo.reset()
-    with pytest.raises(UnquantizedSiteError, match="breaks the graph"):
-        torch.compile(broken, backend="rfquant", options=OPTIONS | {"strict": True})(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Dynamo's own, on what it cannot trace
+        torch.compile(broken, backend="rfquant", options=OPTIONS)(x)
+        notes = [note for report in rf.reports() for note in report.notes]
+        assert any("breaks at" in note and "test_runs.py" in note for note in notes)
+        for _ in range(2):  # as many breaks as before a reset are new ones all the same
+            torch._dynamo.reset()
+            with pytest.raises(UnquantizedSiteError, match="breaks the graph"):
+                torch.compile(broken, backend="rfquant", options=OPTIONS | {"strict": True})(x)
+
+
+def test_a_break_elsewhere_is_none_at_a_collective() -> None:
+    def broken(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch.compile(broken, backend="rfquant", options=OPTIONS | {"strict": True})(torch.randn(4))
+    assert any("breaks at" in note for report in rf.reports() for note in report.notes)
+
+
+def test_a_stance_under_which_recompiles_are_eager_is_noted() -> None:
+    run = static()
+    run(torch.randn(4, WIDTH))
+    with torch.compiler.set_stance("eager_on_recompile"), rf.measure_step() as step:
+        run(torch.randn(4, WIDTH))
+        run(torch.randn(5, WIDTH))
+    assert any("set_stance('eager_on_recompile')" in note for note in step.report().notes)
 
 
 def test_errors_that_torch_suppresses() -> None:
