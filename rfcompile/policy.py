@@ -126,10 +126,10 @@ class Policy:
         """A policy from options: those of Policy, and those of QuantFormat as a shorthand.
 
         ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic; kinds that
-        are named as well (``gradients=8``) keep what they name. The shorthand ``rotate=32`` is for
-        activations only: a rotation turns the zeros of the other kinds into numbers, so it has to
-        be named where it is wanted (``gradients="4b:h32"``). ``auto=4`` starts from :meth:`auto`
-        instead, ``auto={"bits": 4, "rotate": 32}`` too.
+        are named as well (``gradients=8``) keep what they name. A rotation in the shorthand
+        (``rotate=32``, ``bits="4b:h32"``) is for activations only: it turns the zeros of the other
+        kinds into numbers, so it has to be named where it is wanted (``gradients="4b:h32"``).
+        ``auto=4`` starts from :meth:`auto` instead, ``auto={"bits": 4, "rotate": 32}`` too.
 
         Raises:
             PolicyError, FormatError: an option is unknown or its value is not supported.
@@ -150,9 +150,9 @@ class Policy:
         if bits is None and shared:
             raise PolicyError(next(iter(shared)), next(iter(shared.values())), "give bits as well.")
         if bits is not None:
-            unrotated = shared | {"rotate": None} if shared.get("rotate") else shared
-            formats = dict.fromkeys(KINDS, as_format(bits, **unrotated))
-            options = formats | {"activations": as_format(bits, **shared)} | options
+            fmt = as_format(bits, **shared)
+            unrotated = fmt and replace(fmt, rotate=None)
+            options = dict.fromkeys(KINDS, unrotated) | {"activations": fmt} | options
         return cls(**options)
 
     @classmethod

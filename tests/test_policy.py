@@ -9,7 +9,7 @@ import torch
 
 from rfcompile.errors import FormatError, PolicyError
 from rfcompile.formats import QuantFormat
-from rfcompile.policy import Decision, Policy, exact
+from rfcompile.policy import Decision, Policy, as_policy, exact
 
 BIG = 10**6
 
@@ -76,7 +76,9 @@ def test_only_activations_are_rotated_unless_a_kind_is_named() -> None:
     assert policy.activations == QuantFormat(4, grid="mid-rise", rotate=32)
     assert policy.gradients == policy.optimizer_state == QuantFormat(4, grid="mid-tread")
     assert policy.weights == QuantFormat(4, grid="mid-tread", rotate=16)
-    assert Policy.of(bits="4b:h32").gradients == QuantFormat(4, grid="mid-tread", rotate=32)
+    for spelled in ("4b:h32", QuantFormat(4, rotate=32), {"bits": 4, "rotate": 32}):
+        assert as_policy(spelled) == Policy.of(bits=4, rotate=32)
+    assert Policy(gradients="4b:h32").gradients == QuantFormat(4, grid="mid-tread", rotate=32)
 
 
 def test_equal_descriptions_mean_equal_bytes() -> None:
