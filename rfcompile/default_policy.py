@@ -76,8 +76,10 @@ def _of_environment(path: str, bits: str) -> Policy | None:
     if path:
         try:
             return Policy.from_file(path)
-        except OSError as error:
-            raise PolicyError("RFCOMPILE_POLICY", path, f"it cannot be read: {error}.") from error
+        except PolicyError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            raise PolicyError("RFCOMPILE_POLICY", path, error.rule) from error
     return as_policy(bits_of_text(bits)) if bits else None
 
 

@@ -193,9 +193,13 @@ class Policy:
         A format is a number of bits, a text, a table of QuantFormat's fields, or ``"exact"``.
 
         Raises:
-            PolicyError: the file is no TOML, or an option is not understood. FormatError. OSError.
+            PolicyError: the file cannot be read or is no TOML, or an option is not understood.
+            FormatError.
         """
-        content = Path(path).read_bytes()
+        try:
+            content = Path(path).read_bytes()
+        except (OSError, ValueError, TypeError) as error:  # no file, no path
+            raise PolicyError("file", str(path), f"it cannot be read: {error}.") from error
         try:
             options = tomllib.loads(content.decode())
         except (ValueError, RecursionError) as error:  # no UTF-8, no TOML, too long, too deep
@@ -291,10 +295,7 @@ def as_policy(policy: Policyish) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if isinstance(policy, PathLike) or (isinstance(policy, str) and policy.endswith(".toml")):
-        try:
-            return Policy.from_file(policy)
-        except OSError as error:
-            raise PolicyError("file", str(policy), f"it cannot be read: {error}.") from error
+        return Policy.from_file(policy)
     if not isinstance(policy, Mapping):
         return Policy.of(bits=policy)
     if not policy or not all(isinstance(name, str) for name in policy):

@@ -359,3 +359,9 @@ def test_auto_is_bits_a_format_or_a_table(tmp_path: Path) -> None:
 
 def test_the_version_is_a_name() -> None:
     assert rf.__version__ == package_version()
+
+
+@pytest.mark.parametrize("path", [".", "no\0file.toml", None, 7])
+def test_what_is_no_file_of_a_policy(path: Any) -> None:
+    with pytest.raises(PolicyError, match="it cannot be read"):
+        Policy.from_file(path)

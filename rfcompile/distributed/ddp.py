@@ -5,6 +5,7 @@ its ``_get_ddp_logging_data``, which names the hook it has.
 """
 
 # DDP compares the annotations of a hook with classes: no postponed annotations in this file.
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, 
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
-from rfcompile.errors import HookError, StateError
+from rfcompile.errors import HookError, RFCompileError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
 from rfcompile.process_groups import require_same, transport
 from rfcompile.report import Report
@@ -125,7 +126,7 @@ class DDPHandle:
         if bucket.is_last():
             # DDP waits for all of them next, but would turn an error into a RuntimeError. An
             # earlier bucket's error comes up here too: nothing runs after it.
-            future.wait()
+            _wait(future)
         return future
 
     def _bucket(self, bucket: Any) -> _Bucket:
@@ -262,6 +263,20 @@ class DDPHandle:
         self._policy, self._is_removed = Policy(), True
         self._buckets.clear()
         self._worker.close()
+
+
+def _wait(future: Any) -> None:
+    """Raise a copy of the error of a future: DDP holds the future, and so it would hold all frames
+    that the error passes on its way up, DDP itself among them.
+    """
+    raised: RFCompileError | None = None
+    try:
+        future.wait()
+    except RFCompileError as error:
+        error.__traceback__ = None
+        raised, cause = copy.copy(error), error.__cause__
+    if raised is not None:
+        raise raised from cause
 
 
 def _require_free(ddp: object) -> None:

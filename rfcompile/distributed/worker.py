@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import enum
+import traceback
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,10 +127,18 @@ def _serve(queue: SimpleQueue[_Task | _Stop], group: Any) -> None:
                 failure = TransportError(task.site, name, f"{type(error).__name__}: {error}")
                 failure.__cause__ = error
         if failure is not None:
+            _forget_values(failure)
             task.future.set_exception(failure)
         del task  # else its tensors would live until the next one comes
     if task is _Stop.GIVE_BACK:
         give_back(group)
+
+
+def _forget_values(error: BaseException | None) -> None:
+    """The traceback keeps its lines; what their frames hold, down to the group, is let go."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 @torch.no_grad()

@@ -46,6 +46,6 @@ def _require_finite(state_dict: Mapping[str, Any], number: int, policy: Policy) 
     for _, owner, entries in entries_of(state_dict):
         if owner.index < number and isinstance(entries, Mapping):
             for key, value in entries.items():
-                fmt = decide(policy, owner, key, value).format
+                fmt = decide(policy, owner, key, value, beside=entries).format
                 if fmt is not None:
                     require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)

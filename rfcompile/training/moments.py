@@ -12,7 +12,7 @@ Some optimizers keep weights under a moment's name (pytorch-optimizer's AccSGD, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -35,6 +35,9 @@ MOMENTS = frozenset(
     }
 )  # fmt: skip
 """Keys of moments, elementwise averages of gradients or of their squares."""
+
+_CENTERED = frozenset({"square_avg", "grad_avg"})
+"""Of these two an optimizer takes the root of ``square_avg - grad_avg**2``, a small difference."""
 
 _TIMES = 3
 _NEAR = 0.25
@@ -74,6 +77,7 @@ def decide(
     key: str,
     value: object,
     *,
+    beside: Collection[str] = (),
     like: Tensor | None = None,
     is_weight: bool = False,
 ) -> Decision:
@@ -83,6 +87,7 @@ def decide(
     lifts every rule but that it can be coded. One that matches the parameter is for its moments.
 
     Args:
+        beside: the keys of the parameter's states.
         like: the parameter, where it is known.
         is_weight: what :func:`holds_weights` found.
     """
@@ -101,9 +106,11 @@ def decide(
     if key not in MOMENTS:
         return exact("not traffic", f"an unknown state, maybe weights and not a moment: {to_name}")
     if is_weight:
-        return exact(
-            "not traffic", f"it holds the parameter's values and is not a moment: {to_name}"
-        )
+        what = "it holds the parameter's values and is not a moment"
+        return exact("not traffic", f"{what}: {to_name}")
+    if key in _CENTERED and _CENTERED.issubset(beside):
+        what = "centered: rounded, square_avg - grad_avg**2 may be negative, and its root NaN"
+        return exact("not traffic", f"{what}: {to_name}")
     return chosen
 
 

@@ -201,7 +201,8 @@ def pack_state_dict(
     for index, owner, entries in entries_of(state_dict):
         state[index] = dict(entries) if isinstance(entries, Mapping) else entries
         for key, value in entries.items() if isinstance(entries, Mapping) else ():
-            fmt = decide(chosen, owner, key, value, is_weight=key in weights).format
+            is_weight = key in weights
+            fmt = decide(chosen, owner, key, value, beside=entries, is_weight=is_weight).format
             if fmt is not None:
                 require_finite(value, fmt, f"state {key!r} of {owner.label}", rule)
                 like = value if isinstance(value, DTensor) else None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from rfcompile.errors import StateError
 from rfcompile.formats import QuantFormat
@@ -200,7 +202,7 @@ class QuantizedStates:
                 self._pack(optimizer)
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        if not self._wrapper_steps:
+        if not self._wrapper_steps and not _is_within_a_step(optimizer):
             self._pack(optimizer)
 
     @torch.no_grad()
@@ -238,7 +240,10 @@ class QuantizedStates:
 
     def _decide(self, part: int, owner: Owner, key: str, value: Any, parameter: Tensor) -> Decision:
         is_weight = self._weights.get((part, key), Verdict()).is_weight
-        return decide(self._policy, owner, key, value, like=parameter, is_weight=is_weight)
+        beside = self._optimizers[part].state.get(parameter, {})
+        return decide(
+            self._policy, owner, key, value, beside=beside, like=parameter, is_weight=is_weight
+        )
 
     def _look_for_weights(self, part: int) -> None:
         """Decide for a key of moments whether this optimizer keeps weights there."""
@@ -313,3 +318,15 @@ class QuantizedStates:
         if decision.format is not None:  # and yet it is not packed
             decision = exact("out of reach", "decoded after an error")
         return site_of(owner, key, value, decision)
+
+
+def _is_within_a_step(optimizer: Optimizer) -> bool:
+    """The step that ends was called by another one of the same optimizer: ``super().step()`` in a
+    subclass, whose code may read the states next. Each runs in a frame of torch that calls hooks.
+    """
+    steps, frame = 0, sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        is_step = frame.f_code.co_name == "wrapper" and frame.f_globals is vars(torch_optimizer)
+        steps += is_step and frame.f_locals.get("self") is optimizer
+    return steps > 1

@@ -31,17 +31,17 @@ def report_of(policy: Policy, packed: Mapping[str, Any], direction: str) -> Repo
     """The report on a packed state_dict."""
     require_state_dict(packed, "Pass what pack_state_dict returned.")
     entries = [
-        (owner, key, value)
+        (owner, key, value, found)
         for _, owner, found in entries_of(packed)
         if isinstance(found, Mapping)
         for key, value in found.items()
     ]
     sites = [
-        site_of(owner, key, value, decide(policy, owner, key, value), direction)
-        for owner, key, value in entries
+        site_of(owner, key, value, decide(policy, owner, key, value, beside=found), direction)
+        for owner, key, value, found in entries
     ]
-    owners = [owner for owner, _, _ in entries]
-    compared = [compared_name(policy, owner, key) for owner, key, _ in entries]
+    owners = [owner for owner, *_ in entries]
+    compared = [compared_name(policy, owner, key) for owner, key, *_ in entries]
     return made(policy, sites, owners, compared)
 
 

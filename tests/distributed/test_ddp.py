@@ -450,7 +450,11 @@ def check_given_back(rank: Rank, how: str) -> None:
     def cycle() -> None:
         module = nn.Linear(48, 48)
         ddp = DDP(module)
-        handle = quantize_ddp(ddp, policy())
+        handle = quantize_ddp(ddp, policy("4b:raise" if how == "error" else "4b"))
+        if how == "error":  # which knows the frames that it came through
+            with pytest.raises(NonFiniteError):
+                backward(ddp, batch(rank, 0) * torch.nan)
+            return
         backward(ddp, batch(rank, 0))
         if how == "remove":
             handle.remove()
@@ -478,7 +482,7 @@ def check_given_back(rank: Rank, how: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts files and threads in /proc")
-@pytest.mark.parametrize("how", ["remove", "collect"])
+@pytest.mark.parametrize("how", ["remove", "collect", "error"])
 def test_group_and_thread_are_given_back(ranks: RunRanks, how: str) -> None:
     ranks(2, check_given_back, how)
 

@@ -266,3 +266,55 @@ def test_errors() -> None:
     packed["payload"] = packed["payload"][:-1]
     with pytest.raises(PayloadError):
         unpack(packed)
+
+
+# ---- optimizers that read their states in other ways ---------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["2b", "4b", "8b", "8b:stoch"])
+def test_a_centered_rmsprop_stays_finite(fmt: str) -> None:
+    """Its root is of a small difference of two states, which stay exact both."""
+    parameter = nn.Parameter(torch.zeros(4, 256))
+    optimizer = torch.optim.RMSprop([parameter], lr=1e-3, centered=True)
+    handle = quantize_states(optimizer, {"bits": fmt, "min_bytes": 0})
+    for _ in range(120):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter.isfinite().all()
+    state = optimizer.state[parameter]
+    assert not is_packed(state["square_avg"])
+    assert not is_packed(state["grad_avg"])
+    packed = pack_state_dict(optimizer.state_dict(), {"bits": fmt, "min_bytes": 0})
+    assert not is_packed(packed["state"][0]["square_avg"])
+    assert any("centered" in site.reason for site in handle.report().sites)
+
+    plain = torch.optim.RMSprop([nn.Parameter(torch.zeros(4, 256))], lr=1e-3)
+    quantize_states(plain, {"bits": fmt, "min_bytes": 0})
+    (other,) = plain.param_groups[0]["params"]
+    other.grad = torch.ones_like(other)
+    plain.step()
+    assert is_packed(plain.state[other]["square_avg"]), "alone it is a moment like others"
+
+
+class Averaging(torch.optim.AdamW):
+    """Reads and writes states after the step that it inherits."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["exp_avg"].mul_(0.5)
+        return loss
+
+
+def test_a_step_within_a_step_packs_once_at_the_end() -> None:
+    parameter, twin = nn.Parameter(torch.ones(4, 256)), nn.Parameter(torch.ones(4, 256))
+    quantized, plain = Averaging([parameter], lr=1e-2), Averaging([twin], lr=1e-2)
+    quantize_states(quantized, {"bits": 8, "min_bytes": 0})
+    for step in range(3):
+        for p, optimizer in ((parameter, quantized), (twin, plain)):
+            p.grad = torch.full_like(p, 1.0 + step)
+            optimizer.step()
+        assert is_packed(quantized.state[parameter]["exp_avg"])
+    # A group of equal values is coded within half a step of 1/127 of its peak, once a step.
+    difference = (parameter - twin).abs().max().item()
+    assert difference < 3 * 3 * 1e-2 / 127
