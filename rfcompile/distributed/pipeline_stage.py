@@ -242,7 +242,8 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = Fa
     is_stage = isinstance(stage, _PipelineStageBase) and hasattr(stage, "group")
     group = resolved(stage.group, site) if is_stage else sole_group()
     try:
-        stage._start_wire(*together(group, site, changed))
+        chosen, coder = together(group, site, changed)
+        stage._start_wire(chosen, coder)
     except BaseException:
         if type(stage) is not kind:
             stage.__class__ = kind
@@ -264,7 +265,8 @@ def _quantized_kind(stage: object) -> type:
 def _group_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The process group among the arguments of a PipelineStage, which may be wrong ones."""
     try:
-        given = inspect.signature(PipelineStage).bind_partial(*args, **kwargs).arguments
-        return resolve(given.get("group"))
+        signature = inspect.signature(PipelineStage)
+        known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        return resolve(signature.bind_partial(*args, **known).arguments.get("group"))
     except (TypeError, ProcessGroupError):
         return sole_group()

@@ -11,7 +11,7 @@ import copy
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from rfcompile.errors import (
     RFCompileError,
     TransportError,
 )
+from tests.distributed.conftest import error_of
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -797,14 +798,6 @@ def test_weight_differences(ranks: RunRanks) -> None:
 
 
 # ---- what cannot work ----------------------------------------------------------------------------
-
-
-def error_of(f: Callable[[], object]) -> RFCompileError:
-    try:
-        f()
-    except RFCompileError as error:
-        return error
-    raise AssertionError("no error")
 
 
 def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:
