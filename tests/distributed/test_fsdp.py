@@ -624,7 +624,7 @@ def check_four(rank: Rank) -> None:
     model = shard(Net(), mesh)
     with recorded(dist, "all_gather_object") as compared:
         handle = quantize_fsdp(model, policy())
-    assert len(compared) == 2  # once in each dimension
+    assert len(compared) == 4  # errors, then plans, once in each dimension
     with recorded(QuantizedReduceScatter, "_reduced") as calls:
         backward(model, batch(rank, 0))
     reduced = {n: p for args, p in calls for n, p in [(args[0].unit.label, args[1])] if n}
