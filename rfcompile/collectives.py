@@ -244,7 +244,8 @@ def all_reduce(
     on rank r and in the (rounded) sum, at most ``e * (sum a_r + a)``.
 
     Ranks compare format, dtype, shape and arguments when a rank meets them for the first time, and
-    never again: no message is added to later calls.
+    never again: no message is added to later calls. So an argument that is wrong on one rank alone
+    is an error there at once, and the others, if that process lives on, learn of it at the timeout.
 
     Raises:
         DtypeError, FormatError, PolicyError, ProcessGroupError, NonFiniteError.

@@ -5,7 +5,8 @@ Private torch symbols used here, tried on torch 2.13 and present in 2.11:
 ``torch.testing._internal.distributed.fake_pg`` (a process group that sends nothing),
 ``torch._dispatch.python.no_python_dispatcher`` (see :func:`agree`),
 ``ProcessGroup._get_backend(device).options._timeout``, ``_new_process_group_helper``,
-``_get_default_store`` and ``_world.pg_group_ranks`` of ``distributed_c10d`` (see :func:`twin`).
+``_get_default_store`` and ``_world.pg_group_ranks`` of ``distributed_c10d`` (see :func:`twin`), its
+``_world.pg_names`` and ``_world.group_count`` (see :func:`sole_group`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from rfcompile.fingerprint import package_version, source_digest
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+_TWIN = "rfcompile_"
+"""How the names of groups begin that :func:`twin` makes."""
 
 _AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -64,6 +68,18 @@ def resolve(group: Any) -> Any:
         ) from error
 
 
+def sole_group() -> Any:
+    """The default group where ranks can mean no other, None where they can.
+
+    For a rank with an error before it knows the group that the others wait in. Once this process
+    took part in the making of another group, in it or not, they may wait there, or not at all.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    others = [name for name in c10d._world.pg_names.values() if not name.startswith(_TWIN)]
+    return dist.group.WORLD if len(others) == 1 and c10d._world.group_count <= 1 else None
+
+
 def name_of(group: Any) -> str:
     """The name that functional collectives use."""
     return group if isinstance(group, str) else str(group.group_name)
@@ -97,13 +113,13 @@ def twin(group: Any, device: torch.device) -> Any:
     """
     with transport(group, "a process group for traffic beside the backward pass"):
         made = _connected(group, device)
-        if not _sends_nothing(group):
+        if not sends_nothing(group):
             _barrier(group)
     return made
 
 
 def _connected(group: Any, device: torch.device) -> Any:
-    names = [f"rfcompile_{uuid.uuid4().hex}"]
+    names = [f"{_TWIN}{uuid.uuid4().hex}"]
     dist.broadcast_object_list(names, group=group, group_src=0)
     ranks, world = dist.get_process_group_ranks(group), resolve(None)
     made, _ = c10d._new_process_group_helper(
@@ -154,8 +170,7 @@ def agree(group: str, plan: str) -> bool:
     process_group = resolve(group)
     agreed = _AGREED.setdefault(process_group, set())
     if plan not in agreed:
-        if not _sends_nothing(process_group):
-            _meet(process_group, plan)
+        _meet(process_group, plan)
         require_same(process_group, plan)
         agreed.add(plan)
     return True
@@ -168,17 +183,21 @@ def _barrier(group: Any) -> None:
 
 def _meet(group: Any, plan: str) -> None:
     try:
+        if sends_nothing(group):
+            return
         with no_python_dispatcher():
             _barrier(group)
     except RuntimeError as error:
         reason = (
-            "no answer to the first call of this kind here. Either a rank died, or the others are "
-            f"in a call of another format, dtype or shape. {type(error).__name__}: {error}"
+            "no answer to the first call of this kind here. Either a rank died, or it raised an "
+            "error of its own before it sent anything (see its output), or the others are in a "
+            f"call of another format, dtype or shape. {type(error).__name__}: {error}"
         )
         raise TransportError(plan, name_of(group), reason) from error
 
 
-def _sends_nothing(group: Any) -> bool:
+def sends_nothing(group: Any) -> bool:
+    """There are no other ranks, or only fake ones."""
     return group.size() == 1 or dist.get_backend(group) == "fake"
 
 
@@ -188,8 +207,9 @@ def require_same(group: Any, plan: str) -> None:
     Raises:
         RankMismatchError: as :func:`agree`. TransportError: a rank died, or did not call in time.
     """
-    if _sends_nothing(group):
-        return
+    with transport(group, plan):
+        if sends_nothing(group):
+            return
     mine = f"{plan} [rfcompile {package_version()}, sources {source_digest()}]"
     plans: list[Any] = [None] * group.size()
     # While compiling, torch dispatches through Python and holds the interpreter's lock in the call:

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rfcompile.errors import PeerError, RFCompileError
-from rfcompile.process_groups import transport
+from rfcompile.errors import PeerError, ProcessGroupError, RFCompileError, TransportError
+from rfcompile.process_groups import resolve, sends_nothing, sole_group, transport
 
 T = TypeVar("T")
 
@@ -18,7 +18,8 @@ def together(group: Any, site: str, action: Callable[[], T]) -> T:
     """Run ``action`` on every rank of ``group``; if it fails on any, every rank raises that error.
 
     Every rank must call. Of several errors that of the first rank is raised; its message names the
-    rank.
+    rank. Where all ranks meet the same one, each raises its own, as it is. A rank that meets one
+    and cannot tell the others raises it, too. A group of None: there is nobody to tell.
 
     Raises:
         The error of a rank, if it is of this package. PeerError: it is another one, of another
@@ -29,22 +30,47 @@ def together(group: Any, site: str, action: Callable[[], T]) -> T:
         result = action()
     except Exception as raised:
         error = raised
-    found: list[Any] = [None] * group.size()
-    if group.size() == 1 or dist.get_backend(group) == "fake":
-        found = [_sent(error)]
-    else:
-        with transport(group, site):
-            dist.all_gather_object(found, _sent(error), group=group)
+    found = _exchanged(group, site, error)
     failed = [rank for rank, sent in enumerate(found) if sent is not None]
     if not failed:
         return result  # type: ignore[return-value]
+    if len(failed) == len(found) and len({(type(sent), str(sent)) for sent in found}) == 1:
+        assert error is not None
+        raise error
     rank = failed[0]
-    if group.size() == 1 or (rank == group.rank() and not isinstance(error, RFCompileError)):
+    if rank == group.rank() and not isinstance(error, RFCompileError):
         assert error is not None
         raise error
     if isinstance(found[rank], str):
         raise PeerError(site, rank, found[rank]) from error
     raise found[rank].on_rank(rank) from error
+
+
+def resolved(group: Any, site: str) -> Any:
+    """:func:`resolve`; the others get its error where they can only mean the default group."""
+    try:
+        return resolve(group)
+    except ProcessGroupError:
+        return together(sole_group(), site, lambda: resolve(group))
+
+
+def _exchanged(group: Any, site: str, error: Exception | None) -> list[Any]:
+    """What each rank met: an error of this package, the text of another one, or None."""
+    mine = _sent(error)
+    if group is None:
+        return [mine]
+    try:
+        with transport(group, site):
+            if sends_nothing(group):
+                return [mine]
+            found: list[Any] = [None] * group.size()
+            dist.all_gather_object(found, mine, group=group)
+    except TransportError as failure:
+        if error is None:
+            raise
+        error.add_note(f"The other ranks could not be told: {failure}")
+        return [mine]
+    return found
 
 
 def _sent(error: Exception | None) -> RFCompileError | str | None:

@@ -13,8 +13,8 @@ from rfcompile.companions.adapted_linear import AdaptedLinear, adapters_of
 from rfcompile.companions.factor import Factor
 from rfcompile.errors import PolicyError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.process_groups import require_same, resolve, transport
-from rfcompile.together import together
+from rfcompile.process_groups import require_same, transport
+from rfcompile.together import resolved, together
 
 
 @torch.no_grad()
@@ -41,9 +41,9 @@ def broadcast_adapters(
         none. FormatError, DtypeError, NonFiniteError. PeerError: another rank failed otherwise.
         TransportError: a rank died, or did not answer in time.
     """
-    used = resolve(group)
-    chosen, found, problem = together(used, _SITE, lambda: _prepared(model, fmt, src, used))
-    described = problem or str([_described(path, module) for path, module in found.items()])
+    used = resolved(group, _SITE)
+    chosen, found, described = together(used, _SITE, lambda: _prepared(model, fmt, src, used))
+    problem = described if isinstance(described, PolicyError) else None
     with transport(used, _SITE):
         require_same(used, f"adapters {chosen.spec} src={src} {described}")
     if problem is not None:
@@ -59,8 +59,8 @@ _SITE = "broadcast_adapters"
 
 def _prepared(
     model: nn.Module, fmt: Any, src: int, group: Any
-) -> tuple[QuantFormat, dict[str, AdaptedLinear], PolicyError | None]:
-    """The format and the adapters, or why there are none: ranks compare that, too."""
+) -> tuple[QuantFormat, dict[str, AdaptedLinear], str | PolicyError]:
+    """The format, the adapters, and what they are or why there are none: ranks compare that."""
     wanted = as_format(fmt)
     if wanted is None:
         raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
@@ -68,9 +68,10 @@ def _prepared(
     if type(src) is not int or not 0 <= src < group.size():
         raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
     try:
-        return chosen, _to_send(model), None
+        found = _to_send(model)
     except PolicyError as error:
         return chosen, {}, error
+    return chosen, found, str([_described(path, module) for path, module in found.items()])
 
 
 def _received(

@@ -21,8 +21,9 @@ from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, RFCompileError, StateError
+from rfcompile.ops import Coder
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same, transport
+from rfcompile.process_groups import require_same, sole_group, transport
 from rfcompile.report import Report
 from rfcompile.together import together
 from rfcompile.wire import all_reduce_wire
@@ -60,15 +61,18 @@ def quantize_ddp(
     TransportError when a rank died or did not answer within the timeout of the process group.
 
     Raises:
-        HookError: ``ddp`` is no DDP module, or has a hook already.
-        RankMismatchError: ranks use another policy or version; raised on every rank.
-        PolicyError, FormatError: the policy is not understood.
+        On every rank, naming the one that met it: HookError: ``ddp`` is no DDP module, or has a
+        hook already. PolicyError, FormatError: the policy is not understood. RankMismatchError:
+        ranks use another policy or version. TransportError: a rank died, or did not answer in time.
+        A rank whose module is not DDP can tell the others only while the default process group is
+        the only one; else they wait for the timeout of theirs.
     """
-    chosen = as_policy(policy)
-    _require_free(ddp)
+    chosen, coder = together(
+        _group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy, compile)
+    )
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
     require_same(ddp.process_group, plan)
-    handle = DDPHandle(ddp, chosen, error_feedback=error_feedback, compile=compile)
+    handle = DDPHandle(ddp, chosen, coder, error_feedback=error_feedback)
     ddp.register_comm_hook(handle, quantized_hook)
     return handle
 
@@ -95,7 +99,7 @@ class DDPHandle:
     """What :func:`quantize_ddp` returns: report, checkpoints, and the way back."""
 
     def __init__(
-        self, ddp: DistributedDataParallel, policy: Policy, *, error_feedback: bool, compile: bool
+        self, ddp: DistributedDataParallel, policy: Policy, coder: Coder, *, error_feedback: bool
     ) -> None:
         # The module holds this object through its hook: nothing here may hold the module.
         parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad}
@@ -108,7 +112,7 @@ class DDPHandle:
         if error_feedback:
             self._feedback = ErrorFeedback(parameters)
         self._buckets: dict[int, _Bucket] = {}
-        self._coder = coder_of(compile)
+        self._coder = coder
         self._num_sent = 0
         self._worker = Worker(self._group, next(iter(parameters.values())).device, owner=ddp)
         self._is_removed = False
@@ -191,7 +195,7 @@ class DDPHandle:
         return mean
 
     def _average_alone(self, parts: tuple[Part, ...], buffer: Tensor) -> Any:
-        """After :meth:`remove`: what DDP does itself, in its own process group."""
+        """After :meth:`remove`: what DDP does itself, in its own process group, errors included."""
         if self._feedback is not None and buffer.layout == torch.strided:
             for part in parts:  # one, which is all of the buffer: its pieces are views
                 self._feedback.release(part.names, part.pieces(part.gather(buffer)))
@@ -277,6 +281,19 @@ def _wait(future: Any) -> None:
         raised, cause = copy.copy(error), error.__cause__
     if raised is not None:
         raise raised from cause
+
+
+def _group_of(ddp: object) -> Any:
+    """The process group of a DDP module, which others may be around."""
+    modules = ddp.modules() if isinstance(ddp, torch.nn.Module) else ()
+    found = (m.process_group for m in modules if isinstance(m, DistributedDataParallel))
+    return next(found, sole_group())
+
+
+def _prepared(ddp: object, policy: Policyish, compile: bool) -> tuple[Policy, Coder]:
+    chosen = as_policy(policy)
+    _require_free(ddp)
+    return chosen, coder_of(compile)
 
 
 def _require_free(ddp: object) -> None:

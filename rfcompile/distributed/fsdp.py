@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -10,12 +13,15 @@ from rfcompile.distributed.buckets import path_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
-from rfcompile.errors import HookError, RankMismatchError
+from rfcompile.errors import HookError, RankMismatchError, TransportError
 from rfcompile.ops import Coder
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same
+from rfcompile.process_groups import require_same, sole_group
 from rfcompile.report import Report
+from rfcompile.together import together
 from rfcompile.torch_versions import warn_if_untried
+
+T = TypeVar("T")
 
 
 def quantize_fsdp(
@@ -55,19 +61,18 @@ def quantize_fsdp(
     and TransportError when a rank died or did not answer within the timeout of the process group.
 
     Raises:
-        HookError: nothing in ``module`` is sharded by ``fully_shard``, a unit has replicas of a
-            single shard (its all-reduce is FSDP's own), or a unit has another custom communication.
-        RankMismatchError: ranks use another policy or version; raised on every rank.
-        PolicyError, FormatError: the policy is not understood.
+        On every rank, naming the one that met it: HookError: nothing in ``module`` is sharded by
+        ``fully_shard``, a unit has replicas of a single shard (its all-reduce is FSDP's own), or a
+        unit has another custom communication. PolicyError, FormatError: the policy is not
+        understood. RankMismatchError: ranks use another policy or version. TransportError: a rank
+        died, or did not answer in time. A rank without any unit can tell the others only while the
+        default process group is the only one; else they wait for the timeout of theirs.
     """
-    warn_if_untried()
-    chosen = as_policy(policy)
-    if not isinstance(module, nn.Module):
-        raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")
-    units = units_of(module)
-    _require_free(module, units)
-    _agree(units, f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}")
-    return FSDPHandle(module, units, chosen, weight_delta, coder_of(compile))
+    groups = _groups_of(module)
+    chosen, units, coder = _everywhere(groups, lambda: _prepared(module, policy, compile))
+    plan = f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}"
+    _agree(groups, plan)
+    return FSDPHandle(module, units, chosen, weight_delta, coder)
 
 
 class FSDPHandle:
@@ -146,6 +151,53 @@ class FSDPHandle:
         self._hook.remove()
 
 
+def _groups_of(module: object) -> list[Any]:
+    """The process groups of all meshes of the units, in the same order on every rank.
+
+    None of them known: the one that other ranks may wait in.
+    """
+    units: tuple[Unit, ...] = ()
+    if isinstance(module, nn.Module):
+        with contextlib.suppress(Exception):  # it comes up again in _prepared
+            units = units_of(module)
+    groups = [unit.shard_group for unit in units] + [unit.replicate_group for unit in units]
+    return list(dict.fromkeys(group for group in groups if group is not None)) or [sole_group()]
+
+
+def _everywhere(groups: Sequence[Any], action: Callable[[], T]) -> T:
+    """:func:`together` over meshes of up to two dimensions: those of the first tell the second."""
+    for group in groups:
+        try:
+            done = together(group, "quantize_fsdp", action)
+        except TransportError:
+            raise
+        except Exception as error:
+            action = partial(_raise, error)
+        else:
+            action = partial(_return, done)
+    return action()
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+def _return(value: T) -> T:
+    return value
+
+
+def _prepared(
+    module: Any, policy: Policyish, compile: bool
+) -> tuple[Policy, tuple[Unit, ...], Coder]:
+    warn_if_untried()
+    chosen = as_policy(policy)
+    if not isinstance(module, nn.Module):
+        raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")
+    units = units_of(module)
+    _require_free(module, units)
+    return chosen, units, coder_of(compile)
+
+
 def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:
     """Raise HookError unless every unit can be given other collectives."""
     name = type(module).__name__
@@ -172,14 +224,13 @@ def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:
                 raise HookError(name, rule)
 
 
-def _agree(units: tuple[Unit, ...], plan: str) -> None:
+def _agree(groups: Sequence[Any], plan: str) -> None:
     """Compare plans over all meshes of the units, so that either every rank raises or none.
 
     A mesh has up to two dimensions: those who disagree in the first tell the second about it.
     """
-    groups = [unit.shard_group for unit in units] + [unit.replicate_group for unit in units]
     failure: RankMismatchError | None = None
-    for group in dict.fromkeys(group for group in groups if group is not None):
+    for group in groups:
         try:
             require_same(group, plan)
         except RankMismatchError as error:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import pickle
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import HookError, PolicyError, StateError
+from rfcompile.errors import PolicyError, StateError
 from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same, resolve, transport
+from rfcompile.process_groups import require_same, transport
 from rfcompile.report import Report
-from rfcompile.together import together
+from rfcompile.together import resolved, together
 from rfcompile.training.packing import pack_state_dict, unpack_state_dict
 from rfcompile.training.quantized_states import takes_packed
 from rfcompile.training.sharded_payloads import is_sharded
 from rfcompile.training.state_report import report_of
+from rfcompile.training.wrapped_optimizers import parts_of
 
 _SITE = "broadcast_states"
 SENT = "broadcast"
@@ -48,27 +50,35 @@ def broadcast_states(
 
     Raises:
         On every rank, naming the one that met it: HookError: it is no optimizer. StateError: its
-        states are sharded, or do not fit. PolicyError, FormatError: the policy or ``src`` is not
-        understood. NonFiniteError: as the format asks for. RankMismatchError: ranks use another
-        policy, ``src``, version, or optimizers of other parameters. PeerError: another rank failed
-        otherwise. TransportError: a rank died, or did not answer in time. Until all ranks have the
-        state, nothing is changed on any.
+        states are sharded, do not fit, or cannot be pickled. PolicyError, FormatError: the policy
+        or ``src`` is not understood. NonFiniteError: as the format asks for. RankMismatchError:
+        ranks use another policy, ``src``, version, or optimizers of another class (below wrappers)
+        or of other parameters. PeerError: another rank failed otherwise. TransportError: a rank
+        died, or did not answer in time. Until all ranks have the state, nothing is changed on any.
     """
-    used = resolve(group)
+    used = resolved(group, _SITE)
     chosen, plan = together(used, _SITE, lambda: _prepared(optimizer, policy, src, used))
     with transport(used, _SITE):
         require_same(used, plan)
     parameters = _parameters(optimizer)
-    packed = together(
-        used, _SITE, lambda: _packed(optimizer, chosen, parameters) if used.rank() == src else None
-    )
-    box = [packed]
+    is_source = used.rank() == src
+
+    def to_send() -> tuple[dict[str, Any], list[bytes | None]]:
+        if not is_source:
+            return {}, [None]
+        packed = _packed(optimizer, chosen, parameters)
+        return packed, [_pickled(packed) if used.size() > 1 else None]
+
+    packed, box = together(used, _SITE, to_send)
     if used.size() > 1:
         with transport(used, _SITE):
             dist.broadcast_object_list(box, group=used, group_src=src)
-    sent = box[0]
-    assert sent is not None
-    state = together(used, _SITE, lambda: _to_load(optimizer, sent, parameters))
+
+    def received() -> tuple[dict[str, Any], dict[str, Any]]:
+        sent = packed if is_source else pickle.loads(box[0] or b"")
+        return sent, _to_load(optimizer, sent, parameters)
+
+    sent, state = together(used, _SITE, received)
     together(used, _SITE, lambda: optimizer.load_state_dict(state))
     return report_of(chosen, sent, SENT)
 
@@ -78,8 +88,7 @@ def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> 
     chosen = as_policy(policy)
     if type(src) is not int or not 0 <= src < group.size():
         raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
-    if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "load_state_dict"):
-        raise HookError(type(optimizer).__name__, "pass a torch.optim.Optimizer.")
+    kinds = ", ".join(_class_name(type(part)) for part in parts_of(optimizer)[0])
     parameters = _parameters(optimizer)
     if any(map(is_sharded, parameters)):
         raise StateError(
@@ -92,7 +101,13 @@ def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> 
         f"{len(parameters)} parameters of {sum(p.numel() for p in parameters)} elements "
         f"in {len(optimizer.param_groups)} groups (shapes {zlib.crc32(shapes.encode()):08x})"
     )
-    return chosen, f"optimizer states {chosen.describe()} src={src}, {described}"
+    return chosen, f"optimizer states of {kinds}, {chosen.describe()} src={src}, {described}"
+
+
+def _class_name(kind: type) -> str:
+    """Without the module of a script, which has another name in processes that it starts."""
+    is_script = kind.__module__ in ("__main__", "__mp_main__")
+    return kind.__qualname__ if is_script else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _packed(optimizer: Optimizer, policy: Policy, parameters: list[Tensor]) -> dict[str, Any]:
@@ -100,6 +115,42 @@ def _packed(optimizer: Optimizer, policy: Policy, parameters: list[Tensor]) -> d
     packed = pack_state_dict(optimizer.state_dict(), policy, parameters)
     sent: dict[str, Any] = _in_host_memory(packed)
     return sent
+
+
+def _pickled(sent: Mapping[str, Any]) -> bytes:
+    """What travels; made before anyone waits for it.
+
+    Raises:
+        StateError: something in it cannot be pickled.
+    """
+    try:
+        return pickle.dumps(sent)
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise StateError(
+            "what cannot be pickled cannot be sent",
+            [name for name, value in _entries(sent) if not _is_picklable(value)],
+            f"Remove it from the optimizer of the source. {reason}",
+        ) from error
+
+
+def _entries(sent: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for index, state in sent["state"].items():
+        entries = state.items() if isinstance(state, Mapping) else [("", state)]
+        yield from ((f"state {key!r} of parameter {index}", value) for key, value in entries)
+    for index, group in enumerate(sent["param_groups"]):
+        yield from ((f"{key!r} of parameter group {index}", value) for key, value in group.items())
+    yield from ((key, sent[key]) for key in sent if key not in ("state", "param_groups"))
+
+
+def _is_picklable(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _in_host_memory(value: Any) -> Any:

@@ -14,6 +14,7 @@ outputs (``torch_versions.py``). All are looked for when a stage is made.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,12 @@ from torch.distributed.pipelining.stage import (
 
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.stage_wire import StageWire, place
-from rfcompile.errors import HookError, NonFiniteError, ShapeError
-from rfcompile.policy import Policyish, as_policy
-from rfcompile.process_groups import name_of, require_same, resolve
+from rfcompile.errors import HookError, NonFiniteError, ProcessGroupError, ShapeError
+from rfcompile.ops import Coder
+from rfcompile.policy import Policy, Policyish, as_policy
+from rfcompile.process_groups import name_of, require_same, resolve, sole_group
 from rfcompile.report import Report
+from rfcompile.together import resolved, together
 from rfcompile.torch_versions import (
     STAGE_OUTPUTS,
     promised_outputs,
@@ -68,16 +71,18 @@ class _QuantizedStage(_PipelineStageBase):
         """
         return self._wire.report(name_of(resolve(self.group)), self.group_size)
 
-    def _quantize(self, policy: Policyish, compile: bool) -> None:
-        """Every rank of the group is here at the same time."""
+    def _wire_parts(self, policy: Policyish, compile: bool) -> tuple[Policy, Coder]:
         warn_if_untried()
         require(self, _READ, f"pipeline stage {type(self).__name__}")
         # A method that torch no longer has would never be called: payloads would stay coded.
         require(_PipelineStageBase, _OVERRIDDEN, "torch's pipeline stage")
-        chosen = as_policy(policy)
-        plan = f"pipeline of {self.num_stages} stages {chosen.describe()}"
+        return as_policy(policy), coder_of(compile)
+
+    def _start_wire(self, policy: Policy, coder: Coder) -> None:
+        """Every rank of the group is here at the same time."""
+        plan = f"pipeline of {self.num_stages} stages {policy.describe()}"
         require_same(resolve(self.group), plan)
-        self._wire = StageWire(chosen, self.stage_index, self.num_stages, coder_of(compile))
+        self._wire = StageWire(policy, self.stage_index, self.num_stages, coder)
 
     def clear_runtime_states(self) -> None:
         """A schedule calls this before each step."""
@@ -106,8 +111,8 @@ class _QuantizedStage(_PipelineStageBase):
         if refused:
             # The peer finds NaN in the payload and raises, too. With 1F1B it sends and receives at
             # once, and would wait for its own message to be taken.
-            works = dist.batch_isend_irecv([*sends, *answers()])
             with contextlib.suppress(RuntimeError):  # the peer may be gone: ours is the news
+                works = dist.batch_isend_irecv([*sends, *answers()])
                 for work in works[: len(sends)]:
                     work.wait()
             raise NonFiniteError(place(direction, self.stage_index), [self.group_rank])
@@ -198,14 +203,19 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
     RuntimeError. In any case the processes must start again with new process groups.
 
     Raises:
-        RankMismatchError: ranks use another policy or version; raised on every rank.
-        PolicyError, FormatError: the policy is not understood. And in a step, ShapeError: a
-        micro-batch has another size than the first.
+        On every rank, naming the one that met it: PolicyError, FormatError: the policy is not
+        understood. RankMismatchError: ranks use another policy or version. PeerError: another rank
+        failed otherwise (what torch's PipelineStage raises there). TransportError: a rank died, or
+        did not answer in time. And in a step, ShapeError: a micro-batch has another size than the
+        first.
     """
 
     def __init__(self, *args: Any, policy: Policyish, compile: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._quantize(policy, compile)
+        def made() -> tuple[Policy, Coder]:
+            super(QuantizedPipelineStage, self).__init__(*args, **kwargs)
+            return self._wire_parts(policy, compile)
+
+        self._start_wire(*together(_group_among(args, kwargs), "QuantizedPipelineStage", made))
 
 
 def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = False) -> Any:
@@ -220,18 +230,43 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = Fa
 
     Raises:
         HookError: ``stage`` is no stage, or is quantized already. And as QuantizedPipelineStage.
+        A rank with no stage at all can tell the others only while the default process group is the
+        only one; else they wait for the timeout of theirs.
     """
+    kind, site = type(stage), "quantize_pipeline_stage"
+
+    def changed() -> tuple[Policy, Coder]:
+        stage.__class__ = _quantized_kind(stage)
+        return stage._wire_parts(policy, compile)  # type: ignore[no-any-return]
+
+    is_stage = isinstance(stage, _PipelineStageBase) and hasattr(stage, "group")
+    group = resolved(stage.group, site) if is_stage else sole_group()
+    try:
+        chosen, coder = together(group, site, changed)
+        stage._start_wire(chosen, coder)
+    except BaseException:
+        if type(stage) is not kind:
+            stage.__class__ = kind
+        raise
+    return stage
+
+
+def _quantized_kind(stage: object) -> type:
+    """The class that a stage will have."""
     kind = type(stage)
     if not isinstance(stage, _PipelineStageBase):
         rule = "pass a PipelineStage, or what pipeline(...).build_stage(...) returned."
         raise HookError(kind.__name__, rule)
     if isinstance(stage, _QuantizedStage):
         raise HookError(kind.__name__, "it is quantized already. Create another one.")
-    changed: Any = stage
-    changed.__class__ = type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
+    return type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
+
+
+def _group_among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The process group among the arguments of a PipelineStage, which may be wrong ones."""
     try:
-        changed._quantize(policy, compile)
-    except BaseException:
-        changed.__class__ = kind
-        raise
-    return changed
+        signature = inspect.signature(PipelineStage)
+        known = {name: value for name, value in kwargs.items() if name in signature.parameters}
+        return resolve(signature.bind_partial(*args, **known).arguments.get("group"))
+    except (TypeError, ProcessGroupError):
+        return sole_group()

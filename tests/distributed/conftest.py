@@ -24,12 +24,15 @@ from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rfcompile.errors import RFCompileError
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 """Else gloo looks for the interface of the host's name, which a sandbox may not have."""
@@ -81,6 +84,25 @@ class Rank:
         first, *others = (y.reshape(-1).view(torch.uint8) for y in self.gathered(x, group))
         wrong = [r for r, other in enumerate(others, 1) if not torch.equal(first, other)]
         assert not wrong, f"{what}: ranks {wrong} differ from rank 0"
+
+
+def error_of(f: Callable[[], object]) -> RFCompileError:
+    """What ``f`` raises, which must be an error of this package."""
+    from rfcompile.errors import RFCompileError  # ranks find the package when they have started
+
+    error = any_error_of(f)
+    if not isinstance(error, RFCompileError):
+        raise error
+    return error
+
+
+def any_error_of(f: Callable[[], object]) -> Exception:
+    """What ``f`` raises."""
+    try:
+        f()
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ from rfcompile.errors import (
     StateError,
     TransportError,
 )
+from tests.distributed.conftest import error_of
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -996,14 +997,6 @@ def test_training_gives_the_loss_of_exact_gradients(ranks: RunRanks) -> None:
 
 
 # ---- what cannot work ----------------------------------------------------------------------------
-
-
-def error_of(f: Callable[[], object]) -> RFCompileError:
-    try:
-        f()
-    except RFCompileError as error:
-        return error
-    raise AssertionError("no error")
 
 
 def wrong_modules(rank: Rank) -> list[RFCompileError]:

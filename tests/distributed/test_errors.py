@@ -25,6 +25,7 @@ from rfcompile.errors import (
     ShapeError,
 )
 from rfcompile.process_groups import agree
+from tests.distributed.conftest import error_of
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -36,14 +37,6 @@ CALLS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "all_to_all": lambda x, fmt: rf.all_to_all(x, fmt),
     "broadcast": lambda x, fmt: rf.broadcast(x, fmt),
 }
-
-
-def error_of(f: Callable[[], object]) -> RFCompileError:
-    try:
-        f()
-    except RFCompileError as error:
-        return error
-    raise AssertionError("no error")
 
 
 # ---- ranks that disagree -------------------------------------------------------------------------

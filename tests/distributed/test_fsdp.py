@@ -11,7 +11,7 @@ import copy
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,7 @@ from rfcompile.errors import (
     RFCompileError,
     TransportError,
 )
+from tests.distributed.conftest import error_of
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -623,7 +624,7 @@ def check_four(rank: Rank) -> None:
     model = shard(Net(), mesh)
     with recorded(dist, "all_gather_object") as compared:
         handle = quantize_fsdp(model, policy())
-    assert len(compared) == 2  # once in each dimension
+    assert len(compared) == 4  # errors, then plans, once in each dimension
     with recorded(QuantizedReduceScatter, "_reduced") as calls:
         backward(model, batch(rank, 0))
     reduced = {n: p for args, p in calls for n, p in [(args[0].unit.label, args[1])] if n}
@@ -797,14 +798,6 @@ def test_weight_differences(ranks: RunRanks) -> None:
 
 
 # ---- what cannot work ----------------------------------------------------------------------------
-
-
-def error_of(f: Callable[[], object]) -> RFCompileError:
-    try:
-        f()
-    except RFCompileError as error:
-        return error
-    raise AssertionError("no error")
 
 
 def wrong(rank: Rank) -> tuple[list[RFCompileError], list[RFCompileError]]:

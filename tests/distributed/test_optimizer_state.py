@@ -39,7 +39,7 @@ from rfcompile.errors import (
 from rfcompile.training import quantize_states
 from rfcompile.training.optimizers import Optimizers
 from rfcompile.training.packing import is_packed, pack, unpack
-from tests.distributed.conftest import Rank, RunRanks
+from tests.distributed.conftest import Rank, RunRanks, error_of
 
 pytestmark = pytest.mark.slow
 WORLD = 2
@@ -140,14 +140,6 @@ def test_states_on_two_ranks(ranks: RunRanks) -> None:
 
 
 # ---- errors that one rank meets ------------------------------------------------------------------
-
-
-def error_of(f: Callable[[], object]) -> RFCompileError:
-    try:
-        f()
-    except RFCompileError as error:
-        return error
-    raise AssertionError("no error")
 
 
 def check_errors(rank: Rank) -> None:

@@ -51,6 +51,7 @@ from rfcompile.errors import (
 )
 from rfcompile.formats import DTYPES
 from rfcompile.step_report import merge_reports
+from tests.distributed.conftest import any_error_of
 
 if TYPE_CHECKING:
     from tests.distributed.conftest import Rank, RunRanks
@@ -483,14 +484,6 @@ def test_four_ranks(ranks: RunRanks) -> None:
 # ---- values that are not finite, sizes that differ -----------------------------------------------
 
 
-def error_of(f: Callable[[], object]) -> Exception:
-    try:
-        f()
-    except Exception as error:
-        return error
-    raise AssertionError("no error")
-
-
 def refusal(rank: Rank, name: str, direction: str, seconds: float) -> Exception:
     """The error of a step in which NaN leaves the first stage, or Inf the last one."""
     group = dist.new_group(timeout=timedelta(seconds=seconds))
@@ -503,7 +496,7 @@ def refusal(rank: Rank, name: str, direction: str, seconds: float) -> Exception:
     x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
     run_step(rank, schedule, mine, num - 1, x, y)
     (x if direction == "forward" else y)[4, 7] = float("nan" if direction == "forward" else "inf")
-    return error_of(lambda: run_step(rank, schedule, mine, num - 1, x, y))
+    return any_error_of(lambda: run_step(rank, schedule, mine, num - 1, x, y))
 
 
 def check_raise(rank: Rank) -> None:
@@ -536,7 +529,7 @@ def check_sizes(rank: Rank) -> None:
     stage = QuantizedPipelineStage(part, rank.index, 2, CPU, group=group, policy=policy())
     schedule = ScheduleGPipe(stage, CHUNKS, loss_fn=loss_of)
     x, y = torch.randn(ROWS - 2, WIDTH), torch.randn(ROWS - 2, WIDTH)  # 3, 3, 2, 2 rows
-    error = error_of(lambda: run_step(rank, schedule, (rank.index,), 1, x, y))
+    error = any_error_of(lambda: run_step(rank, schedule, (rank.index,), 1, x, y))
     assert isinstance(error, RuntimeError) or rank.index == 0
     if rank.index == 0 and MODERN:
         assert isinstance(error, ShapeError)
@@ -567,27 +560,27 @@ def wrong_calls(rank: Rank) -> list[Exception]:
     twice = stage(policy=4)
     me = rank.index
     errors = [
-        error_of(lambda: quantize_pipeline_stage(Plain(), 4)),
-        error_of(lambda: quantize_pipeline_stage(twice, 4)),
-        error_of(lambda: stage(policy=7)),
-        error_of(lambda: stage(policy=4 + 4 * me)),
-        error_of(lambda: stage(policy=policy(sites={"stages.0": None} if me else {}))),
-        error_of(lambda: quantize_pipeline_stage(plain, 5 + me)),
+        any_error_of(lambda: quantize_pipeline_stage(Plain(), 4)),
+        any_error_of(lambda: quantize_pipeline_stage(twice, 4)),
+        any_error_of(lambda: stage(policy=7)),
+        any_error_of(lambda: stage(policy=4 + 4 * me)),
+        any_error_of(lambda: stage(policy=policy(sites={"stages.0": None} if me else {}))),
+        any_error_of(lambda: quantize_pipeline_stage(plain, 5 + me)),
     ]
     assert type(plain) is PipelineStage
     original = process_groups.source_digest
     process_groups.source_digest = lambda: f"{me:016x}"  # type: ignore[assignment]
     try:
-        errors.append(error_of(lambda: stage(policy=4)))
+        errors.append(any_error_of(lambda: stage(policy=4)))
     finally:
         process_groups.source_digest = original
     # Torches that keep an attribute elsewhere, or no longer call a method.
     other = PipelineStage(Plain(), rank.index, 2, CPU)
     del other.group_rank
-    errors.append(error_of(lambda: quantize_pipeline_stage(other, 4)))
+    errors.append(any_error_of(lambda: quantize_pipeline_stage(other, 4)))
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(_PipelineStageBase, "_retrieve_recv_grads")
-        errors.append(error_of(lambda: stage(policy=4)))
+        errors.append(any_error_of(lambda: stage(policy=4)))
     misspelt = policy(sites={"stages.1": 8, "stage.0": None})
     report = quantize_pipeline_stage(plain, misspelt).report()
     assert "no step has run yet" in str(report)
@@ -639,7 +632,7 @@ def failing(rank: Rank, folder: Path, end: str, name: str) -> None:
     if rank.index == 1:
         part.end, part.enough = end, part.calls + 3
     start = time.monotonic()
-    error = error_of(lambda: run_step(rank, schedule, mine, last, x, y))
+    error = any_error_of(lambda: run_step(rank, schedule, mine, last, x, y))
     seconds = time.monotonic() - start
     assert isinstance(error, RuntimeError)
     (folder / f"seen{rank.index}").write_text(f"{seconds}\n{error}")
