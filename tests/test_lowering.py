@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, fx
 from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
@@ -65,25 +68,46 @@ def test_the_search_for_external_calls_can_succeed() -> None:
     assert EXTERNAL_CALL.search(code)
 
 
+def generated(f: Callable[..., Any], *args: Tensor) -> str:
+    """The code that Inductor generates for ``f``; the C++ in it is not compiled."""
+
+    def uncompiled(self: object, argtypes: list[str], source: str) -> Callable[..., None]:
+        return lambda *_: None
+
+    try:
+        with (
+            patch.object(AsyncCompile, "cpp_pybinding", uncompiled),
+            config.patch(fx_graph_cache=False),
+        ):
+            return compiled(f, *args)[1]
+    finally:
+        PyCodeCache.cache_clear()  # its modules have the kernels that do nothing
+        torch._dynamo.reset()
+
+
+OPERATORS: dict[str, Callable[[Tensor, str], Tensor]] = {
+    "quantize": ops.quantize,
+    "dequantize": lambda p, fmt: ops.dequantize(p, fmt, torch.float32),
+    "dequantize_sum": lambda p, fmt: ops.dequantize_sum(p, fmt, torch.float32),
+    "requantize": lambda p, fmt: ops.requantize(p, fmt, True),
+}
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_compiled_bytes_are_the_eager_bytes_in_one_kernel(fmt: str) -> None:
+def test_compiled_bytes_are_the_eager_bytes(fmt: str) -> None:
+    """All operators in one compile: those that read the payload share a kernel."""
     x = wide_values()
+
+    def everything(x: Tensor, payload: Tensor) -> dict[str, Tensor]:
+        return {
+            name: operator(x if name == "quantize" else payload, fmt)
+            for name, operator in OPERATORS.items()
+        }
+
     payload = ops.quantize(x, fmt)
-
-    got, code = compiled(lambda t: ops.quantize(t, fmt), x)
-    assert same_bits(got, payload)
-    assert code.count(KERNEL) == 1
-    assert not EXTERNAL_CALL.search(code)
-
-    for op in (ops.dequantize, ops.dequantize_sum):
-        expected = op(payload, fmt, torch.float32)
-        got, code = compiled(lambda p, op=op: op(p, fmt, torch.float32), payload)
-        assert same_bits(got, expected)
-        assert code.count(KERNEL) == 1
-
-    got, code = compiled(lambda p: ops.requantize(p, fmt, True), payload)
-    assert same_bits(got, ops.requantize(payload, fmt, True))
-    assert code.count(KERNEL) == 1
+    got = torch.compile(everything, fullgraph=True)(x, payload)
+    expected = everything(x, payload)
+    assert [name for name in OPERATORS if not same_bits(got[name], expected[name])] == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -96,6 +120,16 @@ def test_a_lone_operator_on_a_narrow_dtype_gives_the_eager_bytes(
     assert torch.equal(compiled(lambda t: ops.quantize(t, fmt), x)[0], payload)
     got = compiled(lambda p: ops.dequantize(p, fmt, dtype), payload)[0]
     assert torch.equal(got, ops.dequantize(payload, fmt, dtype))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_an_operator_is_one_kernel(operator: str, fmt: str) -> None:
+    x = wide_values()
+    given = x if operator == "quantize" else ops.quantize(x, fmt)
+    code = generated(lambda t: OPERATORS[operator](t, fmt), given)
+    assert code.count(KERNEL) == 1
+    assert not EXTERNAL_CALL.search(code)
 
 
 def test_one_graph_serves_many_sizes() -> None:
