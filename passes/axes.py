@@ -115,8 +115,8 @@ def broadcast_axes(shape: Shape, result: Shape) -> frozenset[int]:
 def is_spread(shape: Shape, result: Shape) -> bool:
     """One value a row is repeated over the features, or one a feature over all rows."""
     axes = broadcast_axes(shape, result)
-    rows = {axis for axis in range(-len(result), -1) if not is_one(result[axis])}
-    return -1 in axes or bool(rows and rows <= axes)
+    *rows, features = [a for a in range(-len(result), 0) if not is_one(result[a])] or [-1]
+    return features in axes or bool(rows and axes.issuperset(rows))
 
 
 def shared_axes(shapes: Sequence[Shape]) -> frozenset[int]:

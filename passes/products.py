@@ -38,7 +38,7 @@ def of_a_product(node: fx.Node, left: Origin, right: Origin, is_forward: bool) -
     """Of the product of two matrices or vectors, or their distance.
 
     What is added up is no traffic if neither operand is, if one operand is constant (or weighs
-    squares or probabilities) and leaves one value a row, or if both leave one.
+    squares or probabilities) and leaves one value a row, if both leave one, or if one is a vector.
     """
     shapes = shape_of(node.args[0]), shape_of(node.args[1])
     is_outer = is_one(shapes[0][-1])
@@ -51,11 +51,12 @@ def of_a_product(node: fx.Node, left: Origin, right: Origin, is_forward: bool) -
         return TRAFFIC
     summed = _summed_axes(node)
     rows = [_leaves_one(shape, axis) for shape, axis in zip(shapes, summed, strict=True)]
+    is_dot = all(rows) or operator_name(node) == "mv"
     for i, (x, weight) in enumerate(((left, right), (right, left))):
         is_sum = rows[1 - i] and (
             weight.kind is Kind.CONSTANT or (x.adds_up and weight.kind in _NARROW)
         )
-        if x.kind is Kind.TRAFFIC and (is_sum or all(rows)):
+        if x.kind is Kind.TRAFFIC and (is_sum or is_dot):
             axes = {summed[i]} | ({-3 - summed[i]} if rows[i] and len(shapes[i]) > 1 else set())
             over = reduced_to(x, len(shapes[i]), axes, is_forward)
             if over:
