@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from rfcompile.passes.dataflow import operator_name, words
+from rfcompile.passes.dataflow import is_contraction, operator_name, words
 from rfcompile.passes.operator_kinds import REPEATING
 
 Shape = tuple[Any, ...]
@@ -21,6 +21,7 @@ Shape = tuple[Any, ...]
 _VIEWS = words("view reshape _unsafe_view unsqueeze squeeze flatten unflatten")
 _PICKING = words("gather take_along_dim index _unsafe_index index_select take diagonal")
 _PUTTING = words("put index_put _unsafe_index_put index_add")
+_UNCUTTING = words("select_scatter slice_scatter select_backward slice_backward")
 _CUTTING = words("slice narrow split split_with_sizes chunk index _unsafe_index index_select")
 
 
@@ -151,12 +152,16 @@ def picks_single_values(node: fx.Node, features: int) -> bool:
 
 def puts_single_values(node: fx.Node, values: fx.Node) -> bool:
     """A scatter or index_put writes one or a few values into each row of a larger tensor."""
-    arguments, shape = arguments_of(node), shape_of(node)
-    given = [arguments.get(name) for name in ("values", "src", "source")]
-    if not any(value is values for value in given) or values is node.args[0]:
+    name, arguments, shape = operator_name(node), arguments_of(node), shape_of(node)
+    given = [arguments.get(argument) for argument in ("values", "src", "source", "grad_output")]
+    if not any(value is values for value in given):
         return False
-    if operator_name(node) in ("put", "diagonal_scatter"):
+    if name in ("put", "diagonal_scatter"):
         return len(shape) > 1
+    if name in _UNCUTTING:
+        is_last = _from_end(arguments["dim"], len(shape)) == -1 and not is_one(shape[-1])
+        is_single = "select" in name or is_one(shape_of(values)[-1])
+        return is_last and is_single and not _is_merged(node)
     if "indices" in arguments:
         is_wide = len(shape) > 1 or _is_unfolded(node)
         return is_wide and _names_every_axis(arguments["indices"], len(shape))
@@ -260,5 +265,21 @@ def _is_repeated(index: object) -> bool:
 
 def _is_unfolded(node: fx.Node) -> bool:
     """What is read of a tensor of one axis is a view with more of them."""
-    views = [user for user in node.users if operator_name(user) in _VIEWS]
-    return any(sum(not is_one(size) for size in shape_of(view)) > 1 for view in views)
+    return any(sum(not is_one(size) for size in shape_of(x)) > 1 for x in _views_of(node))
+
+
+def _is_merged(node: fx.Node) -> bool:
+    """The last axis is no row: a view joins it with another, as the pairs of a rotation."""
+    return any(_differ(shape_of(x) or (1,), shape_of(node), -1) for x in _views_of(node))
+
+
+def _views_of(node: fx.Node) -> list[fx.Node]:
+    """The first views that are read of a tensor or of what has its shape."""
+    found, seen = [], [node]
+    for made in seen:
+        for user in made.users:
+            if operator_name(user) in _VIEWS:
+                found.append(user)
+            elif str(shape_of(user)) == str(shape_of(node)) and user not in seen:
+                seen += [] if is_contraction(user) else [user]
+    return found

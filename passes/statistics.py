@@ -12,12 +12,21 @@ says. (A contraction: matrices, convolutions, attention, pooling; see ``dataflow
 
 1. Traffic: what a contraction or an embedding gives, and what comes from outside the graph.
 2. A reduction over the features gives a statistic: sum, mean, amax, logsumexp, var, norm, any,
-   top-k, and ``gather`` or ``index`` that pick single values of a row. So does one over everything,
-   and in a forward graph one over all but the features (how often experts are chosen, the moments
-   of a batch norm) or, of probabilities, over anything. Other sums keep the features and stay
-   traffic: over the experts of a token, over a sequence. The features are the last axis; after a
-   convolution the axis 1; a permutation moves them. A sum over a product of factors that are both
-   broadcast is a contraction that is written out. ``cumsum`` is no reduction.
+   top-k. So does one over everything, and in a forward graph one over all but the features (how
+   often experts are chosen, the moments of a batch norm) or, of what adds up (squares and
+   probabilities), over anything: the load of experts, the moments of an instance norm. Other sums
+   keep the features and stay traffic: over the experts of a token, over a sequence, over the
+   positions of a map. The features are the last axis; after a convolution the axis 1; a
+   permutation moves them. A sum over a product of factors that are both broadcast is a contraction
+   that is written out.
+   So do picks of single values: ``gather`` and ``index`` along the features, an index of size 1
+   along any axis that is not repeated for the features, single values of rows that were flattened
+   into one axis, a diagonal. And where the features were sorted, any part of them is a top-k;
+   where they were scaled or added up along the row (softmax, norms, ``cumsum``), a single one of
+   them stands for the row. All of them together are traffic.
+   A contraction that is such a sum counts as one (``products.py``): what weighs statistics and
+   counts by counts, a dot product of each row, a matrix times a vector, one row or column of a
+   constant, a pooling over all features.
 3. A max or min all-reduce gives a statistic, and so do the further results of attention (its
    logsumexp) and norms (mean and rstd).
 4. A count is what comes from booleans, integers and positions only; it is exact as well. (Integers
@@ -43,10 +52,14 @@ All of this depends on the graph alone, so ranks that run the same program decid
 
 Limits. A graph break right before a collective hides what made its input: shapes other than
 ``[..., 1]`` and a single element then count as traffic. One column of a matrix product
-(``logits[:, 0]``) is traffic as the whole is, and so are gathered logits. A pooling that is written
-as a mean over the last axis of a tensor from outside is taken for a statistic, and so is a bias
-gradient in a forward graph (compiled autograd): exact, which is safe. The bodies of loops are read
-once.
+(``logits[:, 0]``) is traffic as the whole is, and so are gathered logits. Some statistics look the
+same as traffic and are quantized: what ``h @ v[:, None]`` sums with weights that are not constant
+(a head of one output), sums of groups of features by a matrix of zeros and ones (a rotation), what
+a convolution with a constant kernel sums, values that a mask picks, and gradients of a few sorted
+values. Some traffic looks the same as statistics and is exact, which is safe: a pooling that is
+written as a mean over the last axis of a tensor from outside, a bias gradient in a forward graph
+(compiled autograd), ``W @ x`` for a single vector, scores of one query with one key, and standard
+deviations or squares that are pooled over positions. The bodies of loops are read once.
 """
 
 from __future__ import annotations

@@ -566,6 +566,26 @@ OTHER_BACKWARD: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]]
         (torch.rand(2, 3), IMAGES, KERNEL),
         "t",
     ),
+    "of one class": (
+        lambda g, x: torch.zeros(T, V).select_scatter(reduce(g), 1, 3) * x,
+        (torch.rand(T), LOGITS),
+        "s",
+    ),
+    "of pairs that were rotated": (
+        lambda g, w: torch.zeros(T, D // 2, 2).select_scatter(reduce(g), 2, 0).view(T, D) @ w,
+        (torch.rand(T, D // 2), W),
+        "t",
+    ),
+    "of a half": (
+        lambda g, x: torch.zeros(T, D).slice_scatter(reduce(g), 1, 0, D // 2) * x,
+        (torch.rand(T, D // 2), X),
+        "t",
+    ),
+    "of the first token": (
+        lambda g, w: torch.zeros(4, 4, D).select_scatter(reduce(g), 1, 0) @ w,
+        (torch.rand(4, D), W),
+        "t",
+    ),
     "of one query": (
         lambda g, k, w: (reduce(g) @ k.mT) @ w,
         (QUERY, KEYS, torch.randn(6, 6)),
