@@ -201,7 +201,7 @@ def moved_axis(node: fx.Node, axis: int) -> int:
     0 is no axis: the features of a tensor whose rows and features became one axis.
     """
     name = operator_name(node)
-    before, after = shape_of(node.args[0]), shape_of(node)
+    before, after = shape_of(node.args[0]), shape_of_each(node)
     place = axis + len(before)
     is_line = sum(not is_one(size) for size in after) <= 1
     if axis == 0:
@@ -213,7 +213,7 @@ def moved_axis(node: fx.Node, axis: int) -> int:
         one, other = node.args[1:3] if len(node.args) > 2 else (-2, -1)
         pair = [_from_end(one, len(before)), _from_end(other, len(before))]  # type: ignore[arg-type]
         return pair[1 - pair.index(axis)] if axis in pair else axis
-    if name == "select":
+    if name in ("select", "unbind"):
         is_after = _from_end(arguments_of(node)["dim"], len(before)) > axis
         return min(axis + is_after, -1)
     if name in _VIEWS and is_line and sum(not is_one(size) for size in before) > 1:

@@ -493,6 +493,11 @@ OTHER_TRAFFIC: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] 
         (IMAGES, KERNEL),
         "t",
     ),
+    "gated channels that are pooled": (
+        lambda x, k: gather(torch.mul(*F.conv2d(x, k).chunk(2, 1)).mean((2, 3))),
+        (IMAGES, KERNEL),
+        "t",
+    ),
     "a sequence that is pooled": (
         lambda x, w: gather(F.avg_pool1d((x @ w).view(4, 4, D).mT, 4)[..., 0]),
         (X, W),
