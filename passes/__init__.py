@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from rfcompile.passes.find_residuals import FindResiduals
 from rfcompile.passes.merge_collectives import MergeCollectives
+from rfcompile.passes.origins import Origin
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.passes.quantize_transfers import QuantizeTransfers
-from rfcompile.passes.statistics import Origin
 from rfcompile.pipeline import GraphPass
 from rfcompile.policy import Policy
 

@@ -29,7 +29,7 @@ _CONTRACTING = words(
     "linear matmul mm bmm addmm baddbmm addbmm addmv mv dot vdot inner einsum tensordot bilinear "
     "cdist conv conv1d conv2d conv3d convolution deform attention attn lstm gru rnn fft gemm"
 )
-_POOLING = ("avg_pool", "max_pool", "lp_pool", "mkldnn_max_pool", "fractional_max_pool")
+_POOLING = ("avg_pool", "max_pool", "lp_pool")
 _SIZES = words("size sym_size shape dim numel sym_numel stride device dtype")
 _POSITIONS = words("argmax argmin argsort multinomial nonzero searchsorted bucketize")
 _RANDOM = words("bernoulli uniform normal inductor_random philox_rand")
@@ -81,8 +81,9 @@ def is_custom(node: fx.Node) -> bool:
 
 
 def is_pooling(node: fx.Node) -> bool:
-    name = operator_name(node).removeprefix("_").removeprefix("adaptive_")
-    return name.startswith(_POOLING) or (node.op == "call_module" and "Pool" in name)
+    name = operator_name(node)
+    is_named = any(kind in name for kind in _POOLING)
+    return is_named or (node.op == "call_module" and "Pool" in name)
 
 
 def _owned(node: fx.Node) -> Any:

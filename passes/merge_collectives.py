@@ -18,7 +18,8 @@ from rfcompile.passes.find_collectives import (
     size_to_compare,
     traffic_kind,
 )
-from rfcompile.passes.statistics import Origin, Statistics
+from rfcompile.passes.origins import Origin
+from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Policy, exact
 from rfcompile.report import Site

@@ -26,8 +26,9 @@ from rfcompile.passes.find_collectives import (
     splits,
     traffic_kind,
 )
+from rfcompile.passes.origins import Origin
 from rfcompile.passes.splicing import Decompositions, splice
-from rfcompile.passes.statistics import Origin, Statistics
+from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import PassResult
 from rfcompile.policy import Decision, Policy, exact
 from rfcompile.report import Site

@@ -31,7 +31,8 @@ from rfcompile.errors import PolicyError, RFCompileError, UnquantizedSiteError
 from rfcompile.journal import Entry, forget_frames, new_entry
 from rfcompile.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
-from rfcompile.passes.statistics import Origin, Statistics
+from rfcompile.passes.origins import Origin
+from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy, as_policy
 from rfcompile.process_groups import agree

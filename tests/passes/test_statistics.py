@@ -273,6 +273,345 @@ BACKWARD: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
 }
 
 
+# ---- the same values, written in other ways ------------------------------------------------------
+
+CLASSES = torch.randn(4, V, T)  # batch, classes, positions
+CLASS_LABELS = torch.randint(V, (4, T))
+CHANNELS = torch.randn(V, D, 1)
+PICKED = torch.arange(T) * V + LABELS
+
+
+def picked_from_a_convolution(x: Tensor, kernel: Tensor, y: Tensor) -> Tensor:
+    logits = F.conv1d(x.transpose(1, 2), kernel)
+    return reduce(logits.gather(1, torch.stack([y, y], 1)).sum(1))
+
+
+def smoothed_routing(x: Tensor, router: Tensor, bias: Tensor) -> Tensor:
+    p = (x @ router).view(4, 4, E).sigmoid() + bias
+    return reduce((p / p.sum(-1, keepdim=True)).mean(1))
+
+
+def instance_norm(x: Tensor, kernel: Tensor) -> Tensor:
+    h = F.conv2d(x, kernel)
+    return reduce(torch.stack([h.mean((2, 3)), h.square().mean((2, 3))]))
+
+
+def negative_log_likelihoods(x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(x, y, reduction="none")
+
+
+OTHER_WORDS: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "taken": (lambda x, i: reduce(torch.take(x @ x.T @ x, i)), (LOGITS, PICKED), "s"),
+    "of all in a line": (lambda x, i: reduce(x.reshape(-1)[i]), (LOGITS, PICKED), "s"),
+    "selected in a line": (
+        lambda x, i: reduce(x.exp().flatten().index_select(0, i)),
+        (LOGITS, PICKED),
+        "s",
+    ),
+    "classes before positions": (
+        lambda x, y: reduce(x.gather(1, y[:, None])[:, 0]),
+        (CLASSES, CLASS_LABELS),
+        "s",
+    ),
+    "classes moved": (
+        lambda x, y: reduce(x.view(4, 4, V).mT.gather(1, y.view(4, 1, 4))),
+        (LOGITS, LABELS),
+        "s",
+    ),
+    "classes of a convolution": (
+        picked_from_a_convolution,
+        (torch.randn(4, T, D), CHANNELS, CLASS_LABELS),
+        "s",
+    ),
+    "classes first": (
+        lambda w, x, y: reduce((w @ x.T).gather(0, y[None])[0]),
+        (torch.randn(V, D), X, LABELS),
+        "s",
+    ),
+    "diagonal": (lambda x: reduce((x @ x.T).diagonal()), (X,), "s"),
+    "squares by einsum": (lambda x: reduce(torch.einsum("td,td->t", x, x)), (X,), "s"),
+    "squares by bmm": (lambda x: reduce(torch.bmm(x[:, None], x[..., None]).view(T)), (X,), "s"),
+    "squares by ones": (lambda x: reduce(x.square() @ torch.ones(D, 1)), (X,), "s"),
+    "a sum by a vector of ones": (lambda x, w: reduce((x @ w) @ torch.ones(D)), (X, W), "s"),
+    "a sum by a vector": (lambda x, w: reduce(x @ w @ w[0]), (X, W), "s"),
+    "dot products in one tensor": (
+        lambda x: reduce(torch.stack([x[0] @ x[0], x[1] @ x[1]])),
+        (X,),
+        "s",
+    ),
+    "masked losses by einsum": (
+        lambda x, y, mask: reduce(
+            torch.einsum("bs,bs->b", negative_log_likelihoods(x, y).view(4, 4), mask.float())
+        ),
+        (LOGITS, LABELS, torch.rand(4, 4) > 0.5),
+        "s",
+    ),
+    "masked losses by a matrix": (
+        lambda x, y, mask: reduce(mask.float() @ negative_log_likelihoods(x, y)),
+        (LOGITS, LABELS, torch.rand(4, T) > 0.5),
+        "s",
+    ),
+    "losses by class": (
+        lambda x, y, c: reduce(F.one_hot(c, E).float().T @ negative_log_likelihoods(x, y)),
+        (LOGITS, LABELS, EXPERTS),
+        "s",
+    ),
+    "counts by a matrix": (
+        lambda c: reduce(F.one_hot(c, E).float().T @ F.one_hot(c, E).float()),
+        (EXPERTS,),
+        "s",
+    ),
+    "routed by einsum": (
+        lambda x, w, c: reduce(
+            torch.einsum("te,te->e", (x @ w).softmax(-1), F.one_hot(c, E).float())
+        ),
+        (X, torch.randn(D, E), EXPERTS),
+        "s",
+    ),
+    "routed by ones": (
+        lambda x, w: reduce(torch.ones(1, T) @ (x @ w).softmax(-1)),
+        (X, torch.randn(D, E)),
+        "s",
+    ),
+    "routed with a bias": (smoothed_routing, (X, torch.randn(D, E), torch.randn(E)), "s"),
+    "distances": (lambda x, y: reduce(torch.cdist(x[:, None], y[:, None]).view(T)), (X, X), "s"),
+    "sorted": (lambda x: reduce(x.sort(-1, descending=True).values[:, :4]), (X,), "s"),
+    "the last of a sorted row": (lambda x, w: reduce((x @ w).sort(-1)[0][:, -1]), (X, W), "s"),
+    "the last running sum": (lambda x: reduce(x.exp().cumsum(-1)[:, -1]), (X,), "s"),
+    "the last running logsumexp": (lambda x: reduce(x.logcumsumexp(-1)[:, -1:]), (X,), "s"),
+    "pooled features": (lambda x: reduce(F.avg_pool1d(x[:, None], D)[:, 0]), (X,), "s"),
+    "one class": (lambda x, w: reduce((x @ w).log_softmax(-1).narrow(1, 3, 1)), (X, W), "s"),
+    "each of two": (
+        lambda x, w: reduce((x @ w).softmax(-1).unbind(-1)[0] * 2),
+        (X, torch.randn(D, 2)),
+        "s",
+    ),
+    "one feature of a norm": (lambda x: reduce(torch.renorm(x, 2, 0, 1.0)[:, :1]), (X,), "s"),
+    "instance norm": (instance_norm, (IMAGES, KERNEL), "s"),
+    "moments of an instance norm": (
+        lambda x, k: reduce(torch.cat(torch.var_mean(F.conv2d(x, k), (2, 3)))),
+        (IMAGES, KERNEL),
+        "s",
+    ),
+}
+
+QUERY, KEYS = torch.randn(8, 1, 16), torch.randn(8, 6, 16)
+TABLE = torch.randn(E, D)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = q.exp(), k.softmax(-1)
+    return reduce(q @ (k.mT @ v) / (q @ k.sum(-2, keepdim=True).mT))
+
+
+def queries_with_a_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Halves of pairs of features are no values that stand for a row."""
+    a, b = F.rms_norm((x @ weight).view(4, 4, 4, 8), (8,)).view(4, 4, 4, 4, 2).unbind(-1)
+    return exchange(torch.stack([a - b, a + b], -1).flatten(3))
+
+
+def dispatched(x: Tensor, c: Tensor) -> Tensor:
+    return exchange(torch.einsum("te,td->ed", F.one_hot(c, E).float(), x))
+
+
+def last_tokens(x: Tensor, weight: Tensor, i: Tensor) -> Tensor:
+    h = (x @ weight).view(4, 4, D)
+    return gather(h.gather(1, i[:, None, None].expand(4, 1, D))[:, 0])
+
+
+OTHER_TRAFFIC: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "one query": (lambda q, k: reduce((q @ k.mT).softmax(-1) @ k), (QUERY, KEYS), "t"),
+    "scores of one query": (lambda q, k: reduce(q @ k.mT), (QUERY, KEYS), "t"),
+    "one query by einsum": (
+        lambda q, k: reduce(torch.einsum("bs,bsd->bd", (q @ k.mT).softmax(-1)[:, 0], k)),
+        (QUERY, KEYS),
+        "t",
+    ),
+    "one key": (lambda q, k: reduce((q @ k.mT).softmax(-1) @ k), (QUERY, QUERY), "t"),
+    "attention": (
+        lambda q, k, v: reduce(F.scaled_dot_product_attention(q, k, v)),
+        (HEADS,) * 3,
+        "t",
+    ),
+    "linear attention": (linear_attention, (HEADS,) * 3, "t"),
+    "a state of linear attention": (lambda k, v: reduce(k.exp().mT @ v), (HEADS, HEADS), "t"),
+    "weighed experts": (
+        lambda p, y: reduce(torch.einsum("tk,tkd->td", p.topk(2).values, y)),
+        (torch.rand(T, E), torch.randn(T, 2, D)),
+        "t",
+    ),
+    "dispatched by einsum": (dispatched, (X, EXPERTS), "t"),
+    "embedding by one-hot": (
+        lambda c, w: reduce(F.one_hot(c, E).float() @ w),
+        (EXPERTS, TABLE),
+        "t",
+    ),
+    "a masked mean of each sequence": (
+        lambda x, w, mask: reduce(mask[:, None].float() @ (x @ w).view(4, 4, D)),
+        (X, W, torch.rand(4, 4) > 0.5),
+        "t",
+    ),
+    "a head of one output": (
+        lambda x, w: reduce(F.linear(F.linear(x, w), w[:1])),
+        (X, W),
+        "t",
+    ),
+    "a rotation": (lambda x, w: reduce(x @ w @ torch.ones(D, D).tril()), (X, W), "t"),
+    "integer weights": (
+        lambda x, w: reduce(F.relu(x).square() @ w.float()),
+        (X, torch.ones(D, D, dtype=torch.int8)),
+        "t",
+    ),
+    "gates": (
+        lambda x, w: reduce(((x @ w).sigmoid() * (x @ w)).view(4, 4, D).mean(1)),
+        (X, W),
+        "t",
+    ),
+    "halves": (lambda x, w: reduce(F.glu(x @ w, -1)), (X, W), "t"),
+    "half of a softmax": (lambda x, w: gather((x @ w).softmax(-1)[:, : D // 2]), (X, W), "t"),
+    "one column": (lambda x, w: reduce((x @ w)[:, 0]), (X, W), "t"),
+    "chosen columns": (
+        lambda x, w, i: reduce((x @ w).index_select(1, i)),
+        (X, W, torch.arange(4)),
+        "t",
+    ),
+    "queries with a norm": (queries_with_a_norm, (X, W), "t"),
+    "the first token": (
+        lambda x, w: gather(F.layer_norm((x @ w).view(4, 4, D), (D,))[:, 0]),
+        (X, W),
+        "t",
+    ),
+    "last tokens": (last_tokens, (X, W, torch.randint(4, (4,))), "t"),
+    "the last of running sums of tokens": (
+        lambda x, w: reduce((x @ w).view(4, 4, D).cumsum(1)[:, -1]),
+        (X, W),
+        "t",
+    ),
+    "tokens in a line": (lambda x, w: exchange((x @ w).flatten()).view(T, D), (X, W), "t"),
+    "a map that is pooled twice": (
+        lambda x, k: gather(F.avg_pool2d(F.conv2d(x, k), 2).mean((2, 3))),
+        (IMAGES, KERNEL),
+        "t",
+    ),
+    "gated channels that are pooled": (
+        lambda x, k: gather(torch.mul(*F.conv2d(x, k).chunk(2, 1)).mean((2, 3))),
+        (IMAGES, KERNEL),
+        "t",
+    ),
+    "a sequence that is pooled": (
+        lambda x, w: gather(F.avg_pool1d((x @ w).view(4, 4, D).mT, 4)[..., 0]),
+        (X, W),
+        "t",
+    ),
+}
+
+OTHER_BACKWARD: Mapping[str, tuple[Callable[..., Any], tuple[Tensor, ...], str]] = {
+    "of squares by bmm": (
+        lambda g, x: torch.bmm(x[..., None], reduce(g).view(T, 1, 1)),
+        (torch.rand(T), X),
+        "s",
+    ),
+    "of a sum by ones": (lambda g, x: reduce(g) @ torch.ones(1, D) * x, (torch.rand(T, 1), X), "s"),
+    "of losses by class": (
+        lambda g, c, x: (F.one_hot(c, E).float() @ reduce(g))[:, None] * x,
+        (torch.rand(E), EXPERTS, LOGITS),
+        "s",
+    ),
+    "of a logit picked in a line": (
+        lambda g, i: torch.zeros(T * V).index_put((i,), reduce(g), True).view(T, V),
+        (torch.rand(T), PICKED),
+        "s",
+    ),
+    "of a logit taken": (
+        lambda g, i: torch.zeros(T, V).put(i, reduce(g), True),
+        (torch.rand(T), PICKED),
+        "s",
+    ),
+    "of classes before positions": (
+        lambda g, y: torch.zeros(4, V, T).scatter_add(1, y[:, None], reduce(g)[:, None]),
+        (torch.rand(4, T), CLASS_LABELS),
+        "s",
+    ),
+    "of last tokens": (
+        lambda g, i, w: (
+            torch.zeros(4, 4, D).scatter_add(
+                1, i[:, None, None].expand(4, 1, D), reduce(g)[:, None]
+            )
+            @ w
+        ),
+        (torch.rand(4, D), torch.randint(4, (4,)), W),
+        "t",
+    ),
+    "of a diagonal": (
+        lambda g, x: torch.zeros(T, T).diagonal_scatter(reduce(g)) @ x,
+        (torch.rand(T), X),
+        "s",
+    ),
+    "of pooled features": (
+        lambda g, x: torch.ops.aten.avg_pool2d_backward(
+            reduce(g).view(T, 1, 1, 1),
+            x.view(T, 1, 1, D),
+            [1, D],
+            [1, D],
+            [0, 0],
+            False,
+            True,
+            None,
+        ),
+        (torch.rand(T), X),
+        "s",
+    ),
+    "of a pooled map": (
+        lambda g, x, k: F.conv2d(
+            torch.ops.aten.avg_pool2d_backward(
+                reduce(g)[..., None, None], x, [8, 8], [8, 8], [0, 0], False, True, None
+            ),
+            k,
+        ),
+        (torch.rand(2, 3), IMAGES, KERNEL),
+        "t",
+    ),
+    "of one class": (
+        lambda g, x: torch.zeros(T, V).select_scatter(reduce(g), 1, 3) * x,
+        (torch.rand(T), LOGITS),
+        "s",
+    ),
+    "of pairs that were rotated": (
+        lambda g, w: torch.zeros(T, D // 2, 2).select_scatter(reduce(g), 2, 0).view(T, D) @ w,
+        (torch.rand(T, D // 2), W),
+        "t",
+    ),
+    "of a half": (
+        lambda g, x: torch.zeros(T, D).slice_scatter(reduce(g), 1, 0, D // 2) * x,
+        (torch.rand(T, D // 2), X),
+        "t",
+    ),
+    "of the first token": (
+        lambda g, w: torch.zeros(4, 4, D).select_scatter(reduce(g), 1, 0) @ w,
+        (torch.rand(4, D), W),
+        "t",
+    ),
+    "of one query": (
+        lambda g, k, w: (reduce(g) @ k.mT) @ w,
+        (QUERY, KEYS, torch.randn(6, 6)),
+        "t",
+    ),
+    "of a head of one output": (lambda g, w: reduce(g) @ w[:1], (torch.rand(T, 2)[:, :1], W), "s"),
+    "of a matrix of one output": (lambda g, x: reduce(x.T @ g), (torch.rand(T, 2)[:, 1:], X), "t"),
+    "of a bias by ones": (lambda g: reduce(torch.ones(1, T) @ g), (X,), "t"),
+    "of a norm's weight by einsum": (
+        lambda g, x: reduce(torch.einsum("td,td->d", g, x)),
+        (X, X),
+        "t",
+    ),
+    "of an embedding by one-hot": (
+        lambda g, c: reduce(F.one_hot(c, E).float().T @ g),
+        (X, EXPERTS),
+        "t",
+    ),
+}
+
+
 def text_of(gm: fx.GraphModule, direction: str) -> list[str]:
     statistics = Statistics(gm, direction)
     found = find_collectives(gm)
@@ -292,6 +631,9 @@ def text_of(gm: fx.GraphModule, direction: str) -> list[str]:
             ("forward", STATISTICS),
             ("forward", TRAFFIC),
             ("backward", BACKWARD),
+            ("forward", OTHER_WORDS),
+            ("forward", OTHER_TRAFFIC),
+            ("backward", OTHER_BACKWARD),
         )
         for name in cases
     ],
