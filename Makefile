@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-benchmarks test-torch lint docs clean
+.PHONY: demo test test-benchmarks test-torch pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -25,8 +25,11 @@ test: lint
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
 
-docs: $(VENV)/docs.stamp
+# A warning is an error, a name without an entry in the reference too.
+pages: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+
+docs: pages
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/distributed/test_docs.py
 
 # Several GB for a torch that comes with CUDA. The other packages are those of constraints.txt.
