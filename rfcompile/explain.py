@@ -142,7 +142,7 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 def _idle_boundaries(model: nn.Module, crossings: Sequence[Crossing]) -> Iterator[str]:
     seen = {crossing.module: crossing for crossing in crossings}
-    for wire in (wire for module in model.modules() for wire in wires_of(module)):
+    for wire in wires_of(model):
         if wire.module not in seen:
             yield f"nothing travels at {wire.module}: the model did not call it"
         elif seen[wire.module].tensor is None:

@@ -51,7 +51,7 @@ class FirstCall:
         for key, hook in list(model._forward_hooks.items()):
             if hook is self:
                 del model._forward_hooks[key]
-        wires = [wire for module in model.modules() for wire in wires_of(module)]
+        wires = wires_of(model)
         idle = [wire.module for wire in wires if not wire.has_run]
         if idle and not any(map(_may_be_compiled, model.modules())):
             warnings.warn(
@@ -83,8 +83,12 @@ def place(model: nn.Module, found: dict[str, FakeWire]) -> None:
             module.register_forward_hook(wire)
 
 
-def wires_of(module: nn.Module) -> Iterator[FakeWire]:
-    """The wire that stands at the end of this module."""
+def wires_of(model: nn.Module) -> list[FakeWire]:
+    """The wires that stand at the ends of the model's modules, in their order."""
+    return [wire for module in model.modules() for wire in _wires_at(module)]
+
+
+def _wires_at(module: nn.Module) -> Iterator[FakeWire]:
     own = vars(module).get("forward")
     if isinstance(own, SendingForward):
         yield own.wire

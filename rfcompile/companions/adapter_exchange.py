@@ -44,8 +44,7 @@ def broadcast_adapters(
     used = resolved(group, _SITE)
     chosen, found, described = together(used, _SITE, lambda: _prepared(model, fmt, src, used))
     problem = described if isinstance(described, PolicyError) else None
-    with transport(used, _SITE):
-        require_same(used, f"adapters {chosen.spec} src={src} {described}")
+    require_same(used, f"adapters {chosen.spec} src={src} {described}")
     if problem is not None:
         raise problem
     new, sent = together(used, _SITE, lambda: _received(found, chosen, used, src))

@@ -58,8 +58,7 @@ def broadcast_states(
     """
     used = resolved(group, _SITE)
     chosen, plan = together(used, _SITE, lambda: _prepared(optimizer, policy, src, used))
-    with transport(used, _SITE):
-        require_same(used, plan)
+    require_same(used, plan)
     parameters = _parameters(optimizer)
     is_source = used.rank() == src
 

@@ -71,7 +71,7 @@ def split_at_boundaries(
 
 def _mark(twin: nn.Module) -> None:
     """A fake wire that shows in the graph, wherever there is one, or else at every boundary."""
-    marked = [wire.module for module in twin.modules() for wire in wires_of(module)]
+    marked = [wire.module for wire in wires_of(twin)]
     place(twin, {path: FakeWire(path, _MARKING) for path in marked or find_boundaries(twin)})
 
 
