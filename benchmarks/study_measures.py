@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rfcompile as rf
 from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 
 SIZES = {"tensor": None, "g128": 128}
 

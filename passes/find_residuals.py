@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rfcompile.graph import dtype_text, module_of, source_of, target_text
+from rfcompile.formats import dtype_text
+from rfcompile.graph import target_text
 from rfcompile.passes.canonicalize import Summand
 from rfcompile.passes.dataflow import Dataflow, Value
 from rfcompile.passes.residual_sums import Residual, ResidualSums
 from rfcompile.pipeline import PassResult
+from rfcompile.places import module_of, source_of
 
 Kind = Literal["block", "local", "long", "projection"]
 

@@ -11,11 +11,11 @@ from torch import fx
 
 from rfcompile.boundaries import find_blocks, match_paths
 from rfcompile.errors import GrayingError
-from rfcompile.graph import ModuleCall, module_calls
 from rfcompile.graying import gray_tokens
 from rfcompile.passes.attention_cores import Core, argument, cores_of
 from rfcompile.passes.dataflow import operator_name, words
 from rfcompile.pipeline import PassResult
+from rfcompile.places import ModuleCall, module_calls
 
 Where = Literal["input", "attention"] | tuple[str, ...]
 

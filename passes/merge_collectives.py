@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import fx
 
-from rfcompile.graph import module_of, source_of
 from rfcompile.passes.find_collectives import (
     Collective,
     find_collectives,
@@ -21,6 +20,7 @@ from rfcompile.passes.find_collectives import (
 from rfcompile.passes.origins import Origin
 from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import PassResult
+from rfcompile.places import module_of, source_of
 from rfcompile.policy import Policy, exact
 from rfcompile.report import Site
 

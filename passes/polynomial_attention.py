@@ -8,14 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from rfcompile.attention_ops import polynomial_attention, polynomial_weights
-from rfcompile.graph import module_of, source_of, target_text
+from rfcompile.attention_ops import GAIN, polynomial_attention, polynomial_weights
+from rfcompile.graph import target_text
 from rfcompile.passes.attention_cores import Core, argument, cores_of
 from rfcompile.pipeline import PassResult
+from rfcompile.places import module_of, source_of
 from rfcompile.polynomial import Scale
-
-GAIN = "attention_gain"
-"""Name of the parameter of shape (1,) of an attention with ``scale="learned"``."""
 
 
 @dataclass(frozen=True)

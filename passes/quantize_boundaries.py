@@ -13,9 +13,10 @@ from rfcompile import ops
 from rfcompile.boundaries import find_blocks, match_paths
 from rfcompile.errors import BoundaryError, CaptureError
 from rfcompile.fake_wire import fake_wire, wire_arguments
-from rfcompile.graph import ModuleCall, graph_text, module_calls, source_of
+from rfcompile.graph import graph_text
 from rfcompile.passes.axes import bytes_of, value_of
 from rfcompile.pipeline import PassResult
+from rfcompile.places import ModuleCall, module_calls, source_of
 from rfcompile.policy import Policy, exact
 from rfcompile.report import Site
 

@@ -14,7 +14,6 @@ from rfcompile import ops, wire
 from rfcompile.collectives import REDUCTIONS
 from rfcompile.cost import sent_bytes
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import module_of, source_of
 from rfcompile.passes.find_collectives import (
     KNOWN,
     WAIT,
@@ -30,6 +29,7 @@ from rfcompile.passes.origins import Origin
 from rfcompile.passes.splicing import Decompositions, splice
 from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import PassResult
+from rfcompile.places import module_of, source_of
 from rfcompile.policy import Decision, Policy, exact
 from rfcompile.report import Site
 

@@ -14,13 +14,13 @@ from torch import Tensor, fx
 from rfcompile import ops
 from rfcompile.errors import CaptureError
 from rfcompile.formats import QuantFormat
-from rfcompile.graph import module_of, source_of
 from rfcompile.passes.axes import bytes_of, has_one_element, is_one
 from rfcompile.passes.find_collectives import WAIT, all_nodes, kind_of
 from rfcompile.passes.origins import Origin
 from rfcompile.passes.splicing import Decompositions, origin_of, splice
 from rfcompile.passes.statistics import Statistics
 from rfcompile.pipeline import PassResult
+from rfcompile.places import module_of, source_of
 from rfcompile.policy import Decision, Policy, exact
 from rfcompile.process_groups import resolve
 from rfcompile.report import Site

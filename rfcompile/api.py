@@ -10,29 +10,24 @@ import torch
 from torch import fx, nn
 
 from rfcompile import journal
-from rfcompile.boundaries import Boundaries, find_boundaries
+from rfcompile.boundaries import Boundaries
 from rfcompile.capture import capture
 from rfcompile.companions import Adapters, PolynomialAttention, Rank, TokenGraying
 from rfcompile.companions.options import attention_of, graying_of, linears_of
 from rfcompile.companions.targets import Modules
-from rfcompile.default_policy import default_policy
+from rfcompile.default_policy import policy_of
 from rfcompile.diff import Graph, GraphDiff
 from rfcompile.diff import diff as diff_graphs
-from rfcompile.errors import CaptureError, PolicyError, RFCompileWarning
-from rfcompile.fake_wire import FakeWire
+from rfcompile.errors import CaptureError, RFCompileWarning
 from rfcompile.models import (
+    NO_COLLECTIVES,
     check_module,
     copy_of,
-    has_shapes,
     is_compiled_for_wire,
     uncompiled,
-    with_shapes,
 )
-from rfcompile.passes import boundary_pipeline, wire_pipeline
-from rfcompile.passes.find_collectives import find_collectives
-from rfcompile.pipeline import Record, run
-from rfcompile.placing import FirstCall, place
-from rfcompile.policy import Formatish, Policy, Policyish, as_policy
+from rfcompile.placing import FirstCall, rewrite_graph, with_fake_wire
+from rfcompile.policy import Formatish, Policy, Policyish
 from rfcompile.report import Report
 from rfcompile.residual_free import ResidualFree
 from rfcompile.rewrites import Rewrite, rewritten
@@ -148,14 +143,6 @@ def _with_wire(
     return twin
 
 
-def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
-    """The module, with a fake wire at its boundaries in place of those that it may have."""
-    inner = uncompiled(twin)
-    found = find_boundaries(inner, boundaries)
-    place(inner, {path: FakeWire(path, wanted) for path in found})
-    return twin
-
-
 def _compiler(policy: Policy) -> dict[str, Any]:
     return {"backend": "rfquant", "options": {"policy": policy}}
 
@@ -192,43 +179,6 @@ class _FirstCall:
         if not any(report.sites for report in reports):
             warnings.warn(NO_COLLECTIVES.format(self._name), RFCompileWarning, stacklevel=2)
         return result
-
-
-NO_COLLECTIVES = (
-    "{} has no collective in its graphs, so it is exact. In a process group of several ranks "
-    "transform quantizes the collectives that a model has; boundaries='blocks' (or 'branches', or "
-    "paths of modules) puts a fake wire into it."
-)
-
-
-def policy_of(bits: Formatish, policy: Policyish) -> Policy:
-    """The policy that ``bits`` or ``policy`` stands for, or the default one."""
-    if policy is not None and bits is not None:
-        raise PolicyError("bits", bits, "give bits or a policy, not both.")
-    if policy is not None or bits is not None:
-        return as_policy(policy if policy is not None else bits)
-    found = default_policy()
-    if found is None:
-        rule = "give bits (2, 3, 4, 5, 6 or 8) or a policy, 'exact' for none, or set a default one."
-        raise PolicyError("bits", None, rule)
-    return found
-
-
-def rewrite_graph(
-    gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
-) -> Record:
-    """:func:`transform` for a graph, with the record of what was done."""
-    gm = with_shapes(gm, example_inputs)
-    if has_shapes(gm) and find_collectives(gm):
-        return run(gm, wire_pipeline(policy, "forward"))
-    if callable(boundaries) or (
-        isinstance(boundaries, str) and boundaries not in ("auto", "blocks")
-    ):
-        rule = "a graph has no modules to ask: use 'blocks' or give the paths of the modules."
-        raise PolicyError("boundaries", boundaries, rule)
-    if isinstance(boundaries, str):
-        return run(gm, boundary_pipeline(policy))
-    return run(gm, boundary_pipeline(policy, tuple(boundaries)))
 
 
 # ---- diff --------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
-from rfcompile.graph import module_of
 from rfcompile.passes.attention_cores import Core, cores_of
+from rfcompile.places import module_of
 
 
 @dataclass(frozen=True)

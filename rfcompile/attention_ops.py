@@ -27,6 +27,8 @@ from rfcompile.polynomial import (
     wide,
 )
 
+GAIN = "attention_gain"
+"""Name of the parameter of shape (1,) of an attention with ``scale="learned"``."""
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from rfcompile import ops
+from rfcompile.compiling import before_compiling
 from rfcompile.derivatives import differentiable
 from rfcompile.errors import PolicyError, ShapeError, TransportError
 from rfcompile.formats import QuantFormat, as_format
-from rfcompile.on_use import BEFORE_COMPILING
-from rfcompile.process_groups import agree, constant_while_compiling, resolve
+from rfcompile.process_groups import agree, resolve
 from rfcompile.wire import (
     all_gather_wire,
     all_reduce_wire,
@@ -151,14 +151,6 @@ _broadcast = _differentiable(_broadcast_op, _broadcast_backward)
 
 
 # ---- the public functions ----------------------------------------------------------------------
-
-
-@constant_while_compiling
-def before_compiling() -> bool:
-    """Run the hooks, for real, while Dynamo traces a caller."""
-    for hook in BEFORE_COMPILING:
-        hook()
-    return True
 
 
 Formatish = QuantFormat | str | int

@@ -11,7 +11,7 @@ import warnings
 from functools import lru_cache
 
 from rfcompile.errors import PolicyError, RFCompileWarning
-from rfcompile.policy import Policy, Policyish, as_policy
+from rfcompile.policy import Formatish, Policy, Policyish, as_policy
 
 WAYS = (
     "options (options={'bits': 4}), rfcompile.set_default_policy(4), or the environment "
@@ -86,3 +86,16 @@ def _of_environment(path: str, bits: str) -> Policy | None:
 def bits_of_text(text: str) -> int | str:
     """A number as one, and any other text as it is: what a shell can write for a format."""
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
+
+
+def policy_of(bits: Formatish, policy: Policyish) -> Policy:
+    """The policy that ``bits`` or ``policy`` stands for, or the default one."""
+    if policy is not None and bits is not None:
+        raise PolicyError("bits", bits, "give bits or a policy, not both.")
+    if policy is not None or bits is not None:
+        return as_policy(policy if policy is not None else bits)
+    found = default_policy()
+    if found is None:
+        rule = "give bits (2, 3, 4, 5, 6 or 8) or a policy, 'exact' for none, or set a default one."
+        raise PolicyError("bits", None, rule)
+    return found

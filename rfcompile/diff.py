@@ -17,10 +17,10 @@ from typing import Any
 from torch import fx
 from torch.export import ExportedProgram
 
-from rfcompile.cost import wire_bytes
 from rfcompile.errors import CaptureError
 from rfcompile.graph import graph_text, read_statement, read_statements
 from rfcompile.pipeline import Record
+from rfcompile.wire_bytes import wire_bytes
 
 Graph = fx.GraphModule | ExportedProgram | Record | str
 

@@ -13,18 +13,19 @@ from torch.distributed.tensor import DTensor
 
 from rfcompile import journal
 from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.api import NO_COLLECTIVES, policy_of, rewrite_graph, with_fake_wire
 from rfcompile.boundaries import Boundaries
 from rfcompile.capture import inputs_of
+from rfcompile.default_policy import policy_of
 from rfcompile.fake_wire import Crossing, round_trip, watch
 from rfcompile.models import (
+    NO_COLLECTIVES,
     check_module,
     copy_of,
     is_compiled_for_wire,
     uncompiled,
 )
 from rfcompile.pipeline import Record
-from rfcompile.placing import wires_of
+from rfcompile.placing import rewrite_graph, wires_of, with_fake_wire
 from rfcompile.policy import Formatish, Policy, Policyish
 from rfcompile.report import GraphChange, Report, Site
 from rfcompile.rewrites import rewrites

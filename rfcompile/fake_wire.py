@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from rfcompile import collectives, ops
+from rfcompile.compiling import before_compiling, constant_while_compiling
 from rfcompile.derivatives import differentiable
 from rfcompile.errors import RFCompileWarning
 from rfcompile.formats import DTYPES, QuantFormat
 from rfcompile.policy import Policy
-from rfcompile.process_groups import constant_while_compiling
 
 
 def round_trip(x: Tensor, fmt: str, site: str = "a fake wire") -> Tensor:
@@ -150,7 +150,7 @@ class FakeWire:
             sent = [self.send(component) for component in x.unbind()]
             return torch.nested.as_nested_tensor(sent, layout=x.layout)
         if torch.compiler.is_compiling():
-            collectives.before_compiling()
+            before_compiling()
         elif _WATCHERS:
             _WATCHERS[-1].append(Crossing(self.module, x.detach(), x.requires_grad))
             if x.dtype not in DTYPES:

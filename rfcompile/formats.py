@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -330,3 +331,9 @@ def _is_power_of_two(value: object, low: int, high: int) -> bool:
 def _one_of(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise FormatError(field, value, f"choose one of {', '.join(map(repr, allowed))}.")
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Short name of a dtype; its first number is its bits: f32, bf16, i64, u8, b8, f8e4m3fn."""
+    text = str(dtype).removeprefix("torch.").replace("bool", "b8").replace("_", "")
+    return re.sub(r"float|uint|int|complex", lambda match: match[0][0], text)

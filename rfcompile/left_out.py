@@ -27,7 +27,7 @@ from torch._guards import CompileContext
 
 from rfcompile import journal
 from rfcompile.errors import PolicyError, RecompileLimitError, RFCompileWarning
-from rfcompile.graph import frames_of, module_calls, short_path
+from rfcompile.places import frames_of, module_calls, short_path
 
 
 def frame_of_compile() -> int | None:

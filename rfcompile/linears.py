@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.graph import module_of
+from rfcompile.places import module_of
 
 aten = torch.ops.aten
 

@@ -108,6 +108,13 @@ def has_collectives(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+NO_COLLECTIVES = (
+    "{} has no collective in its graphs, so it is exact. In a process group of several ranks "
+    "transform quantizes the collectives that a model has; boundaries='blocks' (or 'branches', or "
+    "paths of modules) puts a fake wire into it."
+)
+
+
 def is_compiled_for_wire(model: nn.Module, boundaries: object) -> bool:
     """Its traffic is that of its graphs: it has DTensor parameters, or no ``boundaries`` are named
     and there are other ranks, so that its forward may call collectives.

@@ -1,4 +1,4 @@
-"""How a fake wire is put into a module, so that it stands in the path of every call.
+"""Where the wire stands in a model: fake wires at a module's boundaries, codes in a graph.
 
 A forward hook sends what ``module(x)`` returns. Some models call ``module.forward(x)``, which runs
 no hook: where a model's code does that, its wires stand in ``forward`` itself. The first call of
@@ -16,12 +16,43 @@ from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo import OptimizedModule
 
-from rfcompile.errors import RFCompileWarning
+from rfcompile.boundaries import Boundaries, find_boundaries
+from rfcompile.errors import PolicyError, RFCompileWarning
 from rfcompile.fake_wire import FakeWire
+from rfcompile.models import has_shapes, uncompiled, with_shapes
+from rfcompile.passes import boundary_pipeline, wire_pipeline
+from rfcompile.passes.find_collectives import find_collectives
+from rfcompile.pipeline import Record, run
+from rfcompile.policy import Policy
 from rfcompile.rebinding import Bound
+
+
+def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
+    """The module, with a fake wire at its boundaries in place of those that it may have."""
+    inner = uncompiled(twin)
+    found = find_boundaries(inner, boundaries)
+    place(inner, {path: FakeWire(path, wanted) for path in found})
+    return twin
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
+) -> Record:
+    """:func:`transform` for a graph, with the record of what was done."""
+    gm = with_shapes(gm, example_inputs)
+    if has_shapes(gm) and find_collectives(gm):
+        return run(gm, wire_pipeline(policy, "forward"))
+    if callable(boundaries) or (
+        isinstance(boundaries, str) and boundaries not in ("auto", "blocks")
+    ):
+        rule = "a graph has no modules to ask: use 'blocks' or give the paths of the modules."
+        raise PolicyError("boundaries", boundaries, rule)
+    if isinstance(boundaries, str):
+        return run(gm, boundary_pipeline(policy))
+    return run(gm, boundary_pipeline(policy, tuple(boundaries)))
 
 
 class SendingForward:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 import torch
 
 from rfcompile.errors import PolicyError
-from rfcompile.formats import DTYPES, FORMAT_FIELDS, QuantFormat, as_format
-from rfcompile.graph import dtype_text
+from rfcompile.formats import DTYPES, FORMAT_FIELDS, QuantFormat, as_format, dtype_text
 
 KINDS = ("activations", "gradients", "weights", "optimizer_state")
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,11 +24,9 @@ from torch._dispatch.python import no_python_dispatcher
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from rfcompile.compiling import constant_while_compiling
 from rfcompile.errors import ProcessGroupError, RankMismatchError, RFCompileError, TransportError
 from rfcompile.fingerprint import package_version, source_digest
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _TWIN = "rfcompile_"
 """How the names of groups begin that :func:`twin` makes."""
@@ -147,12 +145,6 @@ def give_back(group: Any) -> None:
     """Destroy a group, unless that is done: ``destroy_process_group()`` ends all of them."""
     if dist.is_initialized() and group in c10d._world.pg_group_ranks:
         dist.destroy_process_group(group)
-
-
-def constant_while_compiling(function: Callable[P, R]) -> Callable[P, R]:
-    """Under torch.compile the function runs for real, once, while its caller is traced."""
-    marked: Callable[P, R] = torch.compiler.assume_constant_result(function)
-    return marked
 
 
 @constant_while_compiling

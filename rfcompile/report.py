@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rfcompile.errors import PolicyError, UnquantizedSiteError
-from rfcompile.graph import dtype_text
+from rfcompile.formats import dtype_text
 from rfcompile.policy import Decision, Policy, Why
 from rfcompile.table import TableReport, table
 

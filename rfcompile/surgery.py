@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 from rfcompile.candidates import Owner
 from rfcompile.capture import Inputs, buffers_kept, capture, copied, in_mode
 from rfcompile.errors import CaptureError, ResidualError
-from rfcompile.graph import ModuleCall, frames_of, module_calls, module_of
 from rfcompile.models import without_nested_tensors
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
 from rfcompile.passes.open_residuals import OpenedSite
+from rfcompile.places import ModuleCall, frames_of, module_calls, module_of
 from rfcompile.residual_site import ResidualSite
 
 

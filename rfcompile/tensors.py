@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rfcompile import codec, ops
-from rfcompile.collectives import before_compiling
+from rfcompile.compiling import before_compiling
 from rfcompile.derivatives import refuse_tangents
 from rfcompile.errors import PolicyError, ShapeError
 from rfcompile.formats import QuantFormat, as_format

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile.boundaries import find_blocks, find_boundaries, match_paths
 from rfcompile.errors import BoundaryError
-from rfcompile.graph import module_calls
+from rfcompile.places import module_calls
 
 
 class Block(nn.Module):

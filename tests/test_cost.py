@@ -16,8 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from rfcompile.cost import sent_bytes, wire_bytes
+from rfcompile.cost import sent_bytes
 from rfcompile.graph import graph_text
+from rfcompile.wire_bytes import wire_bytes
 
 SHARES = {  # of the input, as the docstring states it
     "all_reduce": lambda W: Fraction(2 * (W - 1), W),

@@ -21,15 +21,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import rfcompile.graph
 import rfcompile.ops
-from rfcompile.graph import (
-    dtype_text,
-    graph_text,
-    module_of,
-    read_statement,
-    read_statements,
-    source_of,
-    target_text,
-)
+from rfcompile.formats import dtype_text
+from rfcompile.graph import graph_text, read_statement, read_statements, target_text
+from rfcompile.places import module_of, source_of
 
 aten = torch.ops.aten
 

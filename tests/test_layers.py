@@ -16,10 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "on_use", "table", "torch_versions"),
+    ("errors", "on_use", "table", "torch_versions", "compiling"),
     (
         *("formats", "bitmath", "policy", "default_policy", "graph", "cost"),
-        *("rotation", "fingerprint"),
+        *("rotation", "fingerprint", "places", "wire_bytes"),
         *("process_groups", "residual_site", "sources", "rewriting", "candidates"),
         *("low_rank_weight", "factored_linear", "derivatives", "rebinding"),
     ),
@@ -27,11 +27,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("codec", "ops", "capture", "boundaries", "models", "linears", "rewrites"),
         *("polynomial", "polynomial_linear", "attention_ops", "graying", "together"),
     ),
-    ("wire", "collectives", "tensors", "fake_wire", "placing", "pipeline", "report", "runs"),
+    ("wire", "collectives", "tensors", "fake_wire", "pipeline", "report", "runs"),
     ("journal", "step_report", "measure", "left_out", "transfers"),
     ("passes",),
     (
-        *("lowering", "attention", "surgery", "distributed", "analysis", "training"),
+        *("lowering", "attention", "surgery", "distributed", "analysis", "training", "placing"),
         *("attention_matrix", "companions", "residual_free", "residual_report"),
     ),
     ("analyze", "backend", "diff", "api", "explain", "residuals"),

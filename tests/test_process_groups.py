@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 
 import rfcompile as rf
+from rfcompile.compiling import constant_while_compiling
 from rfcompile.errors import ProcessGroupError
 from rfcompile.process_groups import (
     agree,
-    constant_while_compiling,
     name_of,
     require_same,
     resolve,

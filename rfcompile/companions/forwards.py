@@ -13,9 +13,8 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from rfcompile.attention_ops import polynomial_attention, polynomial_weights
+from rfcompile.attention_ops import GAIN, polynomial_attention, polynomial_weights
 from rfcompile.errors import AttentionError
-from rfcompile.passes.polynomial_attention import GAIN
 
 _SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax, torch.special.softmax}
 

@@ -12,16 +12,17 @@ import torch
 from torch import fx, nn
 
 from rfcompile.attention_matrix import AttentionMatrix, attention_matrices
+from rfcompile.attention_ops import GAIN
 from rfcompile.capture import Inputs, in_mode, plain_graph
 from rfcompile.companions.forwards import PolynomialForward
 from rfcompile.companions.torch_attention import PolynomialMultiheadAttention, become_polynomial
 from rfcompile.errors import AttentionError, CaptureError, PolicyError
-from rfcompile.graph import module_of
 from rfcompile.models import without_nested_tensors, without_wrappers
 from rfcompile.passes.attention_cores import SOFTMAX, cores_of
 from rfcompile.passes.dataflow import operator_name
-from rfcompile.passes.polynomial_attention import GAIN, ReplacedAttention, ReplaceSoftmax
+from rfcompile.passes.polynomial_attention import ReplacedAttention, ReplaceSoftmax
 from rfcompile.pipeline import run
+from rfcompile.places import module_of
 from rfcompile.polynomial import Form, Scale
 from rfcompile.table import TableReport, table
 

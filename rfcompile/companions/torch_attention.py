@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfcompile.attention_ops import polynomial_attention, polynomial_weights
+from rfcompile.attention_ops import GAIN, polynomial_attention, polynomial_weights
 from rfcompile.errors import AttentionError, ShapeError
-from rfcompile.passes.polynomial_attention import GAIN
-from rfcompile.training.temperature import NAME as TEMPERATURE
+from rfcompile.training.torch_attention import NAME as TEMPERATURE
 
 
 class PolynomialMultiheadAttention(nn.MultiheadAttention):

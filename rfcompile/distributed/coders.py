@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rfcompile import ops
-from rfcompile.collectives import before_compiling
+from rfcompile.compiling import before_compiling
 from rfcompile.formats import QuantFormat
 from rfcompile.ops import OPERATORS, Coder
 

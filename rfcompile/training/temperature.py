@@ -16,13 +16,10 @@ from rfcompile.attention import Attention, anatomy
 from rfcompile.attention_matrix import matrix_of
 from rfcompile.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.errors import ResidualError
-from rfcompile.graph import ModuleCall, module_calls, module_of
 from rfcompile.linears import Linear
 from rfcompile.passes.attention_cores import Core, cores_of
-from rfcompile.training.torch_attention import TemperedAttention
-
-NAME = "temperature"
-"""Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
+from rfcompile.places import ModuleCall, module_calls, module_of
+from rfcompile.training.torch_attention import NAME, TemperedAttention
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NAME = "temperature"
+"""Name of the parameter (learnable) or buffer (fixed), shape (1,), of the module it scales."""
+
 
 class TemperedAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` that divides its queries by ``temperature``, of shape (1,)."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from rfcompile.errors import HookError
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 
 _INNER = ("optimizer", "_optimizer", "optim", "base_optimizer")
 """Where wrappers keep the optimizer that has the states."""

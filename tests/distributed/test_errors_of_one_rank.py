@@ -41,7 +41,7 @@ from rfcompile.errors import (
     TransportError,
 )
 from rfcompile.together import together
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 from tests.distributed.conftest import Rank, RunRanks, any_error_of, error_of
 
 WORLD = 2

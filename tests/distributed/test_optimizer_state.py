@@ -37,7 +37,7 @@ from rfcompile.errors import (
     StateError,
 )
 from rfcompile.training import quantize_states
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 from rfcompile.training.packing import is_packed, pack, unpack
 from tests.distributed.conftest import Rank, RunRanks, error_of
 

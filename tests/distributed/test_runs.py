@@ -28,7 +28,7 @@ from rfcompile.errors import (
     RFCompileWarning,
     UnquantizedSiteError,
 )
-from rfcompile.graph import module_of
+from rfcompile.places import module_of
 from rfcompile.process_groups import simulated
 
 if TYPE_CHECKING:

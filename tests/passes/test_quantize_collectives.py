@@ -17,13 +17,13 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 
 import rfcompile as rf
-from rfcompile.cost import wire_bytes
 from rfcompile.graph import graph_text
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.pipeline import run
 from rfcompile.policy import Policy
 from rfcompile.process_groups import simulated
 from rfcompile.report import Site
+from rfcompile.wire_bytes import wire_bytes
 
 if TYPE_CHECKING:
     from tests.passes.conftest import Trace

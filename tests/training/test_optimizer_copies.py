@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from rfcompile.errors import HookError, StateError
 from rfcompile.policy import Policy
 from rfcompile.training import QuantizedStates, quantize_states
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 from rfcompile.training.packing import is_packed
 
 POLICY = Policy(optimizer_state="4b:stoch", min_bytes=0)

@@ -15,7 +15,7 @@ import rfcompile as rf
 from rfcompile.errors import ResidualError, StateError
 from rfcompile.policy import Policy
 from rfcompile.training import optimizers, pack_state_dict, unpack_state_dict
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 
 IDS = torch.arange(6).view(2, 3)
 

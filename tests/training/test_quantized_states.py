@@ -15,7 +15,7 @@ from rfcompile.errors import HookError, PayloadError, StateError
 from rfcompile.formats import QuantFormat
 from rfcompile.policy import Policy
 from rfcompile.training import pack_state_dict, quantize_states, unpack_state_dict
-from rfcompile.training.optimizers import Optimizers
+from rfcompile.training.composite import Optimizers
 from rfcompile.training.packing import is_packed, pack, unpack
 
 FORMATS = [QuantFormat(8), QuantFormat(4, 64), QuantFormat(8, None), QuantFormat(4, rotate=32)]
