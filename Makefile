@@ -30,7 +30,7 @@ pages: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
 
 docs: pages
-	$(BIN)/python -m pytest -q tests/test_docs.py tests/distributed/test_docs.py
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_of_ranks.py
 
 # Several GB for a torch that comes with CUDA. The other packages are those of constraints.txt.
 test-torch: $(TORCH_VENV)/dev.stamp

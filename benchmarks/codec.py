@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from common import RESULTS, alternate, machine, write
 
-import rfcompile.lowering  # noqa: F401  # registers the lowerings
-from rfcompile import ops
+import rfcompile.inductor.lowering  # noqa: F401  # registers the lowerings
+from rfcompile.codec import operators
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 FORMATS = ("8b", "6b", "5b", "4b", "3b", "2b", "4b:h8", "4b:h128")
@@ -62,13 +62,13 @@ def measure(fmt: str, numel: int, runs: int) -> dict[str, dict[str, float]]:
     """Every operator of one format against the clone, at the current number of threads."""
     torch.manual_seed(0)
     x = torch.randn(1, numel)
-    payload = ops.quantize(x, fmt)
-    rows = ops.quantize(x.view(ROWS, -1), fmt)
+    payload = operators.quantize(x, fmt)
+    rows = operators.quantize(x.view(ROWS, -1), fmt)
     calls = {
-        "quantize": (lambda t: ops.quantize(t, fmt), x),
-        "dequantize": (lambda p: ops.dequantize(p, fmt, torch.float32), payload),
-        "dequantize_sum": (lambda p: ops.dequantize_sum(p, fmt, torch.float32), rows),
-        "requantize": (lambda p: ops.requantize(p, fmt), rows),
+        "quantize": (lambda t: operators.quantize(t, fmt), x),
+        "dequantize": (lambda p: operators.dequantize(p, fmt, torch.float32), payload),
+        "dequantize_sum": (lambda p: operators.dequantize_sum(p, fmt, torch.float32), rows),
+        "requantize": (lambda p: operators.requantize(p, fmt), rows),
     }
     results = {}
     for name, (call, argument) in calls.items():

@@ -126,7 +126,7 @@ def measure(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", rf.errors.RFCompileWarning)  # it is in the row
                 packed = rf.quantize_adapters(model, bits, codebook=codebook)
-            report: Any = rf.rewrites(packed)[-1]
+            report: Any = rf.rewrites_of(packed)[-1]
             yield row | {
                 "bits": bits, "codebook": codebook, "loss": validation_loss(task, packed, 8),
                 "bytes": report.nbytes[1] + extra, "file": file_size(packed),

@@ -21,7 +21,7 @@ from study_tasks import TASKS, Digits, GPTConfig, Task
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.attention_ops import polynomial_attention
+from rfcompile.nn.attention_operators import polynomial_attention
 from rfcompile.training import Initialization, optimizers
 
 __all__ = ["plot", "rows", "table"]

@@ -106,7 +106,7 @@ def train(name: str, rank: rf.Rank | None, rate: float, seed: int, args: Any) ->
     row["steps"] = steps = args.steps or STEPS[name]
     if rank is not None:
         model = rf.transform(model, low_rank=rank, modules=modules_of(name))
-        report: Any = rf.rewrites(model)[0]
+        report: Any = rf.rewrites_of(model)[0]
         row |= {"rank": rank.rank, "sine": rank.sine, "weights": report.parameters}
         row["spread"] = report.sites[0].spread
     row["parameters"] = sum(p.numel() for p in model.parameters())
@@ -179,7 +179,7 @@ def fits(name: str, model: nn.Module, args: Any) -> Iterator[dict[str, Any]]:
             start = time.perf_counter()
             fitted = rf.transform(model, low_rank=low, modules=modules_of(name))
             seconds = time.perf_counter() - start
-            report: Any = rf.rewrites(fitted)[-1]
+            report: Any = rf.rewrites_of(fitted)[-1]
             yield {
                 "task": name, "kind": "fit", "rank": rank, "sine": sine, "seconds": seconds,
                 "error": mean(site.error for site in report.sites),

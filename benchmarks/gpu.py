@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from common import RESULTS, alternate, machine, write
 
-import rfcompile.lowering  # noqa: F401  # registers the lowerings
-from rfcompile import ops
+import rfcompile.inductor.lowering  # noqa: F401  # registers the lowerings
+from rfcompile.codec import operators
 
 BITS = (8, 6, 5, 4, 3, 2)
 MEGABYTES = (1, 16, 64, 256, 1024)
@@ -63,9 +63,9 @@ def compare_with_cpu(fmt: str, device: str) -> None:
     """Raise AssertionError unless the device's bytes are the CPU's, eager and compiled."""
     x = torch.randn(4, 5000) * torch.logspace(-6, 6, 5000)
     x[1, 7], x[2, 9] = torch.nan, torch.inf
-    expected = ops.quantize(x, fmt)
-    compiled = torch.compile(lambda t: ops.quantize(t, fmt), fullgraph=True)
-    for name, run in (("eager", lambda t: ops.quantize(t, fmt)), ("compiled", compiled)):
+    expected = operators.quantize(x, fmt)
+    compiled = torch.compile(lambda t: operators.quantize(t, fmt), fullgraph=True)
+    for name, run in (("eager", lambda t: operators.quantize(t, fmt)), ("compiled", compiled)):
         got = run(x.to(device)).cpu()
         assert torch.equal(got, expected), f"{fmt}: {name} bytes on {device} differ from the CPU's"
 
@@ -74,13 +74,13 @@ def measure(fmt: str, numel: int, device: str, runs: int) -> list[dict[str, obje
     """Every operator of one format and size against a copy of its input."""
     torch.manual_seed(0)
     x = torch.randn(1, numel, dtype=torch.bfloat16, device=device)
-    payload = ops.quantize(x, fmt)
-    rows = ops.quantize(x.view(ROWS, -1), fmt)
+    payload = operators.quantize(x, fmt)
+    rows = operators.quantize(x.view(ROWS, -1), fmt)
     calls = {
-        "quantize": (lambda t: ops.quantize(t, fmt), x),
-        "dequantize": (lambda p: ops.dequantize(p, fmt, torch.bfloat16), payload),
-        "dequantize_sum": (lambda p: ops.dequantize_sum(p, fmt, torch.bfloat16), rows),
-        "requantize": (lambda p: ops.requantize(p, fmt), rows),
+        "quantize": (lambda t: operators.quantize(t, fmt), x),
+        "dequantize": (lambda p: operators.dequantize(p, fmt, torch.bfloat16), payload),
+        "dequantize_sum": (lambda p: operators.dequantize_sum(p, fmt, torch.bfloat16), rows),
+        "requantize": (lambda p: operators.requantize(p, fmt), rows),
     }
     results: list[dict[str, object]] = []
     for name, (call, argument) in calls.items():

@@ -39,7 +39,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import rfcompile as rf
-from rfcompile import cost
+from rfcompile.wire import cost
 
 ELEMENTS = 4_194_304
 BITS = {"int8": 8, "int4": 4, "int2": 2}

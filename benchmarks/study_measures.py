@@ -10,8 +10,8 @@ from study_tasks import Task, boundaries_of
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.training.composite import Optimizers
+from rfcompile.report.measures import excess_kurtosis, sqnr_db
+from rfcompile.states.composite import Optimizers
 
 SIZES = {"tensor": None, "g128": 128}
 

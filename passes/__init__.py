@@ -8,14 +8,14 @@ if __name__ != "rfcompile.passes":
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from rfcompile.find.origins import Origin
+from rfcompile.graph.pipeline import GraphPass
 from rfcompile.passes.find_residuals import FindResiduals
 from rfcompile.passes.merge_collectives import MergeCollectives
-from rfcompile.passes.origins import Origin
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.passes.quantize_transfers import QuantizeTransfers
-from rfcompile.pipeline import GraphPass
-from rfcompile.policy import Policy
+from rfcompile.wire.policy import Policy
 
 
 def wire_pipeline(

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rfcompile.formats import dtype_text
-from rfcompile.graph import target_text
-from rfcompile.passes.canonicalize import Summand
-from rfcompile.passes.dataflow import Dataflow, Value
-from rfcompile.passes.residual_sums import Residual, ResidualSums
-from rfcompile.pipeline import PassResult
-from rfcompile.places import module_of, source_of
+from rfcompile.codec.formats import dtype_text
+from rfcompile.find.dataflow import Dataflow, Value
+from rfcompile.find.residual_sums import Residual, ResidualSums
+from rfcompile.find.sums import Summand
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import module_of, source_of
+from rfcompile.graph.text import target_text
 
 Kind = Literal["block", "local", "long", "projection"]
 
@@ -65,7 +65,7 @@ class ResidualAdd:
 class FindResiduals:
     """Find the residual adds of a graph; the graph stays as it is and the facts are ResidualAdds.
 
-    A sum (see :func:`~rfcompile.passes.canonicalize.summands`) is a residual add if for one of its
+    A sum (see :func:`~rfcompile.find.sums.summands`) is a residual add if for one of its
     terms, the skip, and another one, the branch:
 
     1. The skip is added, has the shape of the sum and is floating point.

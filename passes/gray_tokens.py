@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from rfcompile.boundaries import find_blocks, match_paths
 from rfcompile.errors import GrayingError
-from rfcompile.graying import gray_tokens
-from rfcompile.passes.attention_cores import Core, argument, cores_of
-from rfcompile.passes.dataflow import operator_name, words
-from rfcompile.pipeline import PassResult
-from rfcompile.places import ModuleCall, module_calls
+from rfcompile.find.attention_cores import Core, argument, cores_of
+from rfcompile.find.dataflow import operator_name, words
+from rfcompile.graph.boundaries import find_blocks, match_paths
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import ModuleCall, module_calls
+from rfcompile.nn.graying import gray_tokens
 
 Where = Literal["input", "attention"] | tuple[str, ...]
 

@@ -10,19 +10,19 @@ from typing import Literal
 import torch
 from torch import fx
 
-from rfcompile.passes.find_collectives import (
+from rfcompile.find.collectives import (
     Collective,
     find_collectives,
     sent_by_each,
     size_to_compare,
     traffic_kind,
 )
-from rfcompile.passes.origins import Origin
-from rfcompile.passes.statistics import Statistics
-from rfcompile.pipeline import PassResult
-from rfcompile.places import module_of, source_of
-from rfcompile.policy import Policy, exact
-from rfcompile.report import Site
+from rfcompile.find.origins import Origin
+from rfcompile.find.statistics import Statistics
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import module_of, source_of
+from rfcompile.report.report import Site
+from rfcompile.wire.policy import Policy, exact
 
 aten = torch.ops.aten
 _VIEWS = frozenset(

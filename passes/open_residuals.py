@@ -8,9 +8,9 @@ from typing import Literal
 from torch import fx
 
 from rfcompile.errors import ResidualError
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.nn.residual_site import ResidualSite
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
-from rfcompile.pipeline import PassResult
-from rfcompile.residual_site import ResidualSite
 
 SPELLINGS = {"add", "add_", "iadd"}
 

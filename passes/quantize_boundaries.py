@@ -9,16 +9,16 @@ from typing import Literal
 import torch
 from torch import fx
 
-from rfcompile import ops
-from rfcompile.boundaries import find_blocks, match_paths
+from rfcompile.codec import operators
 from rfcompile.errors import BoundaryError, CaptureError
-from rfcompile.fake_wire import fake_wire, wire_arguments
-from rfcompile.graph import graph_text
-from rfcompile.passes.axes import bytes_of, value_of
-from rfcompile.pipeline import PassResult
-from rfcompile.places import ModuleCall, module_calls, source_of
-from rfcompile.policy import Policy, exact
-from rfcompile.report import Site
+from rfcompile.find.axes import bytes_of, value_of
+from rfcompile.graph.boundaries import find_blocks, match_paths
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import ModuleCall, module_calls, source_of
+from rfcompile.graph.text import graph_text
+from rfcompile.report.report import Site
+from rfcompile.wire.fake import fake_wire, wire_arguments
+from rfcompile.wire.policy import Policy, exact
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class QuantizeBoundaries:
                 continue
             sites += [self._site(node, call.path, node is hidden) for node in leaving]
             if arguments := self._arguments(hidden, call.path):
-                ops.check_codec_input(value_of(hidden), f"the output of module {call.path!r}")
+                operators.check_codec_input(value_of(hidden), f"the output of module {call.path!r}")
                 wire = _insert_wire(hidden, arguments, leaving[hidden])
                 inside[wire] = inside[hidden][: depths[call]]
                 changes += 1

@@ -10,11 +10,9 @@ from typing import Any, Literal
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from rfcompile import ops, wire
-from rfcompile.collectives import REDUCTIONS
-from rfcompile.cost import sent_bytes
-from rfcompile.formats import QuantFormat
-from rfcompile.passes.find_collectives import (
+from rfcompile.codec import operators
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.find.collectives import (
     KNOWN,
     WAIT,
     Collective,
@@ -25,13 +23,16 @@ from rfcompile.passes.find_collectives import (
     splits,
     traffic_kind,
 )
-from rfcompile.passes.origins import Origin
-from rfcompile.passes.splicing import Decompositions, splice
-from rfcompile.passes.statistics import Statistics
-from rfcompile.pipeline import PassResult
-from rfcompile.places import module_of, source_of
-from rfcompile.policy import Decision, Policy, exact
-from rfcompile.report import Site
+from rfcompile.find.origins import Origin
+from rfcompile.find.statistics import Statistics
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import module_of, source_of
+from rfcompile.graph.splicing import Decompositions, splice
+from rfcompile.report.report import Site
+from rfcompile.wire import exchanges
+from rfcompile.wire.collectives import REDUCTIONS
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.policy import Decision, Policy, exact
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,15 @@ class QuantizeCollectives:
     """Replace each collective the policy covers by quantize, the same bytes moved, dequantize.
 
     Every collective becomes a :class:`~rfcompile.Site` of the result's facts, quantized or not.
-    A statistic (``statistics.py``) stays exact unless a pattern of ``sites`` names its module.
+    A statistic (``find/statistics.py``) stays exact unless a pattern of ``sites`` names its module.
 
     Rewrites:
         all_reduce = all_reduce(x, 'sum', group); wait = wait_tensor(all_reduce)
             -> quantize(x), all_to_all_single, wait_tensor, requantize, all_gather_into_tensor,
                wait_tensor, dequantize
-        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``collectives.py``).
+        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``wire/collectives.py``).
 
-    The tier is "rounding"; the bounds are those of the functions in ``collectives.py``.
+    The tier is "rounding"; the bounds are those of the functions in ``wire/collectives.py``.
 
     Args:
         policy: which traffic in which format.
@@ -133,7 +134,9 @@ def _out_of_reach(c: Collective) -> str:
     return ""
 
 
-_CODED: frozenset[object] = frozenset({ops.quantize, ops.requantize, ops.require_finite})
+_CODED: frozenset[object] = frozenset(
+    {operators.quantize, operators.requantize, operators.require_finite}
+)
 
 
 def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
@@ -142,11 +145,11 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        return wire.all_reduce_sent_bytes(n, fmt, c.world)
+        return exchanges.all_reduce_sent_bytes(n, fmt, c.world)
     if c.kind == "all_gather":
-        return wire.all_gather_sent_bytes(n, fmt, c.world)
+        return exchanges.all_gather_sent_bytes(n, fmt, c.world)
     if c.kind == "reduce_scatter":
-        return wire.reduce_scatter_sent_bytes(n, fmt, c.world)
+        return exchanges.reduce_scatter_sent_bytes(n, fmt, c.world)
     if c.kind == "broadcast":
         sent = sent_bytes(c.kind, fmt.payload_bytes(n), c.world)
     else:
@@ -154,16 +157,16 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
         if rows is None:
             return None
         sent = sum(fmt.row_bytes(number * inner) for number in rows)
-    return sent + wire.flag_sent_bytes(fmt, c.world)
+    return sent + exchanges.flag_sent_bytes(fmt, c.world)
 
 
 def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tensor], Tensor]:
     args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = wire.default_segments(c.input.numel(), fmt)
+        segments = exchanges.default_segments(c.input.numel(), fmt)
         return partial(
-            wire.all_reduce_wire,
+            exchanges.all_reduce_wire,
             fmt=fmt.spec,
             op=c.op,
             world=c.world,
@@ -173,7 +176,7 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
         )
     if c.kind == "reduce_scatter":
         return partial(
-            wire.reduce_scatter_wire,
+            exchanges.reduce_scatter_wire,
             fmt=fmt.spec,
             op=c.op,
             world=c.world,
@@ -181,10 +184,12 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
             site=site,
         )
     if c.kind == "all_gather":
-        return partial(wire.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site)
+        return partial(
+            exchanges.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site
+        )
     if c.kind == "broadcast":
         return partial(
-            wire.broadcast_wire,
+            exchanges.broadcast_wire,
             fmt=fmt.spec,
             src=args[1],
             world=c.world,
@@ -198,7 +203,9 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
         given = iter(symbolic)
         sizes = [next(given) if size is None else size for size in fixed]
         assert len(sizes) == outputs + inputs
-        return wire.all_to_all_wire(x, fmt.spec, sizes[:outputs], sizes[outputs:], c.group, site)
+        return exchanges.all_to_all_wire(
+            x, fmt.spec, sizes[:outputs], sizes[outputs:], c.group, site
+        )
 
     return exchange
 

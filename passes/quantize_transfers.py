@@ -11,21 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from rfcompile import ops
+from rfcompile.codec import operators
+from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import CaptureError
-from rfcompile.formats import QuantFormat
-from rfcompile.passes.axes import bytes_of, has_one_element, is_one
-from rfcompile.passes.find_collectives import WAIT, all_nodes, kind_of
-from rfcompile.passes.origins import Origin
-from rfcompile.passes.splicing import Decompositions, origin_of, splice
-from rfcompile.passes.statistics import Statistics
-from rfcompile.pipeline import PassResult
-from rfcompile.places import module_of, source_of
-from rfcompile.policy import Decision, Policy, exact
-from rfcompile.process_groups import resolve
-from rfcompile.report import Site
+from rfcompile.find.axes import bytes_of, has_one_element, is_one
+from rfcompile.find.collectives import WAIT, all_nodes, kind_of
+from rfcompile.find.origins import Origin
+from rfcompile.find.statistics import Statistics
+from rfcompile.graph.pipeline import PassResult
+from rfcompile.graph.places import module_of, source_of
+from rfcompile.graph.splicing import Decompositions, origin_of, splice
+from rfcompile.report.report import Site
 from rfcompile.torch_versions import global_rank, split_joined_waits
-from rfcompile.transfers import finish_receive, finish_send, start_transfers
+from rfcompile.wire.policy import Decision, Policy, exact
+from rfcompile.wire.process_groups import resolve
+from rfcompile.wire.transfers import finish_receive, finish_send, start_transfers
 
 aten = torch.ops.aten
 
@@ -65,10 +65,10 @@ class QuantizeTransfers:
 
     A statistic stays exact where both ends see it by the shape: a single element, or one value a
     row (``[..., 1]``). What receives does not know what a tensor was made of, so another statistic
-    (``statistics.py``) that would be quantized is an error of the end that sends it, until a
+    (``find/statistics.py``) that would be quantized is an error of the end that sends it, until a
     pattern of ``sites`` says on both ends what is meant.
 
-    Rewrites (see ``transfers.py``):
+    Rewrites (see ``wire/transfers.py``):
         isend(x, dst); wait_tensor -> payload = quantize(x); start_transfers(payload, dst);
             finish_send(payload)
         irecv(buffer, src); wait_tensor -> payload = empty; start_transfers(payload, src);
@@ -257,7 +257,9 @@ def _replace(
 def _moved(fmt: QuantFormat | None, is_send: bool, x: Tensor) -> Tensor:
     """What is sent in place of ``x``, or what is received for it."""
     if is_send:
-        return x.contiguous() if fmt is None else ops.quantize(x.reshape(1, x.numel()), fmt.spec)
+        return (
+            x.contiguous() if fmt is None else operators.quantize(x.reshape(1, x.numel()), fmt.spec)
+        )
     if fmt is None:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return torch.empty((1, fmt.payload_bytes(x.numel())), dtype=torch.uint8, device=x.device)
@@ -266,7 +268,7 @@ def _moved(fmt: QuantFormat | None, is_send: bool, x: Tensor) -> Tensor:
 def _filled(fmt: QuantFormat | None, buffer: Tensor, received: Tensor) -> Tensor:
     if fmt is None:
         return buffer.copy_(received)
-    values = ops.dequantize(received, fmt.spec, buffer.dtype)
+    values = operators.dequantize(received, fmt.spec, buffer.dtype)
     return buffer.copy_(values.narrow(1, 0, buffer.numel()).reshape(buffer.shape))
 
 

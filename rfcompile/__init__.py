@@ -10,64 +10,75 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rfcompile.on_use import BEFORE_COMPILING, Operators
+from rfcompile.codec.on_use import BEFORE_COMPILING, Operators
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOMES
     from rfcompile import companions, distributed, errors, training
     from rfcompile.analyze import Analysis, analyze
     from rfcompile.api import diff, transform
-    from rfcompile.collectives import all_gather, all_reduce, all_to_all, broadcast, reduce_scatter
-    from rfcompile.companions.adapters import Adapters, add_adapters
-    from rfcompile.companions.low_rank import Rank
-    from rfcompile.companions.polynomial_attention import PolynomialAttention
-    from rfcompile.companions.quantized_adapters import quantize_adapters
-    from rfcompile.companions.token_graying import TokenGraying
-    from rfcompile.default_policy import set_default_policy
-    from rfcompile.diff import GraphDiff
+    from rfcompile.codec.formats import QuantFormat
+    from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.errors import RFCompileError
     from rfcompile.explain import explain
-    from rfcompile.formats import QuantFormat
-    from rfcompile.journal import reports
-    from rfcompile.measure import measure_step
+    from rfcompile.graph.diff import GraphDiff
     from rfcompile.passes.find_residuals import ResidualAdd
-    from rfcompile.policy import Policy
-    from rfcompile.report import Report, Site
-    from rfcompile.residual_free import ResidualFree
-    from rfcompile.residual_report import ResidualReport, residual_report
-    from rfcompile.residuals import find_residuals
-    from rfcompile.rewrites import rewrites
-    from rfcompile.step_report import merge_reports
-    from rfcompile.tensors import dequantize, quantize
+    from rfcompile.report.journal import reports
+    from rfcompile.report.measure import measure_step
+    from rfcompile.report.report import Report, Site
+    from rfcompile.report.step import merge_reports
+    from rfcompile.rewrites.adapters.quantize import quantize_adapters
+    from rfcompile.rewrites.adapters.rewrite import Adapters, add_adapters
+    from rfcompile.rewrites.attention.rewrite import PolynomialAttention
+    from rfcompile.rewrites.graying.rewrite import TokenGraying
+    from rfcompile.rewrites.low_rank.rewrite import Rank
+    from rfcompile.rewrites.protocol import rewrites_of
+    from rfcompile.rewrites.residual.find import find_residuals
+    from rfcompile.rewrites.residual.report import ResidualReport, residual_report
+    from rfcompile.rewrites.residual.rewrite import ResidualFree
+    from rfcompile.wire.collectives import (
+        all_gather,
+        all_reduce,
+        all_to_all,
+        broadcast,
+        reduce_scatter,
+    )
+    from rfcompile.wire.default_policy import set_default_policy
+    from rfcompile.wire.policy import Policy
 
     __version__: str
 
 _HOMES = {
     "analyze": "Analysis analyze",
     "api": "diff transform",
-    "collectives": "all_gather all_reduce all_to_all broadcast reduce_scatter",
-    "companions.adapters": "Adapters add_adapters",
-    "companions.low_rank": "Rank",
-    "companions.polynomial_attention": "PolynomialAttention",
-    "companions.quantized_adapters": "quantize_adapters",
-    "companions.token_graying": "TokenGraying",
-    "default_policy": "set_default_policy",
-    "diff": "GraphDiff",
+    "codec.formats": "QuantFormat",
+    "codec.functions": "dequantize quantize",
     "errors": "RFCompileError",
     "explain": "explain",
-    "formats": "QuantFormat",
-    "journal": "reports",
-    "measure": "measure_step",
+    "graph.diff": "GraphDiff",
     "passes.find_residuals": "ResidualAdd",
-    "policy": "Policy",
-    "report": "Report Site",
-    "residual_free": "ResidualFree",
-    "residual_report": "ResidualReport residual_report",
-    "residuals": "find_residuals",
-    "rewrites": "rewrites",
-    "step_report": "merge_reports",
-    "tensors": "dequantize quantize",
+    "report.journal": "reports",
+    "report.measure": "measure_step",
+    "report.report": "Report Site",
+    "report.step": "merge_reports",
+    "rewrites.adapters.quantize": "quantize_adapters",
+    "rewrites.adapters.rewrite": "Adapters add_adapters",
+    "rewrites.attention.rewrite": "PolynomialAttention",
+    "rewrites.graying.rewrite": "TokenGraying",
+    "rewrites.low_rank.rewrite": "Rank",
+    "rewrites.protocol": "rewrites_of",
+    "rewrites.residual.find": "find_residuals",
+    "rewrites.residual.report": "ResidualReport residual_report",
+    "rewrites.residual.rewrite": "ResidualFree",
+    "wire.collectives": "all_gather all_reduce all_to_all broadcast reduce_scatter",
+    "wire.default_policy": "set_default_policy",
+    "wire.policy": "Policy",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+_DEFINING = (
+    *("codec.operators", "wire.collectives", "wire.fake", "wire.transfers"),
+    *("nn.attention_operators", "nn.graying"),
+)
+"""The modules that define operators of torch.ops.rfcompile."""
 _PACKAGES = ("companions", "distributed", "errors", "training")
 
 __all__ = [
@@ -105,7 +116,7 @@ __all__ = [
     "reduce_scatter",
     "reports",
     "residual_report",
-    "rewrites",
+    "rewrites_of",
     "set_default_policy",
     "training",
     "transform",
@@ -114,7 +125,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        value: Any = import_module("rfcompile.fingerprint").package_version()
+        value: Any = import_module("rfcompile.codec.fingerprint").package_version()
     elif name in _HOME_OF:
         value = getattr(import_module(f"rfcompile.{_HOME_OF[name]}"), name)
     elif name in _PACKAGES:
@@ -138,7 +149,7 @@ class _Package(ModuleType):
 
 
 def _define_operators() -> None:
-    for name in ("attention_ops", "collectives", "fake_wire", "graying", "ops", "transfers"):
+    for name in _DEFINING:
         import_module(f"rfcompile.{name}")
 
 
@@ -146,4 +157,4 @@ sys.modules[__name__].__class__ = _Package
 torch.ops.rfcompile = Operators("rfcompile", _define_operators)  # type: ignore[attr-defined]
 
 # Inductor is loaded when something compiles, not when this package is imported.
-BEFORE_COMPILING.append(lambda: import_module("rfcompile.lowering"))
+BEFORE_COMPILING.append(lambda: import_module("rfcompile.inductor.lowering"))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rfcompile.analysis import condition_number, excess_kurtosis
-from rfcompile.attention_matrix import attention_matrices
-from rfcompile.boundaries import Boundaries, find_boundaries
-from rfcompile.capture import Inputs, buffers_kept, copied, in_mode, inputs_of
 from rfcompile.errors import CaptureError
-from rfcompile.models import check_module, uncompiled, without_wrappers
-from rfcompile.table import TableReport, table
+from rfcompile.graph.boundaries import Boundaries, find_boundaries
+from rfcompile.graph.capture import Inputs, buffers_kept, copied, in_mode, inputs_of
+from rfcompile.graph.models import check_module, uncompiled, without_wrappers
+from rfcompile.report.measures import condition_number, excess_kurtosis
+from rfcompile.report.table import TableReport, table
+from rfcompile.rewrites.attention.matrices import attention_matrices
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def analyze(
 
     Args:
         args, kwargs: the model's inputs; none: ``model.dummy_inputs``.
-        boundaries: which modules are blocks, see :func:`~rfcompile.boundaries.find_boundaries`.
+        boundaries: which modules are blocks; see
+            :func:`~rfcompile.graph.boundaries.find_boundaries`.
 
     Raises:
         CaptureError: there are no inputs. BoundaryError: there are no blocks.

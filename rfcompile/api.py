@@ -9,28 +9,28 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from rfcompile import journal
-from rfcompile.boundaries import Boundaries
-from rfcompile.capture import capture
 from rfcompile.companions import Adapters, PolynomialAttention, Rank, TokenGraying
-from rfcompile.companions.options import attention_of, graying_of, linears_of
-from rfcompile.companions.targets import Modules
-from rfcompile.default_policy import policy_of
-from rfcompile.diff import Graph, GraphDiff
-from rfcompile.diff import diff as diff_graphs
 from rfcompile.errors import CaptureError, RFCompileWarning
-from rfcompile.models import (
+from rfcompile.graph.boundaries import Boundaries
+from rfcompile.graph.capture import capture
+from rfcompile.graph.diff import Graph, GraphDiff
+from rfcompile.graph.diff import diff as diff_graphs
+from rfcompile.graph.models import (
     NO_COLLECTIVES,
     check_module,
     copy_of,
     is_compiled_for_wire,
     uncompiled,
 )
-from rfcompile.placing import FirstCall, rewrite_graph, with_fake_wire
-from rfcompile.policy import Formatish, Policy, Policyish
-from rfcompile.report import Report
-from rfcompile.residual_free import ResidualFree
-from rfcompile.rewrites import Rewrite, rewritten
+from rfcompile.report import journal
+from rfcompile.report.report import Report
+from rfcompile.rewrites.low_rank.targets import Modules
+from rfcompile.rewrites.options import attention_of, graying_of, linears_of
+from rfcompile.rewrites.protocol import Rewrite, rewritten
+from rfcompile.rewrites.residual.rewrite import ResidualFree
+from rfcompile.rewrites.wires import FirstCall, rewrite_graph, with_fake_wire
+from rfcompile.wire.default_policy import policy_of
+from rfcompile.wire.policy import Formatish, Policy, Policyish
 
 
 def transform(
@@ -71,7 +71,7 @@ def transform(
 
     Args:
         bits: bits an element for all traffic, or a format. Or give a ``policy``, in any spelling
-            (:func:`~rfcompile.policy.as_policy`). Neither: the default policy
+            (:func:`~rfcompile.wire.policy.as_policy`). Neither: the default policy
             (:func:`~rfcompile.set_default_policy`), but with another rewrite nothing is quantized.
             A fake wire quantizes tensors of any size unless ``min_bytes`` is named.
         example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
@@ -80,13 +80,13 @@ def transform(
         residual: "keep"; "free" drops every skip, "mix" puts a trainable orthogonal matrix in its
             place, and both start the blocks' parameters anew, with a temperature in each
             attention; "anneal" gives each skip a gain that starts at 1. Or a
-            :class:`~rfcompile.residual_free.ResidualFree` with all choices. New names in the
+            :class:`~rfcompile.ResidualFree` with all choices. New names in the
             state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
-            :func:`~rfcompile.rewrites` says what was done.
-        low_rank: a rank, or a :class:`~rfcompile.companions.low_rank.Rank` with all choices; the
+            :func:`~rfcompile.rewrites_of` says what was done.
+        low_rank: a rank, or a :class:`~rfcompile.Rank` with all choices; the
             weight of linears is computed as ``sin(omega U V) / g``. New names in the state_dict:
             ``left`` and ``right`` for ``weight``.
-        adapters: a rank, or :class:`~rfcompile.companions.adapters.Adapters` with all choices; see
+        adapters: a rank, or :class:`~rfcompile.Adapters` with all choices; see
             :func:`~rfcompile.add_adapters`.
         modules: which linears get a low rank or adapters: paths, shell patterns, or a function of
             (path, module); left out, those of the repeated blocks.
@@ -95,7 +95,7 @@ def transform(
             state_dict). Or a :class:`~rfcompile.companions.PolynomialAttention`.
         token_graying: "dct" or "svd": the tokens' spectrum is raised to ``epsilon`` before the
             first block. Or a :class:`~rfcompile.companions.TokenGraying`.
-        boundaries: see :func:`~rfcompile.boundaries.find_boundaries`.
+        boundaries: see :func:`~rfcompile.graph.boundaries.find_boundaries`.
 
     Raises:
         PolicyError, FormatError: options. BoundaryError: nowhere to put the wire. CaptureError: the
@@ -195,7 +195,7 @@ def diff(
     Args:
         before, after: modules (captured with ``torch.export``), graphs, graph texts; or one
             :class:`~rfcompile.Report` of a compiled model, which holds both sides.
-        example_inputs: for modules, as in :func:`~rfcompile.capture.inputs_of`.
+        example_inputs: for modules, as in :func:`~rfcompile.graph.capture.inputs_of`.
 
     Raises:
         CaptureError: a module cannot be captured.

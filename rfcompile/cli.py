@@ -30,15 +30,15 @@ from torch import nn
 
 from rfcompile import api
 from rfcompile.analyze import analyze
-from rfcompile.capture import inputs_of
-from rfcompile.default_policy import bits_of_text, default_policy
+from rfcompile.codec.fingerprint import package_version
 from rfcompile.errors import RFCompileError, TargetError
 from rfcompile.explain import explain
-from rfcompile.fingerprint import package_version
-from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import simulated
-from rfcompile.report import Report
-from rfcompile.residuals import as_json, as_text, find_residuals
+from rfcompile.graph.capture import inputs_of
+from rfcompile.report.report import Report
+from rfcompile.rewrites.residual.find import as_json, as_text, find_residuals
+from rfcompile.wire.default_policy import bits_of_text, default_policy
+from rfcompile.wire.policy import Policy, Policyish, as_policy
+from rfcompile.wire.process_groups import simulated
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile import journal
-from rfcompile.analysis import excess_kurtosis, sqnr_db
-from rfcompile.boundaries import Boundaries
-from rfcompile.capture import inputs_of
-from rfcompile.default_policy import policy_of
-from rfcompile.fake_wire import Crossing, round_trip, watch
-from rfcompile.models import (
+from rfcompile.graph.boundaries import Boundaries
+from rfcompile.graph.capture import inputs_of
+from rfcompile.graph.models import (
     NO_COLLECTIVES,
     check_module,
     copy_of,
     is_compiled_for_wire,
     uncompiled,
 )
-from rfcompile.pipeline import Record
-from rfcompile.placing import rewrite_graph, wires_of, with_fake_wire
-from rfcompile.policy import Formatish, Policy, Policyish
-from rfcompile.report import GraphChange, Report, Site
-from rfcompile.rewrites import rewrites
-from rfcompile.step_report import merge_reports
+from rfcompile.graph.pipeline import Record
+from rfcompile.report import journal
+from rfcompile.report.measures import excess_kurtosis, sqnr_db
+from rfcompile.report.report import GraphChange, Report, Site
+from rfcompile.report.step import merge_reports
+from rfcompile.rewrites.protocol import rewrites_of
+from rfcompile.rewrites.wires import rewrite_graph, wires_of, with_fake_wire
+from rfcompile.wire.default_policy import policy_of
+from rfcompile.wire.fake import Crossing, round_trip, watch
+from rfcompile.wire.policy import Formatish, Policy, Policyish
 
 
 def explain(
@@ -82,7 +82,7 @@ def explain(
 
 def _first_lines(model: nn.Module) -> Iterator[str]:
     """Of the reports on how the model was rewritten."""
-    for report in rewrites(model):
+    for report in rewrites_of(model):
         yield str(report).partition("\n")[0]
 
 

@@ -27,9 +27,9 @@ reductions          2.15     ``reduce_op`` may be a ``ReduceOp``; before, its ty
                              a text
 name of a gather    2.14     ``dist.all_gather_into_tensor`` is            it has the new name
                              deprecated for ``all_gather_single``
-captured graphs     2.15     Dynamo empties a graph whose backend         no need: ``residuals.py``
-                             raises                                       keeps a copy
-decorators          2.15     torch renames the code of what               no need: ``candidates.py``
+captured graphs     2.15     Dynamo empties a graph whose backend         no need: ``find.py`` keeps
+                             raises                                       a copy
+decorators          2.15     torch renames the code of what               no need: ``owner.py``
                              ``torch.no_grad()`` makes of a function, so  skips decorators without a
                              the source has no function of that name      source
 ==================  =======  ===========================================  ==========================

@@ -49,6 +49,11 @@ if sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("
 import numpy as np  # noqa: E402  (after the environment)
 import torch  # noqa: E402
 
+from tests.ranks import ranks  # noqa: E402
+from tests.traces import trace  # noqa: E402
+
+__all__ = ["ranks", "trace"]
+
 
 def pytest_report_header() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "NONE, gpu tests skip"
@@ -96,7 +101,7 @@ def rotation_blocks() -> Callable[[torch.Tensor, int], torch.Tensor]:
 @pytest.fixture(scope="session")
 def rotation_matrix() -> Callable[[Sequence[int], int], torch.Tensor]:
     """The orthogonal rotation of a block with these axes in float64, by rotation.py's docstring."""
-    from rfcompile.rotation import signs
+    from rfcompile.codec.rotation import signs
 
     def make(axes: Sequence[int], seed: int) -> torch.Tensor:
         rotation = torch.ones(1, 1, dtype=torch.float64)

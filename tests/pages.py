@@ -26,7 +26,7 @@ from unittest import mock
 from torch import fx
 from torch._functorch.aot_autograd import make_boxed_func
 
-from rfcompile import backend
+from rfcompile.inductor import backend
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", *sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("docs/**/*.md")))

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from rfcompile.capture import capture
+from rfcompile.graph.capture import capture
 
 
 def export(model: nn.Module, kwargs: dict[str, Any], dynamic: bool = False) -> fx.GraphModule:

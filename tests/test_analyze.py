@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.analysis import condition_number, condition_numbers, excess_kurtosis
 from rfcompile.errors import BoundaryError, CaptureError
+from rfcompile.report.measures import condition_number, condition_numbers, excess_kurtosis
 from tests.zoo import NanoGPT, tokens
 
 

@@ -36,9 +36,9 @@ from rfcompile.errors import (
     RFCompileError,
     RFCompileWarning,
 )
-from rfcompile.fake_wire import FakeWire
-from rfcompile.graph import graph_text
-from rfcompile.process_groups import simulated
+from rfcompile.graph.text import graph_text
+from rfcompile.wire.fake import FakeWire
+from rfcompile.wire.process_groups import simulated
 
 EVERY_SIZE = rf.Policy.of(bits=4, min_bytes=0)
 POLICY = rf.Policy(activations=4, gradients="6b:g32", min_bytes=0)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.pages import PAGES, ROOT, Session, check_output, run_session, sessions_of
-from tests.test_layers import LAYERS
+from tests.test_layers import ROOMS
 
 ALONE = [s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks == 1]
 DOORS = ("rfcompile", "rfcompile.distributed", "rfcompile.training", "rfcompile.companions")
@@ -63,12 +63,12 @@ def resolved(name: str) -> object:
 # ---- internals -----------------------------------------------------------------------------------
 
 
-def test_the_page_on_layers_has_the_rows_of_the_test_on_layers() -> None:
+def test_the_page_on_rooms_has_the_rows_of_the_test_on_layers() -> None:
     page = (ROOT / "docs" / "internals" / "layers.md").read_text()
     cells = re.findall(r"^\| \d+ \|[^|]*\|([^|]*)\|$", page, re.MULTILINE)
     rows = [set(re.findall(r"`([^`]+)`", cell)) for cell in cells]
     names = {"": "rfcompile/__init__.py"}
-    assert rows == [{names.get(name, name) for name in layer} for layer in LAYERS]
+    assert rows == [{names.get(name, name) for name in room} for room in ROOMS]
 
 
 def test_the_page_on_passes_has_every_file_of_the_folder() -> None:

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 import rfcompile as rf
-from rfcompile import default_policy as defaults
-from rfcompile.backend import Settings
+from rfcompile.codec.fingerprint import package_version
 from rfcompile.distributed import broadcast_states, quantize_ddp, quantize_fsdp
 from rfcompile.errors import FormatError, HookError, PolicyError, RFCompileWarning, ShapeError
-from rfcompile.fingerprint import package_version
-from rfcompile.policy import DEFAULT_MIN_BYTES, Policy, as_policy
-from rfcompile.process_groups import simulated
+from rfcompile.inductor.backend import Settings
 from rfcompile.training import pack_state_dict, quantize_states
+from rfcompile.wire import default_policy as defaults
+from rfcompile.wire.policy import DEFAULT_MIN_BYTES, Policy, as_policy
+from rfcompile.wire.process_groups import simulated
 
 
 class Block(nn.Module):

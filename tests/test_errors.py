@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rfcompile import codec, errors, formats, ops
+from rfcompile import errors
+from rfcompile.codec import arithmetic, formats, operators
+from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import (
     DerivativeError,
     DtypeError,
@@ -26,7 +28,6 @@ from rfcompile.errors import (
     TransportError,
     UnquantizedSiteError,
 )
-from rfcompile.formats import QuantFormat
 
 Case = tuple[Callable[[], RFCompileError], type[Exception], str, dict[str, Any]]
 
@@ -215,7 +216,7 @@ def test_group_size_100() -> None:
 
 def test_an_integer_tensor() -> None:
     with pytest.raises(DtypeError, match=r"torch\.int64; .* leave it exact \(format None\)") as e:
-        ops.quantize(torch.arange(256).view(1, 256), "4b")
+        operators.quantize(torch.arange(256).view(1, 256), "4b")
     assert e.value.dtype is torch.int64
     assert e.value.allowed == tuple(str(dtype) for dtype in formats.DTYPES)
 
@@ -227,8 +228,8 @@ def test_a_payload_of_the_wrong_length(length: int) -> None:
     with pytest.raises(
         PayloadError, match=rf"{length} elements .* needs 66 bytes for 1 x 128"
     ) as e:
-        codec.check_payload(payload, fmt, row_numel=128, rows=1)
+        arithmetic.check_payload(payload, fmt, row_numel=128, rows=1)
     assert (e.value.format, e.value.rule.split()[0]) == (fmt.spec, "pass")
-    codec.check_payload(torch.zeros(66, dtype=torch.uint8), fmt, row_numel=128, rows=1)
+    arithmetic.check_payload(torch.zeros(66, dtype=torch.uint8), fmt, row_numel=128, rows=1)
     with pytest.raises(PayloadError, match=r"66 elements of torch\.int8"):
-        codec.check_payload(torch.zeros(66, dtype=torch.int8), fmt, row_numel=128, rows=1)
+        arithmetic.check_payload(torch.zeros(66, dtype=torch.int8), fmt, row_numel=128, rows=1)

@@ -20,9 +20,9 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
-from rfcompile.cost import sent_bytes
 from rfcompile.errors import BoundaryError, CaptureError, PolicyError
-from rfcompile.process_groups import simulated
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.process_groups import simulated
 
 X = torch.randn(16, 64)
 
@@ -240,7 +240,7 @@ def test_a_rewritten_model_says_so() -> None:
     report = rf.explain(free, x, bits=4)
     assert report.notes == ("3 of 3 residual adds rewritten: free",)
     assert rf.explain(model, x, bits=4).notes == ()
-    (rewrite,) = rf.rewrites(free)
+    (rewrite,) = rf.rewrites_of(free)
     assert rewrite is rf.residual_report(free)
 
 

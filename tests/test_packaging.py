@@ -52,7 +52,7 @@ PUBLIC_NAMES = [
     "reduce_scatter",
     "reports",
     "residual_report",
-    "rewrites",
+    "rewrites_of",
     "set_default_policy",
     "training",
     "transform",
@@ -175,7 +175,7 @@ def test_importing_the_package_loads_next_to_nothing() -> None:
         "import sys, torch; before = set(sys.modules); import rfcompile;"
         "print(sorted(set(sys.modules) - before))"
     )
-    assert output_of(code) == "['rfcompile', 'rfcompile.on_use']"
+    assert output_of(code) == "['rfcompile', 'rfcompile.codec', 'rfcompile.codec.on_use']"
 
 
 def test_operators_are_defined_when_one_is_asked_for() -> None:
@@ -187,7 +187,7 @@ def test_operators_are_defined_when_one_is_asked_for() -> None:
         "found = names(); "
         "[import_module(m.name) for m in pkgutil.walk_packages(rfcompile.__path__, 'rfcompile.')"
         " if not m.name.endswith('__main__')]; "
-        "print(asked, asked is rfcompile.ops.quantize, sorted(names() - found), "
+        "print(asked, asked is rfcompile.codec.operators.quantize, sorted(names() - found), "
         "hasattr(torch.ops.rfcompile, 'surprise'))"
     )
     assert output_of(code) == "rfcompile.quantize.default True [] False"
@@ -195,7 +195,7 @@ def test_operators_are_defined_when_one_is_asked_for() -> None:
 
 def test_the_codec_does_not_load_the_compiler() -> None:
     # Seconds of start-up. (Dynamo comes along with torch.compiler's decorators.)
-    heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.backend"}
+    heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.inductor.backend"}
     heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.companions"}
     code = (
         "import sys, torch, rfcompile as rf; rf.dequantize(rf.quantize(torch.ones(3), 4), 4, (3,));"
@@ -221,9 +221,9 @@ def test_type_checkers_see_the_names_that_are_loaded_on_use() -> None:
 
 def test_a_public_name_is_never_the_module_of_that_name() -> None:
     code = (
-        "import rfcompile as rf, rfcompile.diff, rfcompile.explain, rfcompile.cli;"
-        "from rfcompile import rewrites;"
-        "print([callable(x) for x in (rf.diff, rf.explain, rf.analyze, rewrites, rf.transform)],"
+        "import rfcompile as rf, rfcompile.explain, rfcompile.analyze, rfcompile.cli;"
+        "from rfcompile import rewrites_of;"
+        "print([callable(x) for x in (rf.diff, rf.explain, rf.analyze, rewrites_of, rf.transform)],"
         "rf.errors.FormatError.__name__, rf.distributed.quantize_ddp.__name__, 'diff' in dir(rf))"
     )
     assert output_of(code) == f"{[True] * 5} FormatError quantize_ddp True"
@@ -236,10 +236,10 @@ def test_a_public_name_is_never_the_module_of_that_name() -> None:
 def test_entry_points_lead_somewhere() -> None:
     project = PROJECT["project"]
     assert project["entry-points"]["torch_dynamo_backends"] == {
-        "rfquant": "rfcompile.backend:rfquant"
+        "rfquant": "rfcompile.inductor.backend:rfquant"
     }
     assert project["scripts"] == {"rfcompile": "rfcompile.cli:main"}
-    for target in ("rfcompile.backend:rfquant", "rfcompile.cli:main"):
+    for target in ("rfcompile.inductor.backend:rfquant", "rfcompile.cli:main"):
         module, _, function = target.partition(":")
         source = ROOT / (module.replace(".", "/") + ".py")
         defined = [n.name for n in ast.parse(source.read_text()).body if hasattr(n, "name")]
@@ -281,7 +281,9 @@ def test_the_wheel_carries_entry_points_and_licence(wheel: zipfile.ZipFile) -> N
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     entry_points = ConfigParser()
     entry_points.read_string(wheel.read(f"{info}/entry_points.txt").decode())
-    assert dict(entry_points["torch_dynamo_backends"]) == {"rfquant": "rfcompile.backend:rfquant"}
+    assert dict(entry_points["torch_dynamo_backends"]) == {
+        "rfquant": "rfcompile.inductor.backend:rfquant"
+    }
     assert dict(entry_points["console_scripts"]) == {"rfcompile": "rfcompile.cli:main"}
     licence = wheel.read(f"{info}/licenses/LICENSE").decode()
     assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]

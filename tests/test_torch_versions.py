@@ -16,10 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import rfcompile as rf
 from rfcompile import torch_versions
 from rfcompile.errors import HookError, RFCompileWarning
-from rfcompile.passes.find_collectives import find_collectives
+from rfcompile.find.collectives import find_collectives
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.passes.quantize_transfers import QuantizeTransfers
-from rfcompile.process_groups import simulated
 from rfcompile.torch_versions import (
     TRIED,
     global_rank,
@@ -30,6 +29,7 @@ from rfcompile.torch_versions import (
     stage_outputs,
     warn_if_untried,
 )
+from rfcompile.wire.process_groups import simulated
 
 c10d = torch.ops._c10d_functional
 P2P = pytest.mark.skipif(not hasattr(c10d, "batch_p2p_ops"), reason="this torch has no p2p graphs")

@@ -2,9 +2,9 @@
 
 from rfcompile.distributed.ddp import DDPHandle, quantize_ddp
 from rfcompile.distributed.fsdp import FSDPHandle, quantize_fsdp
-from rfcompile.distributed.optimizer_state import broadcast_states
 from rfcompile.distributed.pipeline_stage import QuantizedPipelineStage, quantize_pipeline_stage
 from rfcompile.distributed.splitting import split_at_boundaries
+from rfcompile.states.broadcast import broadcast_states
 
 __all__ = [
     "DDPHandle",

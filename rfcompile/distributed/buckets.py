@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rfcompile.cost import sent_bytes
+from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import HookError
-from rfcompile.formats import QuantFormat
-from rfcompile.policy import Decision, Policy, exact
-from rfcompile.report import Site
-from rfcompile.wire import all_reduce_sent_bytes
+from rfcompile.report.report import Site
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.exchanges import all_reduce_sent_bytes
+from rfcompile.wire.policy import Decision, Policy, exact
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile import ops
-from rfcompile.compiling import before_compiling
-from rfcompile.formats import QuantFormat
-from rfcompile.ops import OPERATORS, Coder
+from rfcompile.codec import operators
+from rfcompile.codec.compiling import before_compiling
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.codec.operators import OPERATORS, Coder
 
 
 def coder_of(compile: bool) -> Coder:
@@ -31,24 +31,24 @@ def coder_of(compile: bool) -> Coder:
 
 def _quantize(x: Tensor, format: str, seed: int = 0) -> Tensor:
     if _is_stochastic(format):
-        return ops.quantize(x, format, seed)
-    return _kernel(ops.quantize, x.dtype, format)(x)
+        return operators.quantize(x, format, seed)
+    return _kernel(operators.quantize, x.dtype, format)(x)
 
 
 def _dequantize(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    return _kernel(ops.dequantize, dtype, format, dtype)(payload)
+    return _kernel(operators.dequantize, dtype, format, dtype)(payload)
 
 
 def _dequantize_sum(
     payload: Tensor, format: str, dtype: torch.dtype, average: bool = False
 ) -> Tensor:
-    return _kernel(ops.dequantize_sum, dtype, format, dtype, average)(payload)
+    return _kernel(operators.dequantize_sum, dtype, format, dtype, average)(payload)
 
 
 def _requantize(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:
     if _is_stochastic(format):
-        return ops.requantize(payload, format, average, seed)
-    return _kernel(ops.requantize, None, format, average)(payload)
+        return operators.requantize(payload, format, average, seed)
+    return _kernel(operators.requantize, None, format, average)(payload)
 
 
 COMPILED = Coder(_quantize, _dequantize, _dequantize_sum, _requantize)

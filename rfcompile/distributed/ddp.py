@@ -16,17 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, site_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, RFCompileError, StateError
-from rfcompile.ops import Coder
-from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same, sole_group, transport
-from rfcompile.report import Report
-from rfcompile.together import together
-from rfcompile.wire import all_reduce_wire
+from rfcompile.report.report import Report
+from rfcompile.wire.exchanges import all_reduce_wire
+from rfcompile.wire.policy import Policy, Policyish, as_policy
+from rfcompile.wire.process_groups import require_same, sole_group, transport
+from rfcompile.wire.together import together
 
 
 def quantize_ddp(

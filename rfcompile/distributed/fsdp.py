@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import path_of
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError, TransportError
-from rfcompile.ops import Coder
-from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import require_same, sole_group
-from rfcompile.report import Report
-from rfcompile.together import together
+from rfcompile.report.report import Report
 from rfcompile.torch_versions import warn_if_untried
+from rfcompile.wire.policy import Policy, Policyish, as_policy
+from rfcompile.wire.process_groups import require_same, sole_group
+from rfcompile.wire.together import together
 
 T = TypeVar("T")
 

@@ -16,21 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfcompile.cost import sent_bytes
+from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import Part, Span, joined, parts_of
 from rfcompile.distributed.fsdp_units import AllGather, ReduceScatter, Unit
 from rfcompile.distributed.weight_delta import WeightDelta, delta_sent_bytes
 from rfcompile.errors import RFCompileError, TransportError
-from rfcompile.ops import Coder
-from rfcompile.policy import Policy, exact
-from rfcompile.report import Site
-from rfcompile.wire import (
+from rfcompile.report.report import Site
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.exchanges import (
     all_gather_sent_bytes,
     finish_all_gather,
     reduce_scatter_sent_bytes,
     reduce_scatter_wire,
     start_all_gather,
 )
+from rfcompile.wire.policy import Policy, exact
 
 Finish = Callable[[], Tensor]
 """Wait for a collective and decode."""

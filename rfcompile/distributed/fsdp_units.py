@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
-from rfcompile.places import without_wrappers_in
+from rfcompile.graph.places import without_wrappers_in
 from rfcompile.torch_versions import gradient_order, require
 
 __all__ = ["AllGather", "ReduceScatter", "Unit", "units_of"]

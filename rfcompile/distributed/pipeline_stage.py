@@ -26,14 +26,11 @@ from torch.distributed.pipelining.stage import (
     _PipelineStageBase,
 )
 
+from rfcompile.codec.operators import Coder
 from rfcompile.distributed.coders import coder_of
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ProcessGroupError, ShapeError
-from rfcompile.ops import Coder
-from rfcompile.policy import Policy, Policyish, as_policy
-from rfcompile.process_groups import name_of, require_same, resolve, sole_group
-from rfcompile.report import Report
-from rfcompile.together import resolved, together
+from rfcompile.report.report import Report
 from rfcompile.torch_versions import (
     STAGE_OUTPUTS,
     promised_outputs,
@@ -41,6 +38,9 @@ from rfcompile.torch_versions import (
     stage_outputs,
     warn_if_untried,
 )
+from rfcompile.wire.policy import Policy, Policyish, as_policy
+from rfcompile.wire.process_groups import name_of, require_same, resolve, sole_group
+from rfcompile.wire.together import resolved, together
 
 Operations = list[Any]
 """``dist.P2POp``s, in the order in which the peer posts theirs."""

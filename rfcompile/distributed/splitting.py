@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rfcompile.boundaries import find_boundaries
-from rfcompile.capture import exported, inputs_of
 from rfcompile.errors import BoundaryError, CaptureError, PolicyError
-from rfcompile.fake_wire import FakeWire
-from rfcompile.models import check_module, copy_of, uncompiled
-from rfcompile.placing import place, wires_of
-from rfcompile.policy import Policy
+from rfcompile.graph.boundaries import find_boundaries
+from rfcompile.graph.capture import exported, inputs_of
+from rfcompile.graph.models import check_module, copy_of, uncompiled
+from rfcompile.rewrites.wires import place, wires_of
+from rfcompile.wire.fake import FakeWire
+from rfcompile.wire.policy import Policy
 
 _MARK = torch.ops.rfcompile.fake_wire.default
 _MARKING = Policy.of(bits=8, min_bytes=0)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.codec.operators import Coder
 from rfcompile.errors import NonFiniteError
-from rfcompile.formats import QuantFormat
-from rfcompile.ops import Coder
-from rfcompile.policy import Decision, Policy, exact
-from rfcompile.report import Report, Site
+from rfcompile.report.report import Report, Site
+from rfcompile.wire.policy import Decision, Policy, exact
 
 KINDS = {"forward": "activations", "backward": "gradients"}
 """The direction in which a tensor travels, and the kind of traffic that it is."""

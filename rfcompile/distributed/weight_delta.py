@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile.cost import sent_bytes
-from rfcompile.formats import QuantFormat
-from rfcompile.ops import Coder
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.codec.operators import Coder
 from rfcompile.torch_versions import all_gather_single
-from rfcompile.wire import all_gather_sent_bytes, finish_all_gather, start_all_gather
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.exchanges import all_gather_sent_bytes, finish_all_gather, start_all_gather
 
 
 class WeightDelta:

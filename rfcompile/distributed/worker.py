@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rfcompile.errors import RFCompileError, TransportError
-from rfcompile.process_groups import give_back, twin
+from rfcompile.wire.process_groups import give_back, twin
 
 
 class _Stop(enum.Enum):

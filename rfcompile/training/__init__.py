@@ -1,13 +1,13 @@
 """Training: without residual connections, and with quantized optimizer states."""
 
-from rfcompile.training.annealing import SkipAnnealer, finalize
-from rfcompile.training.folding import fold_mixing
-from rfcompile.training.initialization import Initialization
+from rfcompile.rewrites.residual.annealing import SkipAnnealer, finalize
+from rfcompile.rewrites.residual.folding import fold_mixing
+from rfcompile.rewrites.residual.initialization import Initialization
+from rfcompile.rewrites.residual.temperature import TemperatureRule
+from rfcompile.states.at_rest import QuantizedStates, quantize_states
+from rfcompile.states.packing import pack_state_dict, unpack_state_dict
+from rfcompile.states.report import packing_report
 from rfcompile.training.optimizers import optimizers
-from rfcompile.training.packing import pack_state_dict, unpack_state_dict
-from rfcompile.training.quantized_states import QuantizedStates, quantize_states
-from rfcompile.training.state_report import packing_report
-from rfcompile.training.temperature import TemperatureRule
 
 __all__ = [
     "Initialization",

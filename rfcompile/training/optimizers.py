@@ -9,15 +9,15 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-from rfcompile.attention import anatomy
-from rfcompile.capture import capture, inputs_of
 from rfcompile.errors import ResidualError
-from rfcompile.factored_linear import FactoredLinear
-from rfcompile.models import uncompiled, without_wrappers
+from rfcompile.graph.capture import capture, inputs_of
+from rfcompile.graph.models import uncompiled, without_wrappers
+from rfcompile.nn.factored_linear import FactoredLinear
+from rfcompile.nn.residual_site import ResidualSite
 from rfcompile.passes.find_residuals import find_residuals
-from rfcompile.residual_report import residual_report
-from rfcompile.residual_site import ResidualSite
-from rfcompile.training.composite import Optimizers
+from rfcompile.rewrites.attention.anatomy import anatomy
+from rfcompile.rewrites.residual.report import residual_report
+from rfcompile.states.composite import Optimizers
 
 
 def optimizers(

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import rfcompile as rf
-from rfcompile import codec
+from rfcompile.codec import arithmetic
+from rfcompile.codec.operators import OPERATORS
 from rfcompile.distributed import (
     QuantizedPipelineStage,
     quantize_ddp,
@@ -27,10 +28,9 @@ from rfcompile.distributed import (
     quantize_pipeline_stage,
 )
 from rfcompile.distributed.coders import coder_of
-from rfcompile.ops import OPERATORS
 
 if TYPE_CHECKING:
-    from tests.distributed.conftest import Rank, RunRanks
+    from tests.ranks import Rank, RunRanks
 
 EAGER, COMPILED = coder_of(compile=False), coder_of(compile=True)
 FORMAT = rf.QuantFormat(4).spec
@@ -133,7 +133,7 @@ def check_same(
     models = [make(copy.deepcopy(plain), compile) for compile in (True, False)]
     warm = 0
     for step in range(steps):
-        with mock.patch.object(codec, "quantize", wraps=codec.quantize) as eagerly:
+        with mock.patch.object(arithmetic, "quantize", wraps=arithmetic.quantize) as eagerly:
             compiled = gradients_of(models[0], batch(rank, step))
             # Compiling calls the formula too: weight_delta sends its first difference in step 1.
             assert step < 2 or not eagerly.called, f"{what}: coded eagerly"

@@ -28,8 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import rfcompile as rf
-from rfcompile import codec, ops, process_groups, wire
-from rfcompile.cost import sent_bytes
+from rfcompile.codec import arithmetic, operators
 from rfcompile.distributed import DDPHandle, quantize_ddp
 from rfcompile.errors import (
     FormatError,
@@ -40,10 +39,12 @@ from rfcompile.errors import (
     StateError,
     TransportError,
 )
-from tests.distributed.conftest import error_of
+from rfcompile.wire import exchanges, process_groups
+from rfcompile.wire.cost import sent_bytes
+from tests.ranks import error_of
 
 if TYPE_CHECKING:
-    from tests.distributed.conftest import Rank, RunRanks
+    from tests.ranks import Rank, RunRanks
 
 SMALL = 0.015
 """A bucket_cap_mb of a few linears of :class:`Net`."""
@@ -648,7 +649,7 @@ def check_stochastic(rank: Rank) -> None:
         ddp = DDP(module, bucket_cap_mb=SMALL)
         quantize_ddp(ddp, policy(fmt))
         x = torch.randn(8, 48)  # the same on every rank and in every step
-        with recorded(codec, "quantize") as calls:
+        with recorded(arithmetic, "quantize") as calls:
             for _ in range(3):
                 ddp.zero_grad()
                 backward(ddp, x)
@@ -672,8 +673,8 @@ def check_bytes(rank: Rank) -> None:
         for step in range(2):
             backward(ddp, batch(rank, step))
         with (
-            recorded(wire, "_all_to_all") as exchanged,
-            recorded(wire, "_all_gather") as gathered,
+            recorded(exchanges, "_all_to_all") as exchanged,
+            recorded(exchanges, "_all_gather") as gathered,
             recorded(dist, "all_reduce") as exact,
         ):
             backward(ddp, batch(rank, 2))
@@ -708,11 +709,11 @@ def test_values_that_are_not_finite_rounding_and_bytes(ranks: RunRanks) -> None:
 @contextlib.contextmanager
 def several_segments() -> Iterator[None]:
     """Small all-reduces are cut into segments as large ones are."""
-    usual, wire.SEGMENT_BYTES = wire.SEGMENT_BYTES, 2**8
+    usual, exchanges.SEGMENT_BYTES = exchanges.SEGMENT_BYTES, 2**8
     try:
         yield
     finally:
-        wire.SEGMENT_BYTES = usual
+        exchanges.SEGMENT_BYTES = usual
 
 
 class Reference:
@@ -771,7 +772,9 @@ class Reference:
 def round_trip(x: Tensor, fmt: rf.QuantFormat, world: int) -> Tensor:
     unit = world * fmt.group_elements(8)
     padded = nn.functional.pad(x, (0, -len(x) % unit)).view(world, -1)
-    return ops.dequantize(ops.quantize(padded, fmt.spec), fmt.spec, x.dtype).view(-1)[: len(x)]
+    return operators.dequantize(operators.quantize(padded, fmt.spec), fmt.spec, x.dtype).view(-1)[
+        : len(x)
+    ]
 
 
 def check_formats_with_feedback(rank: Rank, formats: tuple[str, ...]) -> None:
@@ -805,14 +808,14 @@ def check_the_debt_is_paid(rank: Rank) -> None:
     roundings = torch.zeros(64, 64)
     for _ in range(steps):
         ddp.zero_grad()
-        with recorded(codec, "requantize") as coded:
+        with recorded(arithmetic, "requantize") as coded:
             backward(ddp, x)
         assert module.weight.grad is not None
         applied += module.weight.grad
         [((received, *_), total)] = coded
         spec = fmt.for_kind("gradients").spec
-        shard = ops.dequantize_sum(received, spec, torch.float32, True)
-        rounding = shard - ops.dequantize(total, spec, torch.float32).view(-1)
+        shard = operators.dequantize_sum(received, spec, torch.float32, True)
+        rounding = shard - operators.dequantize(total, spec, torch.float32).view(-1)
         both = torch.zeros(2, 2048)
         both[rank.index] = rounding
         dist.all_reduce(both)

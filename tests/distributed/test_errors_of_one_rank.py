@@ -40,9 +40,9 @@ from rfcompile.errors import (
     StateError,
     TransportError,
 )
-from rfcompile.together import together
-from rfcompile.training.composite import Optimizers
-from tests.distributed.conftest import Rank, RunRanks, any_error_of, error_of
+from rfcompile.states.composite import Optimizers
+from rfcompile.wire.together import together
+from tests.ranks import Rank, RunRanks, any_error_of, error_of
 
 WORLD = 2
 TIMEOUT = 60

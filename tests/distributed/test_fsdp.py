@@ -32,8 +32,6 @@ from torch.distributed.fsdp import (
 )
 
 import rfcompile as rf
-from rfcompile import wire
-from rfcompile.cost import sent_bytes
 from rfcompile.distributed import FSDPHandle, quantize_fsdp
 from rfcompile.distributed import weight_delta as differences
 from rfcompile.distributed.fsdp_comms import (
@@ -49,10 +47,12 @@ from rfcompile.errors import (
     RFCompileError,
     TransportError,
 )
-from tests.distributed.conftest import error_of
+from rfcompile.wire import exchanges
+from rfcompile.wire.cost import sent_bytes
+from tests.ranks import error_of
 
 if TYPE_CHECKING:
-    from tests.distributed.conftest import Rank, RunRanks
+    from tests.ranks import Rank, RunRanks
 
 
 REDUCES_AS_PARAMETERS = hasattr(MixedPrecisionPolicy, "_resolve_for_param")
@@ -527,7 +527,10 @@ def check_stochastic(rank: Rank) -> None:
     gradients = []
     for _ in range(2):
         model.zero_grad()
-        with recorded(wire, "_all_to_all") as sent, recorded(wire, "_all_gather") as gathered:
+        with (
+            recorded(exchanges, "_all_to_all") as sent,
+            recorded(exchanges, "_all_gather") as gathered,
+        ):
             backward(model, x)
         forward, again = gathered[1][0][0], gathered[2][0][0]
         assert torch.equal(forward, again)  # backward computes with the weights of forward
@@ -545,8 +548,8 @@ def check_bytes(rank: Rank) -> None:
         assert "no pass has run yet" in handle.report().notes[0]
         backward(model, batch(rank, 0))
         with (
-            recorded(wire, "_all_to_all") as exchanged,
-            recorded(wire, "_all_gather") as gathered,
+            recorded(exchanges, "_all_to_all") as exchanged,
+            recorded(exchanges, "_all_gather") as gathered,
             recorded(type(handle._comms[0][0].inner), "__call__") as exact_gathers,
             recorded(type(handle._comms[0][1].inner), "__call__") as exact_reductions,
         ):
@@ -747,7 +750,7 @@ def check_delta(rank: Rank) -> None:
     assert error < (x - direct[rank.index]).abs().max() / 4
 
     counted = recorded(differences, "all_gather_single")
-    with recorded(wire, "_all_gather") as gathered, counted as ages:
+    with recorded(exchanges, "_all_gather") as gathered, counted as ages:
         backward(model, batch(rank, 9))
     sent = sum(sent_bytes("all_gather", args[0].nbytes, rank.world) for args, _ in gathered)
     whole = [args[1] for args, _ in ages if args[1].dtype == torch.int64]

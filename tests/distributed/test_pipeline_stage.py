@@ -35,7 +35,7 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
 import rfcompile as rf
-from rfcompile import process_groups
+from rfcompile.codec.formats import DTYPES
 from rfcompile.distributed import (
     QuantizedPipelineStage,
     quantize_pipeline_stage,
@@ -49,12 +49,12 @@ from rfcompile.errors import (
     RFCompileError,
     ShapeError,
 )
-from rfcompile.formats import DTYPES
-from rfcompile.step_report import merge_reports
-from tests.distributed.conftest import any_error_of
+from rfcompile.report.step import merge_reports
+from rfcompile.wire import process_groups
+from tests.ranks import any_error_of
 
 if TYPE_CHECKING:
-    from tests.distributed.conftest import Rank, RunRanks
+    from tests.ranks import Rank, RunRanks
 
 CPU = torch.device("cpu")
 WIDTH, ROWS, CHUNKS = 40, 12, 4

@@ -11,12 +11,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import rfcompile as rf
+from rfcompile.codec.formats import BITS
 from rfcompile.distributed import quantize_ddp, quantize_fsdp
-from rfcompile.formats import BITS
 from rfcompile.training import quantize_states
 
 if TYPE_CHECKING:
-    from tests.distributed.conftest import Rank, RunRanks
+    from tests.ranks import Rank, RunRanks
 
 SHAPE = (23, 37)
 HELD = torch.rand(SHAPE, generator=torch.Generator().manual_seed(1)) < 0.5

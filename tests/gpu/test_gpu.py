@@ -12,8 +12,8 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 
 import rfcompile as rf
-import rfcompile.lowering  # registers the lowerings
-from rfcompile import ops
+import rfcompile.inductor.lowering  # registers the lowerings
+from rfcompile.codec import operators
 
 pytestmark = pytest.mark.gpu
 
@@ -41,24 +41,24 @@ def wide_values() -> Tensor:
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_eager_bytes_equal_the_cpus(fmt: str) -> None:
     x = wide_values()
-    payload = ops.quantize(x, fmt)
-    on_gpu = ops.quantize(x.cuda(), fmt)
+    payload = operators.quantize(x, fmt)
+    on_gpu = operators.quantize(x.cuda(), fmt)
     assert torch.equal(on_gpu.cpu(), payload)
-    decoded = ops.dequantize(on_gpu, fmt, torch.float32).cpu()
+    decoded = operators.dequantize(on_gpu, fmt, torch.float32).cpu()
     torch.testing.assert_close(
-        decoded, ops.dequantize(payload, fmt, torch.float32), rtol=0, atol=0, equal_nan=True
+        decoded, operators.dequantize(payload, fmt, torch.float32), rtol=0, atol=0, equal_nan=True
     )
-    assert torch.equal(ops.requantize(on_gpu, fmt).cpu(), ops.requantize(payload, fmt))
+    assert torch.equal(operators.requantize(on_gpu, fmt).cpu(), operators.requantize(payload, fmt))
 
 
 @pytest.mark.parametrize("fmt", FORMATS[::3])
 def test_compiled_bytes_equal_the_cpus(fmt: str) -> None:
     x = wide_values()
-    payload = ops.quantize(x, fmt)
-    run = torch.compile(lambda t: ops.quantize(t, fmt), fullgraph=True)
+    payload = operators.quantize(x, fmt)
+    run = torch.compile(lambda t: operators.quantize(t, fmt), fullgraph=True)
     assert torch.equal(run(x.cuda()).cpu(), payload)
-    run = torch.compile(lambda p: ops.requantize(p, fmt), fullgraph=True)
-    assert torch.equal(run(payload.cuda()).cpu(), ops.requantize(payload, fmt))
+    run = torch.compile(lambda p: operators.requantize(p, fmt), fullgraph=True)
+    assert torch.equal(run(payload.cuda()).cpu(), operators.requantize(payload, fmt))
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile.errors import GrayingError
-from rfcompile.graph import graph_text
+from rfcompile.graph.text import graph_text
 from rfcompile.passes.gray_tokens import GrayTokens
-from rfcompile.passes.polynomial_attention import ReplacedAttention, ReplaceSoftmax
+from rfcompile.passes.replace_softmax import ReplacedAttention, ReplaceSoftmax
 
 
 class Written(nn.Module):

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from rfcompile.graph import graph_text
+from rfcompile.graph.pipeline import run
+from rfcompile.graph.text import graph_text
 from rfcompile.passes.find_residuals import FindResiduals, find_residuals
-from rfcompile.pipeline import run
 from tests.routes import compiled, export, graphs
 from tests.zoo import NanoGPT, tokens
 

@@ -16,18 +16,18 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 import rfcompile as rf
-from rfcompile.graph import graph_text
+from rfcompile.find.collectives import find_collectives
+from rfcompile.graph.pipeline import run
+from rfcompile.graph.text import graph_text
 from rfcompile.passes import wire_pipeline
-from rfcompile.passes.find_collectives import find_collectives
 from rfcompile.passes.merge_collectives import MergeCollectives
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
-from rfcompile.pipeline import run
-from rfcompile.policy import Policy
-from rfcompile.process_groups import simulated
-from rfcompile.report import Site
+from rfcompile.report.report import Site
+from rfcompile.wire.policy import Policy
+from rfcompile.wire.process_groups import simulated
 
 if TYPE_CHECKING:
-    from tests.passes.conftest import Trace
+    from tests.traces import Trace
 
 c10d = torch.ops._c10d_functional
 A, B = torch.randn(6, 50), torch.randn(6, 50)

@@ -15,10 +15,10 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import rfcompile as rf
 from rfcompile.errors import BoundaryError, CaptureError, DtypeError
-from rfcompile.graph import graph_text
+from rfcompile.graph.pipeline import run
+from rfcompile.graph.text import graph_text
 from rfcompile.passes.quantize_boundaries import QuantizeBoundaries
-from rfcompile.pipeline import run
-from rfcompile.report import Site
+from rfcompile.report.report import Site
 
 POLICY = rf.Policy(activations=4, gradients="8b:g64", min_bytes=0)
 X = torch.randn(3, 40)

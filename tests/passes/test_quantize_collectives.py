@@ -17,16 +17,16 @@ from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 
 import rfcompile as rf
-from rfcompile.graph import graph_text
+from rfcompile.graph.pipeline import run
+from rfcompile.graph.text import graph_text
+from rfcompile.graph.wire_bytes import wire_bytes
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
-from rfcompile.pipeline import run
-from rfcompile.policy import Policy
-from rfcompile.process_groups import simulated
-from rfcompile.report import Site
-from rfcompile.wire_bytes import wire_bytes
+from rfcompile.report.report import Site
+from rfcompile.wire.policy import Policy
+from rfcompile.wire.process_groups import simulated
 
 if TYPE_CHECKING:
-    from tests.passes.conftest import Trace
+    from tests.traces import Trace
 
 c10d = torch.ops._c10d_functional
 X = torch.randn(8, 64)

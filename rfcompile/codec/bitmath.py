@@ -1,0 +1,68 @@
+"""Arithmetic on the bits of floats: scales, reciprocals and noise that no device rounds otherwise.
+
+Shapes as in ``arithmetic.py``.
+
+A processor that flushes denormal numbers to zero (``torch.set_flush_denormal(True)``) gives the
+same bytes for every group whose peak is 2**-100 or more; below, values of less than 2**-126 may get
+the next level, and groups of less than 2**-126 a step of 0. All bytes are decoded to the same
+values.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from rfcompile.codec.formats import QuantFormat
+
+_EXPONENT_BITS = 0x7F800000
+_NAN_SCALE = 0x7FC00000
+_MIN_SCALE = (127 - 120) << 23
+"""Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
+
+
+def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The step of a group as float32 bits (a bfloat16 with 16 zero bits below), ``1 / step``, and
+    int32 1 for a finite group, 0 for another.
+
+    A non-finite peak gives a NaN step; a zero peak gives step 0; the grid never leaves the finite
+    range of ``dtype``.
+    """
+    bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
+    is_nonfinite = bits >= _EXPONENT_BITS
+    rounded = (torch.clamp(bits, _MIN_SCALE, _largest_scale(fmt, dtype)) + 0xFFFF) & -65536
+    # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
+    inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
+    inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
+    stored = torch.where(is_nonfinite, _NAN_SCALE, torch.where(bits == 0, 0, rounded))
+    return stored, inverse.view(torch.float32), is_nonfinite.logical_not().to(torch.int32)
+
+
+def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
+    end = torch.finfo(dtype).max
+    if fmt.rotate is not None:  # the sums that rotate back must not overflow
+        end = min(end, torch.finfo(torch.bfloat16).max / fmt.rotate)
+    largest = struct.unpack("<i", struct.pack("<f", end / fmt.half_range))[0]
+    return int(largest) & -65536
+
+
+def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
+    """16 hashed bits of (seed, place, the value's own bits): no state, the same on every device.
+
+    Mixing the value in makes the rounding differ from step to step without a new seed. Hash:
+    lowbias32 (C. Wellons, "Prospecting for hash functions", 2018).
+    """
+    C, G, R = x_CGR.shape
+    device = x_CGR.device
+    group_CG1 = torch.arange(C * G, dtype=torch.int32, device=device).view(C, G, 1)
+    place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
+    v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
+    v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
+    v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
+    return (v >> 16) & 0xFFFF
+
+
+def _signed32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31

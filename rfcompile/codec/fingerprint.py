@@ -1,0 +1,27 @@
+"""What this copy of the package is: part of every compile cache key and of what ranks compare."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+@lru_cache(maxsize=1)
+def source_digest() -> str:
+    """Hash of the package's Python sources, which decide what travels: 16 hex digits."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    # In a checkout passes/ is a link, which ** does not follow.
+    for path in sorted({*root.rglob("*.py"), *(root / "passes").glob("*.py")}):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def package_version() -> str:
+    """The installed version, or "unknown" when the package runs from a bare checkout."""
+    try:
+        return version("rfcompile")
+    except PackageNotFoundError:
+        return "unknown"

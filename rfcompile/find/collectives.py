@@ -1,0 +1,203 @@
+"""Where tensors cross the wire in a graph: analysis only, shared by the rewrites of collectives."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # defines _c10d_functional
+from torch import fx
+
+from rfcompile.errors import ProcessGroupError
+from rfcompile.find.axes import bytes_of
+from rfcompile.torch_versions import reduction_name
+from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.process_groups import name_of, resolve
+
+c10d = torch.ops._c10d_functional
+
+KNOWN: dict[Any, str] = {
+    c10d.all_reduce.default: "all_reduce",
+    c10d.reduce_scatter_tensor.default: "reduce_scatter",
+    c10d.all_gather_into_tensor.default: "all_gather",
+    c10d.all_to_all_single.default: "all_to_all",
+    c10d.broadcast.default: "broadcast",
+}
+WAIT = c10d.wait_tensor.default
+TRANSFERS = {"isend", "irecv", "batch_p2p_ops"}
+"""Between two ranks: ``quantize_transfers.py``."""
+
+aten = torch.ops.aten
+_KEEPS_A_WEIGHT = frozenset(
+    {
+        torch.ops.prims.convert_element_type.default,
+        aten._to_copy.default,
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.clone.default,
+        aten.t.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.slice.Tensor,
+        aten.constant_pad_nd.default,
+        aten.detach.default,
+        aten.alias.default,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of a graph.
+
+    Args:
+        node: the call; wait: the wait_tensor that reads it, None unless that is its only reader.
+        kind: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, or the operator's own
+            name where it is none of these.
+        input: the tensor that is sent (a fake tensor).
+        op: the reduction, "" where there is none.
+        group: name of the process group; world: its size, 0 where that is unknown.
+    """
+
+    node: fx.Node
+    wait: fx.Node | None
+    kind: str
+    input: torch.Tensor
+    op: str
+    group: str
+    world: int
+
+
+def find_collectives(gm: fx.GraphModule) -> tuple[Collective, ...]:
+    """All functional collectives in order of appearance, also those no rewrite knows.
+
+    Graphs inside the graph (``torch.cond``, ``nested_compile_region``) are searched where they are
+    first referred to.
+    """
+    return tuple(_describe(node) for node in all_nodes(gm) if _is_collective(node))
+
+
+def all_nodes(gm: fx.GraphModule, seen: set[fx.GraphModule] | None = None) -> Iterator[fx.Node]:
+    """Of the graph and of those inside it, each once."""
+    seen = set() if seen is None else seen
+    for node in gm.graph.nodes:
+        yield node
+        if node.op == "get_attr":
+            inner = operator.attrgetter(str(node.target))(gm)
+            if isinstance(inner, fx.GraphModule) and inner not in seen:
+                seen.add(inner)
+                yield from all_nodes(inner, seen)
+
+
+def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = frozenset()) -> str:
+    """What a policy calls it: "activations", "gradients" or, of a parameter, "weights"."""
+    if c.kind == "all_gather" and _is_parameter(c.node.args[0], parameters):
+        return "weights"
+    return kind_of(c.node, direction)
+
+
+def kind_of(node: fx.Node, direction: str) -> str:
+    """What a policy calls the traffic of a graph that runs in this direction."""
+    is_gradient = direction == "backward" and not is_recomputed(node)
+    return "gradients" if is_gradient else "activations"
+
+
+def is_recomputed(node: fx.Node) -> bool:
+    """In a backward graph: activation checkpointing runs this part of the forward pass again.
+
+    It must give the values of the first time.
+    """
+    return node.meta.get("partitioner_tag") == "is_forward"
+
+
+def size_to_compare(c: Collective) -> int | None:
+    """Bytes, for min_bytes; None if not known. All ranks must come to the same decision, and in an
+    all_to_all each has a size of its own."""
+    return None if c.kind == "all_to_all" else bytes_of(c.input)
+
+
+def sent_by_each(c: Collective) -> int | None:
+    """Bytes that one rank sends in a collective, None where that is not known."""
+    size = bytes_of(c.input)
+    if c.node.target not in KNOWN or size is None:
+        return size if isinstance(size, int) else None
+    if not c.world:
+        return None
+    if c.kind == "all_to_all":
+        rows = rows_to_others(c)
+        row_bytes = c.input.shape[1:].numel() * c.input.element_size()
+        return None if rows is None else sum(rows) * row_bytes
+    return sent_bytes(c.kind, size, c.world)
+
+
+def splits(c: Collective) -> list[Any]:
+    """The sizes of an all_to_all, output splits first, as numbers or symbolic numbers."""
+    sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
+    return [size.meta["val"] if isinstance(size, fx.Node) else size for size in sizes]
+
+
+def rows_to_others(c: Collective) -> list[int] | None:
+    """Rows of dim 0 that an all_to_all sends to each other rank, None where they are symbolic."""
+    sizes = splits(c)[c.world :]
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    me = resolve(c.group).rank()
+    return [size for rank, size in enumerate(sizes) if rank != me]
+
+
+def _is_parameter(value: object, parameters: frozenset[str]) -> bool:
+    while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.name in parameters
+
+
+def _is_collective(node: fx.Node) -> bool:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    if target.namespace == "_dtensor":
+        return "alltoall" in target._opname
+    # What waits for or wraps a tensor has no group, whatever torch calls it.
+    has_group = any(argument.name == "group_name" for argument in target._schema.arguments)
+    return target.namespace == "_c10d_functional" and has_group and target._opname not in TRANSFERS
+
+
+def _describe(node: fx.Node) -> Collective:
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    names = [argument.name for argument in target._schema.arguments]
+    arguments = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    sent = next(iter(arguments.values()))
+    while isinstance(sent, (list, tuple)) and sent:  # coalesced: the first tensor stands for all
+        sent = sent[0]
+    waits = [user for user in node.users if user.target is WAIT]
+    group = arguments.get("group_name", "")
+    if isinstance(group, fx.Node):  # torch.compiler.config.compile_on_one_rank
+        group = f"%{group.name}"
+    return Collective(
+        node=node,
+        wait=waits[0] if len(waits) == 1 and len(node.users) == 1 else None,
+        kind=KNOWN.get(target, target._opname),
+        input=_value_of(sent),
+        op=reduction_name(arguments.get("reduce_op", "")),
+        group=name_of(group) if group else "",
+        world=_world_size(arguments, group),
+    )
+
+
+def _value_of(sent: object) -> torch.Tensor:
+    value = sent.meta["val"] if isinstance(sent, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else torch.empty(0)
+
+
+def _world_size(arguments: dict[str, Any], group: Any) -> int:
+    if "group_size" in arguments:
+        return int(arguments["group_size"])
+    try:
+        return int(resolve(group or None).size())
+    except ProcessGroupError:
+        return 0

@@ -1,0 +1,126 @@
+"""How Inductor compiles the codec operators: one visible node each, fused with its neighbours.
+
+Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
+anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and
+lowering the trace in place, so generated kernels and eager kernels come from the same lines.
+
+Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
+``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
+_maybe_layout_constraints}``, ``_inductor.ir.{ConcatKernel,
+FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
+``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
+``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch._inductor import config, ir
+from torch._inductor.decomposition import (
+    fast_random_decomps,
+    register_decomposition,
+    select_decomp_table,
+)
+from torch._inductor.lowering import (
+    _maybe_layout_constraints,
+    fallbacks,
+    lowerings,
+    process_subgraph_nodes,
+    register_lowering,
+)
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from rfcompile.codec import operators
+from rfcompile.codec.fingerprint import source_digest
+from rfcompile.wire import collectives
+
+_NEVER = 1_000_000
+
+
+def _lower_pack(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
+    """Give each piece its place in one buffer and let it be written there: nothing is copied."""
+    device, dtype = pieces[0].get_device(), pieces[0].get_dtype()
+    rows = pieces[0].get_size()[0]
+    row = sum((p.get_size()[1] * p.get_size()[2] for p in pieces), sympy.S.Zero)
+    layout = ir.FixedLayout(device=device, dtype=dtype, size=[rows, row], stride=[row, sympy.S.One])
+    kernel = ir.ConcatKernel(name=None, layout=layout, inputs=[])
+    box = ir.StorageBox(kernel)
+    written, field_start, first = [], sympy.S.Zero, 0
+    for count in counts:
+        _, groups, run = pieces[first].get_size()
+        for k in range(count):
+            place = ir.FixedLayout(
+                device=device,
+                dtype=dtype,
+                size=[rows, groups, run],
+                stride=[row, run * count, sympy.S.One],
+                offset=field_start + k * run,
+            )
+            view = ir.ReinterpretView(data=box, layout=place)
+            written.append(ir.ConcatKernel.realize_into(pieces[first + k], view))
+        field_start += groups * run * count
+        first += count
+    kernel.name = V.graph.register_buffer(kernel)
+    kernel.inputs = ir.ConcatKernel.unwrap_storage(written)
+    V.graph.register_operation(kernel)
+    return ir.TensorBox(box)
+
+
+def _lower_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(x: torch.Tensor) -> Any:
+            return formula(x, *args, **kwargs, pack=operators.pack)
+
+        symbolic = V.fake_mode.shape_env is not None
+        with V.fake_mode:
+            graph = make_fx(
+                call,
+                decomposition_table=select_decomp_table(),
+                tracing_mode="symbolic" if symbolic else "fake",
+            )(ir.ir_node_to_tensor(tensor))
+        # One kernel reads the payload once: intermediates (sums over ranks, rotated parts) must
+        # not be stored because many outputs read them.
+        with config.patch(
+            realize_reads_threshold=_NEVER,
+            realize_acc_reads_threshold=_NEVER,
+            realize_opcount_threshold=_NEVER,
+            unroll_reductions_threshold=1,  # an unrolled maximum would be recomputed for each code
+        ):
+            return process_subgraph_nodes(graph, [tensor])
+
+    return lower
+
+
+for _op in (
+    operators.pack,
+    *operators.FORMULAS,
+):  # forget that Inductor may have met them as opaque calls
+    fallbacks.discard(_op)
+    _maybe_layout_constraints.pop(_op, None)
+    lowerings.pop(_op, None)
+register_lowering(operators.pack, type_promotion_kind=None)(_lower_pack)
+for _op, _formula in operators.FORMULAS.items():
+    register_lowering(_op, type_promotion_kind=None)(_lower_formula(_formula))
+
+for _op, _wire in collectives.DECOMPOSITIONS.items():
+    register_decomposition(_op)(_wire)
+fast_random_decomps.cache_clear()
+
+
+def tag_caches() -> None:
+    """Make the sources of this package part of the key of Inductor's caches.
+
+    They do not know what our lowerings generate: another version would find this one's kernels.
+    Called for each compile, since the user may have set the tag since.
+    """
+    tag = f"rfcompile-{source_digest()}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += tag
+
+
+tag_caches()

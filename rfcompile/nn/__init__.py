@@ -1,0 +1,1 @@
+"""Operators and modules that stand in rewritten models."""

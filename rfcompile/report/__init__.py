@@ -1,0 +1,1 @@
+"""What was done: reports as data, as text and as JSON."""

@@ -1,0 +1,1 @@
+"""Rewrites of modules, one folder a method; ``protocol.py`` says what a rewrite is."""

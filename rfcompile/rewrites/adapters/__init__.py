@@ -1,0 +1,1 @@
+"""Adapters of low rank, with a sine or without: added, quantized, sent, stored."""

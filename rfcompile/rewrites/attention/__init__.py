@@ -1,0 +1,1 @@
+"""Attention: what its linears do, its matrices, and a power in place of softmax."""

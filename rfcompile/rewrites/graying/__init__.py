@@ -1,0 +1,1 @@
+"""Token Graying: the tokens that enter a model are conditioned better."""

@@ -1,0 +1,227 @@
+"""Token Graying: the tokens that enter a model are conditioned better, without new parameters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from rfcompile.errors import GrayingError, PolicyError
+from rfcompile.graph.boundaries import find_boundaries
+from rfcompile.graph.capture import Inputs, buffers_kept, copied, in_mode
+from rfcompile.graph.models import without_nested_tensors, without_wrappers
+from rfcompile.graph.pipeline import run
+from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens, Where
+from rfcompile.report.measures import condition_number
+from rfcompile.report.table import TableReport, table
+from rfcompile.rewrites.attention.matrices import AttentionMatrix, attention_matrices
+from rfcompile.rewrites.graying.hook import TokenHook
+
+GrayingForm = Literal["dct", "svd"]
+
+
+@dataclass(frozen=True)
+class TokenGraying:
+    """The token matrix ``X`` of each sample gets a flatter spectrum before the first block.
+
+    "svd": singular values become ``s_max (s / s_max)^epsilon``, so the log of the condition number
+    is multiplied by ``epsilon``. "dct": the same power on the coefficients of the two-dimensional
+    discrete cosine transform, which costs matrix products instead of a decomposition. Formulas,
+    padding and sources: :func:`~rfcompile.nn.graying.gray_tokens_formula`.
+
+    It mixes tokens along the sequence: in a causal model each token would know later ones. So the
+    blocks of a causal attention are never grayed; a model that has no others is an error. (The rule
+    is ours; the paper has vision models only.)
+
+    Args:
+        epsilon: in (0, 1]; 1 changes nothing but rounding. The paper's: 0.95 for "dct", 0.6 to 0.7
+            for "svd". Left out: 0.95 and 0.7.
+        where: "input": before the first block of each list of blocks. "attention": before each
+            attention. Or paths of modules (shell patterns): before each of these.
+    """
+
+    form: GrayingForm = "dct"
+    epsilon: float | None = None
+    where: Where = "input"
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(GrayingForm):
+            raise PolicyError("token_graying", self.form, "choose 'dct' or 'svd'.")
+        if self.epsilon is None:
+            object.__setattr__(self, "epsilon", 0.95 if self.form == "dct" else 0.7)
+        if not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon <= 1:
+            raise PolicyError("epsilon", self.epsilon, "give a number above 0 and at most 1.")
+        if isinstance(self.where, str):
+            if self.where not in ("input", "attention"):
+                rule = "choose 'input' or 'attention', or give a tuple of module paths."
+                raise PolicyError("where", self.where, rule)
+        else:
+            object.__setattr__(self, "where", tuple(self.where))
+
+    @property
+    def keeps_parameters(self) -> bool:
+        return True
+
+    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> GrayingReport:
+        """Give modules of ``model`` a forward pre-hook, in place of those of an earlier graying.
+
+        Raises:
+            GrayingError: every place is causal, none is called with tokens, or the inputs do not
+            tell which is causal. BoundaryError: a path matches nothing. CaptureError.
+        """
+        TokenHook.remove_all(model)
+        with without_wrappers(model):
+            matrices = attention_matrices(model, inputs())
+            _check_length(model, matrices)
+            places, left = self._places(model, matrices)
+            if not places:
+                raise GrayingError(_why_none(model, left), [module for module, _ in left])
+            grayed = {model.get_submodule(path) for path in places}
+            without_nested_tensors(model, grayed.__contains__)
+            conditions = _install(model, places, self, inputs())
+        rows = tuple(Conditioned(path, *conditions[path]) for path in places if path in conditions)
+        idle = tuple((path, "it was not called") for path in places if path not in conditions)
+        if not rows:
+            listing = ", ".join(places)
+            raise GrayingError(f"the model calls none of {listing} on the example inputs.", places)
+        return GrayingReport(self.form, float(self.epsilon or 1), rows, (*left, *idle))
+
+    def _places(
+        self, model: nn.Module, matrices: Sequence[AttentionMatrix]
+    ) -> tuple[list[str], list[tuple[str, str]]]:
+        """Paths to gray, and those to leave with why."""
+        causal = [a.module for a in matrices if a.is_causal]
+        if self.where == "attention":
+            squares = [a.module for a in matrices if _is_square(a)]
+            scopes = {path: path for path in squares}
+            crossing = {a.module: "it attends to other tokens" for a in matrices}
+            left = [(path, why) for path, why in crossing.items() if path not in scopes]
+        else:
+            found = find_boundaries(model, "auto" if self.where == "input" else self.where)
+            scopes = {path: path.rpartition(".")[0] for path in found}
+            if self.where == "input":  # the first of each list
+                scopes = {path: scope for scope, path in _first(scopes).items()}
+            left = []
+        for path, scope in scopes.items():
+            if any(_is_in(module, scope) for module in causal):
+                left.append((path, "its attention is causal"))
+        refused = {path for path, _ in left}
+        return [path for path in scopes if path not in refused], left
+
+    def on_graph(self, gm: fx.GraphModule) -> GrayingReport:
+        """Rewrite a graph in place; see :class:`~rfcompile.passes.gray_tokens.GrayTokens`."""
+        epsilon = float(self.epsilon or 1)
+        facts = run(gm, [GrayTokens(self.form, epsilon, self.where)]).facts
+        rows = tuple(
+            Conditioned(fact.module, math.nan, math.nan)
+            for fact in facts
+            if isinstance(fact, GrayedInput)
+        )
+        note = "a graph: not run, so no condition numbers; its padding is grayed like any token"
+        return GrayingReport(self.form, epsilon, rows, notes=(note,))
+
+
+def _check_length(model: nn.Module, matrices: Sequence[AttentionMatrix]) -> None:
+    if any(a.weights.shape[-2:] == (1, 1) for a in matrices):
+        raise GrayingError(
+            f"{type(model).__name__} has one token on the example inputs, where a causal attention "
+            "looks like any other: give more."
+        )
+
+
+def _is_square(attention: AttentionMatrix) -> bool:
+    return attention.weights.shape[-1] == attention.weights.shape[-2]
+
+
+def _first(scopes: dict[str, str]) -> dict[str, str]:
+    first: dict[str, str] = {}
+    for path, scope in scopes.items():
+        first.setdefault(scope, path)
+    return first
+
+
+def _is_in(module: str, scope: str) -> bool:
+    return not scope or module == scope or module.startswith(f"{scope}.")
+
+
+def _why_none(model: nn.Module, left: Sequence[tuple[str, str]]) -> str:
+    name = type(model).__name__
+    if any("causal" in why for _, why in left):
+        places = ", ".join(path or "(the model)" for path, _ in left)
+        return (
+            f"{name} is causal at {places}: graying mixes the tokens of a sequence, so that each "
+            "would know those after it, and the model could not generate."
+        )
+    return f"{name} has no self-attention: name the modules, TokenGraying(where=('path', ...))."
+
+
+def _install(
+    model: nn.Module, places: Sequence[str], how: TokenGraying, inputs: Inputs
+) -> dict[str, tuple[float, float]]:
+    """Condition numbers of the tokens before and after, by path, from a run on the inputs."""
+    conditions: dict[str, tuple[float, float]] = {}
+    hooks = {}
+    for path in places:
+        module = model.get_submodule(path)
+        names = tuple(inspect.signature(module.forward).parameters)
+        hooks[path] = TokenHook(path, how.form, float(how.epsilon or 1), names)
+        module.register_forward_pre_hook(hooks[path], with_kwargs=True)
+
+    def watch(path: str) -> Callable[[Tensor, Tensor], None]:
+        def keep(before: Tensor, after: Tensor) -> None:
+            conditions[path] = condition_number(before), condition_number(after)
+
+        return keep
+
+    args, kwargs = copied(inputs)
+    modes = in_mode(model, training=False)
+    try:
+        for path, hook in hooks.items():
+            hook.watcher = watch(path)
+        with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks.values():
+            hook.watcher = None
+    return conditions
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conditioned:
+    """A module whose tokens are grayed: their condition number before and after on the example
+    inputs, geometric means over the samples; padding counts as rows of it.
+    """
+
+    module: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class GrayingReport(TableReport):
+    """Where tokens are grayed, what that does to them, and where not and why; ``print`` it."""
+
+    form: str
+    epsilon: float
+    places: tuple[Conditioned, ...]
+    left: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        found = len(self.places) + len(self.left)
+        yield f"tokens grayed at {len(self.places)} of {found} places: {self.form}, {self.epsilon}"
+        rows = [["before", "condition number was", "is"]]
+        for place in self.places:
+            numbers = (place.before, place.after)
+            rows.append([place.module, *("" if math.isnan(x) else f"{x:.4g}" for x in numbers)])
+        yield from table(rows)
+        yield from (f"left at {module}: {why}" for module, why in self.left)
+        yield from (f"note: {note}" for note in self.notes)

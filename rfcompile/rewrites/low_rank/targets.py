@@ -1,0 +1,159 @@
+"""Which linears of a model a companion method changes, and those that it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from rfcompile.errors import BoundaryError, PolicyError
+from rfcompile.graph.boundaries import find_boundaries
+from rfcompile.nn.factored_linear import FactoredLinear
+from rfcompile.nn.rebinding import runs_its_class
+
+Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
+"""Paths or shell patterns; the last parts of a path do ("q_proj", as PEFT's ``target_modules``). Or
+a function of (path, module). "auto": the linears of the repeated blocks."""
+
+_WHY = "its forward is its own, its weight computed or integer, or changed already (merge it first)"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A multiplication by a matrix that is a parameter: ``nn.Linear`` or transformers' ``Conv1D``,
+    and what derives from them and keeps their forward; no computed or integer weight.
+    """
+    weight = module._parameters.get("weight")
+    forward = type(module).forward
+    if weight is None or (forward is not nn.Linear.forward and not is_conv1d(module)):
+        return False
+    if not runs_its_class(module):
+        return False
+    return is_lazy(weight) or weight.is_floating_point()
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear, whose weight is [in, out]."""
+    named: list[Any] = [cls for cls in type(module).__mro__ if cls.__name__ == "Conv1D"]
+    return bool(named) and type(module).forward is named[0].forward and hasattr(module, "nf")
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a linear as [out, in], without history."""
+    weight = module.get_parameter("weight").detach()
+    return weight.t() if is_conv1d(module) else weight
+
+
+def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
+    """The chosen linears by path; one that has several paths by the first.
+
+    Raises:
+        PolicyError: a pattern matches no linear, or one that has a forward of its own, a computed
+            or integer weight, or is changed already; or one that matches has a weight that is tied
+            to another parameter, sharded, or without values.
+    """
+    paths = {p: m for p, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
+    chosen = _matched(model, modules, paths)
+    if not chosen:
+        rule = f"it chooses no linear of {type(model).__name__}. {_some(paths)}"
+        raise PolicyError("modules", modules, rule)
+    first: dict[int, str] = {}
+    for path in chosen:
+        first.setdefault(id(paths[path]), path)
+    found = {path: paths[path] for path in first.values()}
+    _check(model, found)
+    return found
+
+
+def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) -> list[str]:
+    if modules == "auto":
+        try:
+            blocks = find_boundaries(model, "auto")
+        except BoundaryError as error:
+            rule = f"{type(model).__name__} has no repeated blocks: name them, modules=['*.up']. "
+            raise PolicyError("modules", modules, rule + _some(paths)) from error
+        return [path for path in paths if any(path.startswith(f"{block}.") for block in blocks)]
+    if callable(modules):
+        return [path for path in paths if modules(path, paths[path])]
+    patterns = patterns_of(modules)
+    for path, module in model.named_modules():
+        is_odd = isinstance(module, (nn.Linear, FactoredLinear))
+        if path not in paths and is_odd and any(_matches(path, p) for p in patterns):
+            rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
+            raise PolicyError("modules", path, rule)
+    return match_linears(patterns, paths)
+
+
+def patterns_of(modules: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns that a user wrote.
+
+    Raises:
+        PolicyError: they are no texts.
+    """
+    given = (modules,) if isinstance(modules, str) else modules
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        rule = "give paths or patterns as texts, or a function of (path, module)."
+        raise PolicyError("modules", modules, rule)
+    return patterns
+
+
+def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str]:
+    """The paths that a pattern matches, as a whole or from a dot on.
+
+    Raises:
+        PolicyError: a pattern matches none.
+    """
+    for pattern in patterns:
+        if not any(_matches(path, pattern) for path in paths):
+            raise PolicyError(
+                "modules", pattern, f"no linear has this path. {_some(paths, pattern)}"
+            )
+    return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
+def _some(paths: Iterable[str], like: str = "") -> str:
+    names = [path or "(the model itself)" for path in paths]
+    listing = get_close_matches(like, names, n=3) or names[:3]
+    return (
+        f"Linears here are {', '.join(listing) or '(none)'}; patterns such as '*.mlp.*' are fine."
+    )
+
+
+def _check(model: nn.Module, found: dict[str, nn.Module]) -> None:
+    names: dict[int, list[str]] = {}
+    owners = {id(m): m for m in model.modules()}  # a shared module is no tie
+    places = {id(m): path for path, m in model.named_modules()}
+    for key, module in owners.items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{places[key]}.{name}".lstrip("."))
+    for path, module in found.items():
+        weight = module.get_parameter("weight")
+        shared = names[id(weight)]
+        if len(shared) > 1:
+            rule = f"the weight is tied, {' = '.join(shared)}: leave it out, or untie it first."
+            raise PolicyError("modules", path, rule)
+        if isinstance(weight, DTensor):
+            rule = "the weight is a DTensor: rewrite the model first, then parallelize or shard it."
+            raise PolicyError("modules", path, rule)
+        if is_lazy(weight) or weight.is_meta:
+            rule = "the weight is on the meta device or lazy: give the model values first."
+            raise PolicyError("modules", path, rule)
+
+
+def matrices_left(model: nn.Module, found: Collection[str]) -> Iterator[str]:
+    """The matrices in the repeated blocks that are in none of these modules."""
+    for block, module in find_boundaries(model, "auto").items():
+        for name, parameter in module.named_parameters():
+            path = f"{block}.{name}"
+            if parameter.dim() > 1 and path.rpartition(".")[0] not in found:
+                yield path

@@ -1,0 +1,79 @@
+"""What transform may change in a model's function: the protocol of a rewrite, and its reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+from torch.distributed.fsdp import FSDPModule
+
+from rfcompile.errors import PolicyError
+from rfcompile.graph.capture import Inputs, copied, inputs_of
+from rfcompile.graph.models import check_module, copy_of, uncompiled, with_shapes
+from rfcompile.report.table import TableReport
+
+REPORTS = "_rfcompile_rewrites"
+
+
+class Rewrite(Protocol):
+    """One way to change what a model computes: a frozen dataclass whose fields are its options.
+
+    ``keeps_parameters``: the new model computes with the old one's parameters and may share them;
+    otherwise some start anew. Both methods work in place, on a copy, and return a report.
+    """
+
+    @property
+    def keeps_parameters(self) -> bool: ...
+
+    def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> TableReport:
+        """``inputs()`` are example inputs, which the rewrite may change, anew at each call; it
+        raises CaptureError if the user gave none.
+        """
+        ...
+
+    def on_graph(self, gm: fx.GraphModule) -> TableReport: ...
+
+
+def add_report(model: nn.Module, report: TableReport) -> None:
+    """Keep a rewrite's report with the model: it is copied and pickled with it."""
+    setattr(model, REPORTS, (*rewrites_of(model), report))
+
+
+def rewrites_of(model: nn.Module) -> tuple[TableReport, ...]:
+    """The reports on what :func:`~rfcompile.transform` changed in ``model``, in order; ``print``
+    them. The wire is no rewrite: :func:`~rfcompile.explain` reports on that.
+    """
+    reports: tuple[TableReport, ...] = getattr(model, REPORTS, ())
+    return reports
+
+
+def rewritten(
+    model: nn.Module, changes: Sequence[Rewrite], example_inputs: Any = None
+) -> nn.Module:
+    """A copy of the model, changed in the given order; each change leaves its report there.
+
+    Raises:
+        PolicyError: it is no module, or sharded by FSDP2. CaptureError: it cannot be copied. And
+        what the changes raise.
+    """
+    check_module(model)
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        rule = "its parameters are DTensors of FSDP: rewrite the model first, then shard it."
+        raise PolicyError("model", type(model).__name__, rule)
+    with torch.inference_mode(False):
+        twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
+        if isinstance(twin, fx.GraphModule):
+            twin = with_shapes(twin, example_inputs)
+        inner = uncompiled(twin)
+
+        def inputs() -> Inputs:
+            return copied(inputs_of(inner, example_inputs))
+
+        for change in changes:
+            if isinstance(inner, fx.GraphModule):
+                add_report(inner, change.on_graph(inner))
+            else:
+                add_report(inner, change.on_module(inner, inputs))
+    return twin

@@ -1,0 +1,230 @@
+"""A model whose residual adds are submodules: found in its graph, put into its modules' sources.
+
+1. The graph says where the residual adds are (:mod:`rfcompile.passes.find_residuals`).
+2. Every add in the statements at those places becomes a call of a :class:`ResidualSite`.
+3. The model is captured again: sites without a residual add are undone, and a residual add outside
+   of every site is an error. So a site is where the data flow says, whatever the text suggests.
+4. On the example inputs the model must compute what it did, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from rfcompile.errors import CaptureError, ResidualError
+from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode
+from rfcompile.graph.models import without_nested_tensors
+from rfcompile.graph.places import ModuleCall, frames_of, module_calls, module_of
+from rfcompile.nn.residual_site import ResidualSite
+from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
+from rfcompile.passes.open_residuals import OpenedSite
+from rfcompile.rewrites.residual.owner import Owner
+
+
+def open_sites(
+    model: nn.Module, inputs: Inputs, kinds: tuple[Kind, ...] = ("block",)
+) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
+    """Make the residual adds of ``model`` into submodules, in place; it computes what it did.
+
+    Returns the sites, and the adds of other kinds, which stay as they are. Adds of eval mode come
+    first; then those that are made in training only, if the model can be captured in training.
+
+    Args:
+        model: any module that ``torch.export`` captures. Sites that it already has stay.
+        inputs: (args, kwargs) to run it with, real tensors.
+        kinds: which residual adds.
+
+    Raises:
+        ResidualError: there is none, or one is out of reach: the model is as it was.
+        SourceError, CaptureError.
+    """
+    owners: dict[nn.Module, Owner] = {}
+    try:
+        with in_mode(model, training=False):
+            opened, left = _open_sites(model, inputs, capture(model, inputs), kinds, owners)
+        with in_mode(model, training=True):
+            opened, left = _open_in_training(model, inputs, kinds, owners, opened, left)
+    except BaseException:
+        for owner in owners.values():
+            owner.undo()
+        raise
+    for owner in owners.values():
+        owner.finish()
+    if not opened:
+        raise ResidualError(
+            f"{type(model).__name__} has no residual add of kind {', '.join(kinds)} "
+            f"({len(left)} of other kinds): {_why_none(model)}",
+            left,
+        )
+    _leave_fast_paths(model)
+    return opened, left
+
+
+def _open_in_training(
+    model: nn.Module,
+    inputs: Inputs,
+    kinds: tuple[Kind, ...],
+    owners: dict[nn.Module, Owner],
+    opened: tuple[OpenedSite, ...],
+    left: tuple[ResidualAdd, ...],
+) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
+    try:
+        graph = capture(model, inputs)
+    except CaptureError:
+        return opened, left
+    more, also_left = _open_sites(model, inputs, graph, kinds, owners)
+    known = {site.path for site in opened}
+    return opened + tuple(site for site in more if site.path not in known), left or also_left
+
+
+def _why_none(model: nn.Module) -> str:
+    modes = {module.mode for module in model.modules() if isinstance(module, ResidualSite)}
+    if modes & {"free", "mix"}:
+        return "it was rewritten without them before."
+    return "there is nothing to rewrite."
+
+
+def _open_sites(
+    model: nn.Module,
+    inputs: Inputs,
+    graph: fx.GraphModule,
+    kinds: tuple[Kind, ...],
+    owners: dict[nn.Module, Owner],
+) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
+    """The same for the mode that the model is in; without any add of these kinds, ``()``."""
+    every = find_residuals(graph)
+    wanted = [add for add in every if add.kind in kinds]
+    left = tuple(add for add in every if add.kind not in kinds)
+    frames = {node.name: frames_of(node) for node in graph.graph.nodes}
+    new: dict[str, Owner] = {}
+    for add in wanted:
+        module = model.get_submodule(add.module)
+        if not isinstance(module, ResidualSite):
+            new[add.module] = owners.setdefault(module, Owner(module))
+            new[add.module].consider(frames.get(add.node, []))
+    if not new:
+        return tuple(OpenedSite(add.module, add) for add in wanted), left
+    expected = _outputs(model, inputs)
+    for owner in new.values():
+        owner.apply(owner.edits)
+    opened = _opened(model, inputs, wanted, kinds)
+    sites = [_site_at(model, site.path) for site in opened]
+    for owner in dict.fromkeys(new.values()):
+        owner.keep(sites)
+    for number, (site, module) in enumerate(zip(opened, sites, strict=True)):
+        module.operand = site.add.operand
+        path = site.path.rpartition(".")[0]
+        names = {m: name for name, m in model.get_submodule(path)._modules.items()}
+        opened[number] = replace(site, path=_join(path, names[module]))
+    _check_equal(model, expected, _outputs(model, inputs))
+    return tuple(opened), left
+
+
+def _site_at(model: nn.Module, path: str) -> ResidualSite:
+    module = model.get_submodule(path)
+    assert isinstance(module, ResidualSite)
+    return module
+
+
+def _opened(
+    model: nn.Module, inputs: Inputs, wanted: list[ResidualAdd], kinds: Collection[Kind]
+) -> list[OpenedSite]:
+    """The wanted adds with their sites, from a graph of the model as it is now."""
+    try:
+        graph = capture(model, inputs)
+    except CaptureError as error:
+        raise ResidualError(
+            f"{type(model).__name__} does not run once its residual adds are submodules: "
+            f"{error.__cause__}. Does a module loop over all of its own submodules? Keep those "
+            "that it means in an nn.ModuleList."
+        ) from error
+    after = [add for add in find_residuals(graph) if add.kind in kinds]
+    left = [add for add in after if not isinstance(model.get_submodule(add.module), ResidualSite)]
+    if left or len(after) != len(wanted):
+        places = "; ".join(f"{add.place} ({add.spelling})" for add in left)
+        raise ResidualError(
+            f"{len(after) - len(left)} of {len(wanted)} residual adds of {type(model).__name__} "
+            f"can be rewritten. Out of reach: {places or 'unknown'}. In reach is an add written as "
+            "x + f(x), x - f(x), x += f(x), torch.add, lerp, addcmul, addmm, sum([x, f(x)]) or "
+            "torch.stack([x, f(x)]).sum(0) in a method of a module or in a plain function that it "
+            "calls by name. Write it so, or pass an fx.GraphModule.",
+            left,
+        )
+    _check_calls(graph, after)
+    return [
+        # The site's operands may be the other way round than the graph's: f - x is f + (-x).
+        OpenedSite(now.module, replace(add, operand=now.operand))
+        for add, now in zip(wanted, after, strict=True)
+    ]
+
+
+def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
+    """A site may be called often, by a loop or a shared method: each time with the same skip."""
+    calls: dict[str, set[tuple[ModuleCall, ...]]] = defaultdict(set)
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            calls[module_of(node)].add(module_calls(node))
+    for path, number in Counter(add.module for add in found).items():
+        adds = [add for add in found if add.module == path]
+        sides = sorted({("left", "right")[add.operand] for add in adds})
+        if len(calls[path]) != number or len(sides) > 1:
+            raise ResidualError(
+                f"the addition at {adds[0].source} serves several places: it is a residual add in "
+                f"{number} of its {len(calls[path])} calls, with the skip on the "
+                f"{' or the '.join(sides)}. Write the residual ones out, each in its place.",
+                adds,
+            )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# ---- torch's own layers ------------------------------------------------------------------------
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """torch computes a TransformerEncoderLayer in eval mode as one kernel, its adds within: not one
+    with hooks.
+    """
+    for module in model.modules():
+        sites = [m for m in module.children() if isinstance(m, ResidualSite)]
+        if sites and isinstance(module, nn.TransformerEncoderLayer):
+            sites[0].register_forward_hook(_no_fast_path)
+    without_nested_tensors(model, lambda module: isinstance(module, ResidualSite))
+
+
+def _no_fast_path(*_: object) -> None:
+    """A hook that does nothing."""
+
+
+# ---- the check -------------------------------------------------------------------------------
+
+
+def _outputs(model: nn.Module, inputs: Inputs) -> list[object]:
+    """What the model computes in eval mode; modes, seeds and inputs stay as they are."""
+    args, kwargs = copied(inputs)
+    modes = in_mode(model, training=False)
+    with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pytree.tree_leaves(model(*args, **kwargs))
+
+
+def _check_equal(model: nn.Module, expected: list[object], got: list[object]) -> None:
+    pairs = zip(expected, got, strict=True)
+    same = all(
+        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+        for a, b in pairs
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    )
+    if not same:
+        raise ResidualError(
+            f"{type(model).__name__} computes something else once its residual adds are modules: "
+            "an add changes a tensor in place that is read elsewhere. Write x = x + f(x) there."
+        )

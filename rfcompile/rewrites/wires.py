@@ -1,0 +1,164 @@
+"""Where the wire stands in a model: fake wires at a module's boundaries, codes in a graph.
+
+A forward hook sends what ``module(x)`` returns. Some models call ``module.forward(x)``, which runs
+no hook: where a model's code does that, its wires stand in ``forward`` itself. The first call of
+the model tells which wires did not run all the same.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import OptimizedModule
+
+from rfcompile.errors import PolicyError, RFCompileWarning
+from rfcompile.find.collectives import find_collectives
+from rfcompile.graph.boundaries import Boundaries, find_boundaries
+from rfcompile.graph.models import has_shapes, uncompiled, with_shapes
+from rfcompile.graph.pipeline import Record, run
+from rfcompile.nn.rebinding import Bound
+from rfcompile.passes import boundary_pipeline, wire_pipeline
+from rfcompile.wire.fake import FakeWire
+from rfcompile.wire.policy import Policy
+
+
+def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
+    """The module, with a fake wire at its boundaries in place of those that it may have."""
+    inner = uncompiled(twin)
+    found = find_boundaries(inner, boundaries)
+    place(inner, {path: FakeWire(path, wanted) for path in found})
+    return twin
+
+
+def rewrite_graph(
+    gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
+) -> Record:
+    """:func:`transform` for a graph, with the record of what was done."""
+    gm = with_shapes(gm, example_inputs)
+    if has_shapes(gm) and find_collectives(gm):
+        return run(gm, wire_pipeline(policy, "forward"))
+    if callable(boundaries) or (
+        isinstance(boundaries, str) and boundaries not in ("auto", "blocks")
+    ):
+        rule = "a graph has no modules to ask: use 'blocks' or give the paths of the modules."
+        raise PolicyError("boundaries", boundaries, rule)
+    if isinstance(boundaries, str):
+        return run(gm, boundary_pipeline(policy))
+    return run(gm, boundary_pipeline(policy, tuple(boundaries)))
+
+
+class SendingForward:
+    """``module.forward``, with its output sent over a fake wire."""
+
+    def __init__(self, module: nn.Module, wire: FakeWire) -> None:
+        self.module, self.wire = module, wire
+        self.inner = vars(module).get("forward", Bound(module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wire(self.module, args, self.inner(*args, **kwargs))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.inner)
+
+
+class FirstCall:
+    """A forward hook of a model: once, a warning that names the wires that did not run.
+
+    Compiled code does not tell, so nothing is said of a model of which a part may be compiled.
+    """
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for key, hook in list(model._forward_hooks.items()):
+            if hook is self:
+                del model._forward_hooks[key]
+        wires = wires_of(model)
+        idle = [wire.module for wire in wires if not wire.has_run]
+        if idle and not any(map(_may_be_compiled, model.modules())):
+            warnings.warn(
+                f"{len(idle)} of {len(wires)} fake wires did not run in the first call of "
+                f"{type(model).__name__}: {', '.join(map(repr, idle))}. The model called these "
+                "modules in another way than module(x), or not at all. Name the modules that it "
+                "calls in boundaries.",
+                RFCompileWarning,
+                stacklevel=2,
+            )
+
+
+def _may_be_compiled(module: nn.Module) -> bool:
+    own = vars(module).get("forward")
+    is_replaced = own is not None and not isinstance(own, SendingForward)
+    return isinstance(module, OptimizedModule) or is_replaced or bool(module._compiled_call_impl)
+
+
+def place(model: nn.Module, found: dict[str, FakeWire]) -> None:
+    """Put each wire at the end of the module of its path, in place of those in the model."""
+    for module in model.modules():
+        remove(module)
+    by_name = any(map(calls_forward, model.modules()))
+    for path, wire in found.items():
+        module = model.get_submodule(path)
+        if by_name and path:
+            module.forward = SendingForward(module, wire)
+        else:
+            module.register_forward_hook(wire)
+
+
+def wires_of(model: nn.Module) -> list[FakeWire]:
+    """The wires that stand at the ends of the model's modules, in their order."""
+    return [wire for module in model.modules() for wire in _wires_at(module)]
+
+
+def _wires_at(module: nn.Module) -> Iterator[FakeWire]:
+    own = vars(module).get("forward")
+    if isinstance(own, SendingForward):
+        yield own.wire
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, FakeWire):
+            yield hook
+
+
+def remove(module: nn.Module) -> None:
+    """Take away what :func:`place` put into this module."""
+    own = vars(module).get("forward")
+    if isinstance(own, SendingForward):
+        del module.forward
+        if not isinstance(own.inner, Bound):
+            module.forward = own.inner
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, (FakeWire, FirstCall)):
+            del module._forward_hooks[key]
+
+
+def calls_forward(module: nn.Module) -> bool:
+    """The module's ``forward`` takes the ``forward`` of another object than ``super()`` or
+    ``self``, or its class has a ``__call__`` of its own.
+    """
+    cls = type(module)
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+    return cls.__call__ is not nn.Module.__call__ or (code is not None and _takes_forward(code))
+
+
+def _takes_forward(code: CodeType) -> bool:
+    if any(_takes_forward(inner) for inner in code.co_consts if isinstance(inner, CodeType)):
+        return True
+    if "forward" not in code.co_names:
+        return False
+    before: deque[Any] = deque(maxlen=4)  # "super", its call, and what lies between
+    for instruction in dis.get_instructions(code):
+        is_read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+        is_read &= instruction.argval == "forward"
+        if is_read and "super" not in before and before[-1] != "self":
+            return True
+        before.append(instruction.argval)
+    return False

@@ -1,0 +1,1 @@
+"""Optimizer states: quantized at rest, packed in checkpoints, sent to other ranks."""

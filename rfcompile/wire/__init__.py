@@ -1,0 +1,1 @@
+"""How bytes reach other ranks: policies, costs, collectives and transfers, the fake wire."""

@@ -1,0 +1,81 @@
+"""Sends and receives between two ranks as operators, in the order in which they were written.
+
+torch's own operators do not suffice where what travels is made in the graph. They register a send
+under its tensor and under its handle, to be waited for under one of them: the other holds the
+tensor for ever, and when its memory is used again, a second wait fails on gloo. And nothing keeps
+their order, so that Inductor may wait for a send before the receive that the other rank waits for.
+Here every operator mutates ``order``, a tensor without meaning, so each comes after the one before.
+
+Private torch symbol used here, tried on torch 2.13 to 2.15:
+``_C._distributed_c10d._register_work``, what lets ``wait_tensor`` know of a send or a receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._ops import OpOverload
+
+from rfcompile.codec.operators import LIBRARY
+from rfcompile.wire.process_groups import resolve
+
+
+def _start(
+    order: Tensor,
+    sent: Sequence[Tensor],
+    received: Sequence[Tensor],
+    names: Sequence[str],
+    peers: Sequence[int],
+    tags: Sequence[int],
+    group: str,
+    is_batch: bool,
+) -> None:
+    process_group = resolve(group)
+    sources = {"isend": iter(sent), "irecv": iter(received)}
+    tensors = [next(sources[name]) for name in names]
+    operations = [
+        dist.P2POp(getattr(dist, name), tensor, peer, process_group, tag)
+        for name, tensor, peer, tag in zip(names, tensors, peers, tags, strict=True)
+    ]
+    works: list[Any]
+    if is_batch:
+        works = dist.batch_isend_irecv(operations)
+    else:
+        works = [op.op(op.tensor, op.peer, op.group, op.tag) for op in operations]
+    for index, tensor in enumerate(tensors):
+        work = works[min(index, len(works) - 1)]  # NCCL has one for the whole batch
+        torch._C._distributed_c10d._register_work(tensor, work)
+
+
+def _finish(order: Tensor, payload: Tensor) -> None:
+    torch.ops._c10d_functional.wait_tensor(payload)
+
+
+def _nothing(*args: object) -> None:
+    return None
+
+
+LIBRARY.define(
+    "start_transfers(Tensor(a!) order, Tensor[] sent, Tensor(b!)[] received, str[] names, "
+    "int[] peers, int[] tags, str group, bool is_batch) -> ()"
+)
+LIBRARY.define("finish_send(Tensor(a!) order, Tensor sent) -> ()")
+LIBRARY.define("finish_receive(Tensor(a!) order, Tensor(b!) received) -> ()")
+for _name, _kernel in (
+    ("start_transfers", _start),
+    ("finish_send", _finish),
+    ("finish_receive", _finish),
+):
+    LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _nothing, "Meta")
+
+start_transfers: OpOverload[..., None] = torch.ops.rfcompile.start_transfers.default
+"""``isend`` and ``irecv``, as ``names`` say, to and from global ranks ``peers``; ``is_batch``: as
+one ``batch_isend_irecv``."""
+finish_send: OpOverload[..., None] = torch.ops.rfcompile.finish_send.default
+finish_receive: OpOverload[..., None] = torch.ops.rfcompile.finish_receive.default
+"""Wait for one of them; before, what is sent must not change and what is received is not there."""

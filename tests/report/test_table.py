@@ -1,0 +1,89 @@
+"""Every report has text, plain data and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rfcompile as rf
+from rfcompile.report.table import TableReport, plain, table
+
+
+@dataclass(frozen=True)
+class Numbers(TableReport):
+    values: tuple[float, ...]
+    device: torch.device
+
+    def lines(self) -> Iterator[str]:
+        yield from table([["value"], *([str(value)] for value in self.values)])
+
+
+def test_text_data_and_json_of_a_report() -> None:
+    report = Numbers((1.5, float("nan"), float("-inf")), torch.device("cpu"))
+    assert str(report) == report.text() == "value\n1.5\nnan\n-inf"
+    assert report.to_dict() == {"values": [1.5, None, None], "device": "cpu"}
+    assert json.loads(report.json(), parse_constant=pytest.fail) == report.to_dict()
+
+
+def test_plain_keeps_what_json_has() -> None:
+    value = {"a": (1, True, None, "text"), 2: [0.5]}
+    assert plain(value) == {"a": [1, True, None, "text"], "2": [0.5]}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        out: Tensor = x + self.out(attended)
+        return out
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+REPORTS: dict[str, Callable[[], Any]] = {
+    "explain": lambda: rf.explain(Net(), X, bits=4),
+    "analyze": lambda: rf.analyze(Net(), X),
+    "residual": lambda: rewritten(residual="free"),
+    "attention": lambda: rewritten(attention="polynomial"),
+    "graying": lambda: rewritten(token_graying="dct"),
+    "low rank": lambda: rewritten(low_rank=rf.companions.Rank(2, fit_steps=0)),
+    "adapters": lambda: rewritten(adapters=2),
+    "quantized adapters": lambda: rf.rewrites_of(
+        rf.quantize_adapters(rf.add_adapters(Net(), 2), bits=4)
+    )[-1],
+}
+
+
+def rewritten(**how: Any) -> object:
+    return rf.rewrites_of(rf.transform(Net(), example_inputs=(X,), **how))[-1]
+
+
+@pytest.mark.parametrize("kind", REPORTS)
+def test_every_report(kind: str) -> None:
+    report = REPORTS[kind]()
+    assert isinstance(report, TableReport)
+    assert str(report) == report.text()
+    assert len(report.text().splitlines()) > 2
+    assert json.loads(report.json(), parse_constant=pytest.fail) == report.to_dict()
+    rows = [value for value in report.to_dict().values() if isinstance(value, list) and value]
+    assert rows, "it has rows"
