@@ -98,7 +98,7 @@ def is_better(name: str, a: float, b: float) -> bool:
     return (a < b) == (name == "language")
 
 
-def train(name: str, rank: rf.Rank | None, rate: float, seed: int, args: Any) -> dict[str, Any]:
+def train(name: str, rank: rf.LowRank | None, rate: float, seed: int, args: Any) -> dict[str, Any]:
     torch.manual_seed(seed)
     task = task_of(name, seed, args.tiny)
     model = task.model()
@@ -133,12 +133,12 @@ def train(name: str, rank: rf.Rank | None, rate: float, seed: int, args: Any) ->
     return row | {"model": model}
 
 
-def arms(name: str, args: Any) -> Iterator[tuple[str, rf.Rank | None]]:
+def arms(name: str, args: Any) -> Iterator[tuple[str, rf.LowRank | None]]:
     yield "dense", None
     for rank in args.ranks:
         for sine in (False, True):
             kind = "sine" if sine else "plain"
-            yield f"{kind} rank {rank}", rf.Rank(rank, start="fresh", sine=sine)
+            yield f"{kind} rank {rank}", rf.LowRank(rank, start="fresh", sine=sine)
 
 
 def compare(name: str, args: Any) -> Iterator[dict[str, Any]]:
@@ -164,7 +164,7 @@ def compare(name: str, args: Any) -> Iterator[dict[str, Any]]:
 def spreads(name: str, rank: int, rate: float, args: Any) -> Iterator[dict[str, Any]]:
     """Other phase spreads at the start, by omega; one seed, the best learning rate."""
     for spread in SPREADS:
-        row = train(name, rf.Rank(rank, start="fresh", spread=spread), rate, 0, args)
+        row = train(name, rf.LowRank(rank, start="fresh", spread=spread), rate, 0, args)
         del row["model"]
         yield row | {"arm": f"sine rank {rank}", "kind": "spread", "asked_spread": spread}
 
@@ -175,7 +175,7 @@ def fits(name: str, model: nn.Module, args: Any) -> Iterator[dict[str, Any]]:
     before = quality(name, task, model)
     for rank in args.ranks:
         for sine in (False, True):
-            low = rf.Rank(rank, sine=sine)
+            low = rf.LowRank(rank, sine=sine)
             start = time.perf_counter()
             fitted = rf.transform(model, low_rank=low, modules=modules_of(name))
             seconds = time.perf_counter() - start
@@ -194,7 +194,7 @@ def costs(args: Any) -> Iterator[dict[str, Any]]:
         dense = nn.Sequential(nn.Linear(width, width))
         models = {"dense": dense}
         for kind, sine in (("plain", False), ("sine", True)):
-            low = rf.Rank(16, start="fresh", sine=sine)
+            low = rf.LowRank(16, start="fresh", sine=sine)
             models[kind] = rf.transform(dense, low_rank=low, modules="0")
         tasks = {kind: _step(model, x) for kind, model in models.items()}
         times = alternate(tasks, 3 if args.tiny else 15)

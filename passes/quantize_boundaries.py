@@ -107,7 +107,7 @@ class QuantizeBoundaries:
             raise BoundaryError(
                 "no node of the graph belongs to a repeated block (two modules of one class in a "
                 "list): name the modules whose output crosses the wire, "
-                "boundaries=['path.of.module', ...]."
+                "modules=['path.of.module', ...]."
             )
         inside = {n: [call for call in stack if call.path in paths] for n, stack in calls.items()}
         if self.boundaries == "auto":  # a block within a block is no boundary

@@ -13,28 +13,22 @@ import torch
 from rfcompile.codec.on_use import BEFORE_COMPILING, Operators
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOMES
-    from rfcompile import companions, distributed, errors, training
-    from rfcompile.analyze import Analysis, analyze
+    from rfcompile import adapters, distributed, errors, experimental, low_rank, training
+    from rfcompile.analyze import analyze
     from rfcompile.api import diff, transform
     from rfcompile.codec.formats import QuantFormat
     from rfcompile.codec.functions import dequantize, quantize
-    from rfcompile.errors import RFCompileError
     from rfcompile.explain import explain
-    from rfcompile.graph.diff import GraphDiff
-    from rfcompile.passes.find_residuals import ResidualAdd
     from rfcompile.report.journal import reports
     from rfcompile.report.measure import measure_step
     from rfcompile.report.report import Report, Site
     from rfcompile.report.step import merge_reports
-    from rfcompile.rewrites.adapters.quantize import quantize_adapters
-    from rfcompile.rewrites.adapters.rewrite import Adapters, add_adapters
-    from rfcompile.rewrites.attention.rewrite import PolynomialAttention
-    from rfcompile.rewrites.graying.rewrite import TokenGraying
-    from rfcompile.rewrites.low_rank.rewrite import Rank
+    from rfcompile.rewrites.adapters.rewrite import Adapters
+    from rfcompile.rewrites.low_rank.rewrite import LowRank
     from rfcompile.rewrites.protocol import rewrites_of
     from rfcompile.rewrites.residual.find import find_residuals
-    from rfcompile.rewrites.residual.report import ResidualReport, residual_report
     from rfcompile.rewrites.residual.rewrite import ResidualFree
+    from rfcompile.rewrites.wires import Wire
     from rfcompile.wire.collectives import (
         all_gather,
         all_reduce,
@@ -48,27 +42,21 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     __version__: str
 
 _HOMES = {
-    "analyze": "Analysis analyze",
+    "analyze": "analyze",
     "api": "diff transform",
     "codec.formats": "QuantFormat",
     "codec.functions": "dequantize quantize",
-    "errors": "RFCompileError",
     "explain": "explain",
-    "graph.diff": "GraphDiff",
-    "passes.find_residuals": "ResidualAdd",
     "report.journal": "reports",
     "report.measure": "measure_step",
     "report.report": "Report Site",
     "report.step": "merge_reports",
-    "rewrites.adapters.quantize": "quantize_adapters",
-    "rewrites.adapters.rewrite": "Adapters add_adapters",
-    "rewrites.attention.rewrite": "PolynomialAttention",
-    "rewrites.graying.rewrite": "TokenGraying",
-    "rewrites.low_rank.rewrite": "Rank",
+    "rewrites.adapters.rewrite": "Adapters",
+    "rewrites.low_rank.rewrite": "LowRank",
     "rewrites.protocol": "rewrites_of",
     "rewrites.residual.find": "find_residuals",
-    "rewrites.residual.report": "ResidualReport residual_report",
     "rewrites.residual.rewrite": "ResidualFree",
+    "rewrites.wires": "Wire",
     "wire.collectives": "all_gather all_reduce all_to_all broadcast reduce_scatter",
     "wire.default_policy": "set_default_policy",
     "wire.policy": "Policy",
@@ -79,43 +67,36 @@ _DEFINING = (
     *("nn.attention_operators", "nn.graying"),
 )
 """The modules that define operators of torch.ops.rfcompile."""
-_PACKAGES = ("companions", "distributed", "errors", "training")
+_PACKAGES = ("adapters", "distributed", "errors", "experimental", "low_rank", "training")
 
 __all__ = [
     "Adapters",
-    "Analysis",
-    "GraphDiff",
+    "LowRank",
     "Policy",
-    "PolynomialAttention",
     "QuantFormat",
-    "RFCompileError",
-    "Rank",
     "Report",
-    "ResidualAdd",
     "ResidualFree",
-    "ResidualReport",
     "Site",
-    "TokenGraying",
-    "add_adapters",
+    "Wire",
+    "adapters",
     "all_gather",
     "all_reduce",
     "all_to_all",
     "analyze",
     "broadcast",
-    "companions",
     "dequantize",
     "diff",
     "distributed",
     "errors",
+    "experimental",
     "explain",
     "find_residuals",
+    "low_rank",
     "measure_step",
     "merge_reports",
     "quantize",
-    "quantize_adapters",
     "reduce_scatter",
     "reports",
-    "residual_report",
     "rewrites_of",
     "set_default_policy",
     "training",

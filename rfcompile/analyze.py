@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.errors import CaptureError
-from rfcompile.graph.boundaries import Boundaries, find_boundaries
+from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.capture import Inputs, buffers_kept, copied, in_mode, inputs_of
 from rfcompile.graph.models import check_module, uncompiled, without_wrappers
+from rfcompile.graph.modules import Modules
 from rfcompile.report.measures import condition_number, excess_kurtosis
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.attention.matrices import attention_matrices
@@ -67,21 +68,16 @@ class Analysis(TableReport):
         yield from (f"note: {note}" for note in self.notes)
 
 
-def analyze(
-    model: nn.Module,
-    *args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    boundaries: Boundaries = "auto",
-) -> Analysis:
+def analyze(model: nn.Module, *, modules: Modules = "auto", example_inputs: Any = None) -> Analysis:
     """Measure a model's blocks and attentions on the given inputs; ``print`` the result.
 
     The model runs once in eval mode, and its captured graph once; buffers, modes and random state
     stay as they are.
 
     Args:
-        args, kwargs: the model's inputs; none: ``model.dummy_inputs``.
-        boundaries: which modules are blocks; see
-            :func:`~rfcompile.graph.boundaries.find_boundaries`.
+        modules: which modules are blocks, as in :class:`~rfcompile.Wire`.
+        example_inputs: a tuple of arguments or an (args, kwargs) pair; left out,
+            ``model.dummy_inputs``.
 
     Raises:
         CaptureError: there are no inputs. BoundaryError: there are no blocks.
@@ -91,9 +87,9 @@ def analyze(
     """
     check_module(model)
     model = uncompiled(model)
-    inputs = (args, dict(kwargs or {})) if args or kwargs else inputs_of(model, None)
+    inputs = inputs_of(model, example_inputs)
     with without_wrappers(model):
-        blocks = _run(model, find_boundaries(model, boundaries), inputs)
+        blocks = _run(model, find_boundaries(model, modules), inputs)
         notes = [
             f"nothing was measured at {b.module}: it was not called with a tensor"
             for b in blocks

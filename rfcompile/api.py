@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
 
-from rfcompile.companions import Adapters, PolynomialAttention, Rank, TokenGraying
-from rfcompile.errors import CaptureError, RFCompileWarning
-from rfcompile.graph.boundaries import Boundaries
+from rfcompile.errors import CaptureError, OptionError, RFCompileWarning
 from rfcompile.graph.capture import capture
 from rfcompile.graph.diff import Graph, GraphDiff
 from rfcompile.graph.diff import diff as diff_graphs
@@ -24,121 +22,120 @@ from rfcompile.graph.models import (
 )
 from rfcompile.report import journal
 from rfcompile.report.report import Report
-from rfcompile.rewrites.low_rank.targets import Modules
-from rfcompile.rewrites.options import attention_of, graying_of, linears_of
-from rfcompile.rewrites.protocol import Rewrite, rewritten
+from rfcompile.rewrites.protocol import Rewrite, is_rewrite, rewritten
+from rfcompile.rewrites.residual.rewrite import Change as ResidualMode
 from rfcompile.rewrites.residual.rewrite import ResidualFree
-from rfcompile.rewrites.wires import FirstCall, rewrite_graph, with_fake_wire
-from rfcompile.wire.default_policy import policy_of
-from rfcompile.wire.policy import Formatish, Policy, Policyish
+from rfcompile.rewrites.wires import FirstCall, Wire, rewrite_graph, with_fake_wire
+from rfcompile.wire.policy import Policy, Policyish
 
 
 def transform(
     model: nn.Module,
-    bits: Formatish = None,
-    *,
+    *changes: Rewrite | Wire,
+    bits: Policyish = None,
+    residual: ResidualMode | None = None,
     example_inputs: Any = None,
-    residual: str | ResidualFree = "keep",
-    low_rank: int | Rank | None = None,
-    adapters: int | Adapters | None = None,
-    modules: Modules | None = None,
-    attention: str | PolynomialAttention = "softmax",
-    power: int | None = None,
-    scale: str | None = None,
-    token_graying: str | TokenGraying | None = None,
-    epsilon: float | None = None,
-    boundaries: Boundaries = "auto",
-    policy: Policyish = None,
 ) -> nn.Module:
-    """A model like ``model``, its traffic quantized, its residual connections or attentions
-    rewritten; ``model`` itself stays as it is.
+    """A model like ``model``, its traffic quantized or its functions rewritten; ``model`` itself
+    stays as it is.
 
-    The new model has the same state_dict names, and trains, copies, compiles and exports like the
-    old one. It shares every parameter and buffer with it, unless ``residual`` or ``low_rank`` makes
-    some anew.
+    ::
 
-    With ``bits`` or a ``policy``:
+        rf.transform(model, bits=4)
+        rf.transform(model, rf.ResidualFree("anneal"), rf.LowRank(8), rf.Wire("4b:g64"))
+
+    The new model has the same state_dict names, but for those that a rewrite adds, and trains,
+    copies, compiles and exports like the old one. It shares every parameter and buffer with it,
+    unless a rewrite makes some anew (``ResidualFree``, ``LowRank``).
+
+    The wire:
 
     - A model with collectives gets them quantized when it is called: one with DTensor parameters,
-      and, unless ``boundaries`` are given, any in a process group of several ranks. It is
+      and, unless ``Wire(modules=...)`` is given, any in a process group of several ranks. It is
       compiled with backend "rfquant"; if its first call finds no collective, the model is exact,
       and a warning says so. (A copy of it is not compiled: torch drops what ``Module.compile``
       sets. Transform the copy.)
     - Any other gets a fake wire at its boundaries: what leaves a boundary is quantized and
       dequantized at once, and so is the gradient that comes back. It shows on one machine what the
-      wire would do.
+      wire would do. It quantizes tensors of any size unless the policy names ``min_bytes``.
     - An ``fx.GraphModule`` is rewritten as a graph, in the same two ways.
 
     Args:
-        bits: bits an element for all traffic, or a format. Or give a ``policy``, in any spelling
-            (:func:`~rfcompile.wire.policy.as_policy`). Neither: the default policy
-            (:func:`~rfcompile.set_default_policy`), but with another rewrite nothing is quantized.
-            A fake wire quantizes tensors of any size unless ``min_bytes`` is named.
+        changes: what to change, applied in this order: :class:`~rfcompile.ResidualFree`,
+            :class:`~rfcompile.LowRank`, :class:`~rfcompile.Adapters`, those of
+            :mod:`rfcompile.experimental`, and, as the last one, :class:`~rfcompile.Wire`. None, and
+            no shorthand: ``Wire()``, the default policy.
+        bits: short for ``Wire(bits)``, the last change.
+        residual: short for ``ResidualFree(residual)``, the first change: "free" drops every skip,
+            "mix" puts a trainable orthogonal matrix in its place, "anneal" gives each skip a gain
+            that starts at 1.
         example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
             ``model.dummy_inputs``. Used by every rewrite, and for an ``fx.GraphModule`` without
             shapes in its metadata.
-        residual: "keep"; "free" drops every skip, "mix" puts a trainable orthogonal matrix in its
-            place, and both start the blocks' parameters anew, with a temperature in each
-            attention; "anneal" gives each skip a gain that starts at 1. Or a
-            :class:`~rfcompile.ResidualFree` with all choices. New names in the
-            state_dict: ``residual_N.gain``, ``residual_N.weight``, ``temperature``.
-            :func:`~rfcompile.rewrites_of` says what was done.
-        low_rank: a rank, or a :class:`~rfcompile.Rank` with all choices; the
-            weight of linears is computed as ``sin(omega U V) / g``. New names in the state_dict:
-            ``left`` and ``right`` for ``weight``.
-        adapters: a rank, or :class:`~rfcompile.Adapters` with all choices; see
-            :func:`~rfcompile.add_adapters`.
-        modules: which linears get a low rank or adapters: paths, shell patterns, or a function of
-            (path, module); left out, those of the repeated blocks.
-        attention: "softmax"; "polynomial": a ``power`` (3) of the scores in its place, the rows
-            scaled by ``scale``, "row", "sequence" or "learned" (``attention_gain`` in the
-            state_dict). Or a :class:`~rfcompile.companions.PolynomialAttention`.
-        token_graying: "dct" or "svd": the tokens' spectrum is raised to ``epsilon`` before the
-            first block. Or a :class:`~rfcompile.companions.TokenGraying`.
-        boundaries: see :func:`~rfcompile.graph.boundaries.find_boundaries`.
+
+    :func:`~rfcompile.rewrites_of` says what the rewrites did.
 
     Raises:
-        PolicyError, FormatError: options. BoundaryError: nowhere to put the wire. CaptureError: the
-        model cannot be copied or captured, or the graph has no shapes. ResidualError: there is no
-        residual connection, or one cannot be rewritten. AttentionError, GrayingError: likewise for
-        these. And when the new model is called,
-        DtypeError: what leaves a boundary is neither float32, bfloat16 nor float16.
+        OptionError: a change is none, the wire is not the last one, or a change is given twice.
+        PolicyError, FormatError: the policy. BoundaryError: nowhere to put the wire. CaptureError:
+        the model cannot be copied or captured, or the graph has no shapes. ResidualError: there is
+        no residual connection, or one cannot be rewritten. AttentionError, GrayingError: likewise
+        for these. And when the new model is called, DtypeError: what leaves a boundary is neither
+        float32, bfloat16 nor float16.
     """
     check_module(model)
-    changes: list[Rewrite] = []
-    if residual != "keep":
-        how = residual if isinstance(residual, ResidualFree) else ResidualFree(cast(Any, residual))
-        changes.append(how)
-    changes += linears_of(low_rank, adapters, modules)
-    changes += attention_of(attention, power, scale)
-    changes += graying_of(token_graying, epsilon)
-    is_exact = bits is None and policy is None and changes
-    wanted = None if is_exact else policy_of(bits, policy)
-    twin = rewritten(model, changes, example_inputs) if changes else copy_of(model, share=True)
-    return twin if wanted is None else _with_wire(twin, wanted, boundaries, example_inputs)
+    rewrites, wire = _in_order(changes, bits, residual)
+    twin = rewritten(model, rewrites, example_inputs) if rewrites else copy_of(model, share=True)
+    return twin if wire is None else _with_wire(twin, wire, example_inputs)
 
 
-def _with_wire(
-    twin: nn.Module, wanted: Policy, boundaries: Boundaries, example_inputs: Any
-) -> nn.Module:
+def _in_order(
+    changes: Sequence[Rewrite | Wire], bits: Policyish, residual: ResidualMode | None
+) -> tuple[list[Rewrite], Wire | None]:
+    """What to rewrite, in order, and the wire."""
+    every: list[Any] = [] if residual is None else [ResidualFree(residual)]
+    every += changes
+    every += [] if bits is None else [Wire(bits)]
+    every = every or [Wire()]
+    for change in every:
+        if isinstance(change, type) or not (isinstance(change, Wire) or is_rewrite(change)):
+            rule = (
+                "a change is rf.Wire(4), rf.ResidualFree('free'), rf.LowRank(8), rf.Adapters(8) or "
+                "one of rf.experimental; bits=4 and residual='free' are short for two of them."
+            )
+            raise OptionError("changes", change, rule)
+    kinds = [type(change) for change in every]
+    for kind in (Wire, ResidualFree):
+        if kinds.count(kind) > 1:
+            short = "bits" if kind is Wire else "residual"
+            rule = f"it is given twice: give one {kind.__name__}, or {short}= alone."
+            raise OptionError(short, every[len(kinds) - 1 - kinds[::-1].index(kind)], rule)
+    if Wire in kinds[:-1]:
+        rule = "the wire carries what the rewritten model computes: give it as the last change."
+        raise OptionError("changes", every[kinds.index(Wire)], rule)
+    wire = every.pop() if kinds[-1] is Wire else None
+    return every, wire
+
+
+def _with_wire(twin: nn.Module, wire: Wire, example_inputs: Any) -> nn.Module:
     if isinstance(twin, fx.GraphModule):
-        return rewrite_graph(twin, wanted, boundaries, example_inputs).gm
+        return rewrite_graph(twin, wire, example_inputs).gm
     inner = uncompiled(twin)
-    if is_compiled_for_wire(inner, boundaries):
-        if boundaries != "auto":
+    if is_compiled_for_wire(inner, wire.modules):
+        if wire.modules != "auto":
             warnings.warn(
-                f"boundaries={boundaries!r} has no effect on a model with collectives: these are "
+                f"modules={wire.modules!r} has no effect on a model with collectives: these are "
                 "its boundaries.",
                 RFCompileWarning,
                 stacklevel=2,
             )
         if inner is not twin:  # its names start with _orig_mod, and go on doing so
-            compiled: Any = torch.compile(inner, **_compiler(wanted))
+            compiled: Any = torch.compile(inner, **_compiler(wire.chosen))
             compiled.forward = _FirstCall(compiled.forward, inner)
             return cast(nn.Module, compiled)
-        _compile_in_place(twin, wanted)
+        _compile_in_place(twin, wire.chosen)
         return twin
-    twin = with_fake_wire(twin, wanted, boundaries)
+    twin = with_fake_wire(twin, wire)
     uncompiled(twin).register_forward_hook(FirstCall())
     return twin
 

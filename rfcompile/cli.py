@@ -36,6 +36,7 @@ from rfcompile.explain import explain
 from rfcompile.graph.capture import inputs_of
 from rfcompile.report.report import Report
 from rfcompile.rewrites.residual.find import as_json, as_text, find_residuals
+from rfcompile.rewrites.wires import Wire
 from rfcompile.wire.default_policy import bits_of_text, default_policy
 from rfcompile.wire.policy import Policy, Policyish, as_policy
 from rfcompile.wire.process_groups import simulated
@@ -109,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (explain, diff, analysis):
         command.add_argument(
-            "--boundaries",
+            "--modules",
             default="auto",
-            help='"auto", "blocks", "branches", or module paths with commas',
+            help='the blocks: "auto", "blocks", "branches", or module paths with commas',
         )
     diff.add_argument("--html", type=_new_file, metavar="FILE", help="also write a page to FILE")
     return parser
@@ -171,9 +172,7 @@ def _explain(args: argparse.Namespace) -> int:
 def _report(
     args: argparse.Namespace, model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Report:
-    return explain(
-        model, *inputs, kwargs=kwargs, policy=_policy(args), boundaries=_boundaries(args)
-    )
+    return explain(model, _wire(args), example_inputs=(inputs, kwargs))
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -183,7 +182,7 @@ def _diff(args: argparse.Namespace) -> int:
         if report and report.graphs:
             result = api.diff(report)
         else:
-            after = api.transform(model, policy=_policy(args), boundaries=_boundaries(args))
+            after = api.transform(model, _wire(args))
             result = api.diff(model, after, example_inputs=(inputs, kwargs))
     print(result.json() if args.json else result.text())
     if args.html:
@@ -195,7 +194,7 @@ def _diff(args: argparse.Namespace) -> int:
 def _residuals(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):
         model, inputs, kwargs = _load(args.target)
-        found = find_residuals(model, inputs, kwargs)
+        found = find_residuals(model, example_inputs=(inputs, kwargs))
     print(as_json(found) if args.json else as_text(found))
     return 0 if found else 1
 
@@ -203,7 +202,7 @@ def _residuals(args: argparse.Namespace) -> int:
 def _analyze(args: argparse.Namespace) -> int:
     with redirect_stdout(sys.stderr):
         model, inputs, kwargs = _load(args.target)
-        found = analyze(model, *inputs, kwargs=kwargs, boundaries=_boundaries(args))
+        found = analyze(model, modules=_modules(args), example_inputs=(inputs, kwargs))
     print(found.json() if args.json else found)
     return 0
 
@@ -212,14 +211,16 @@ def _ranks(args: argparse.Namespace) -> AbstractContextManager[None]:
     return simulated(args.world_size) if args.world_size > 1 else nullcontext()
 
 
-def _policy(args: argparse.Namespace) -> Policy:
-    given = args.policy or args.policy_of_bits or default_policy() or as_policy(4)
-    return given if args.min_bytes is None else replace(given, min_bytes=args.min_bytes)
+def _wire(args: argparse.Namespace) -> Wire:
+    policy = args.policy or args.policy_of_bits or default_policy() or as_policy(4)
+    if args.min_bytes is not None:
+        policy = replace(policy, min_bytes=args.min_bytes)
+    return Wire(policy, modules=_modules(args))
 
 
-def _boundaries(args: argparse.Namespace) -> str | list[str]:
-    named = args.boundaries.split(",")
-    return str(args.boundaries) if args.boundaries in ("auto", "blocks", "branches") else named
+def _modules(args: argparse.Namespace) -> str | list[str]:
+    named = str(args.modules).split(",")
+    return named[0] if len(named) == 1 else named
 
 
 def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:

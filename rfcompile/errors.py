@@ -81,12 +81,16 @@ class FormatError(RFCompileError, ValueError):
         self.field, self.value, self.rule = field, value, rule
 
 
-class PolicyError(RFCompileError, ValueError):
-    """An option of a :class:`~rfcompile.Policy`, a transform or the backend is not understood."""
+class OptionError(RFCompileError, ValueError):
+    """An argument has a value that it cannot have."""
 
     def __init__(self, option: str, value: object, rule: str) -> None:
         super().__init__(f"{option}={_shown(value)} is not supported: {rule}")
         self.option, self.value, self.rule = option, value, rule
+
+
+class PolicyError(OptionError):
+    """A policy is not understood: a field of a :class:`~rfcompile.Policy`, or where it is given."""
 
 
 class DtypeError(RFCompileError, TypeError):

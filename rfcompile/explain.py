@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile.graph.boundaries import Boundaries
+from rfcompile.errors import OptionError
 from rfcompile.graph.capture import inputs_of
 from rfcompile.graph.models import (
     NO_COLLECTIVES,
@@ -26,19 +26,17 @@ from rfcompile.report.measures import excess_kurtosis, sqnr_db
 from rfcompile.report.report import GraphChange, Report, Site
 from rfcompile.report.step import merge_reports
 from rfcompile.rewrites.protocol import rewrites_of
-from rfcompile.rewrites.wires import rewrite_graph, wires_of, with_fake_wire
-from rfcompile.wire.default_policy import policy_of
+from rfcompile.rewrites.wires import Wire, rewrite_graph, wires_of, with_fake_wire
 from rfcompile.wire.fake import Crossing, round_trip, watch
-from rfcompile.wire.policy import Formatish, Policy, Policyish
+from rfcompile.wire.policy import Policy, Policyish
 
 
 def explain(
     model: nn.Module,
-    *args: Any,
-    kwargs: Mapping[str, Any] | None = None,
-    bits: Formatish = None,
-    policy: Policyish = None,
-    boundaries: Boundaries = "auto",
+    wire: Wire | None = None,
+    *,
+    bits: Policyish = None,
+    example_inputs: Any = None,
 ) -> Report:
     """What would be quantized, where, why not the rest, and what it saves; ``print`` the result.
 
@@ -49,28 +47,32 @@ def explain(
     ``fx.GraphModule`` does not run: its report has no measures.
 
     Args:
-        args, kwargs: the model's inputs; none: ``model.dummy_inputs``.
-        bits, policy, boundaries: as in :func:`transform`.
+        wire: as in :func:`transform`: a :class:`~rfcompile.Wire`; left out, ``Wire()``.
+        bits: short for ``Wire(bits)``.
+        example_inputs: a tuple of arguments or an (args, kwargs) pair; left out,
+            ``model.dummy_inputs``.
 
     Raises:
         as :func:`transform`, and CaptureError when there are no inputs.
     """
-    wanted = policy_of(bits, policy)
+    if wire is not None and not isinstance(wire, Wire):
+        raise OptionError("wire", wire, "give an rf.Wire(...), or bits=4.")
+    if wire is not None and bits is not None:
+        raise OptionError("bits", bits, "give bits or a Wire, not both.")
+    wire = Wire(bits) if wire is None else wire
+    wanted = wire.chosen
     check_module(model)
     model = uncompiled(model)
     if isinstance(model, fx.GraphModule):
-        inputs = (args, dict(kwargs or {})) if args or kwargs else None
-        return _explain_graph(rewrite_graph(model, wanted, boundaries, inputs), wanted)
-    if not args and not kwargs:
-        args, kwargs = inputs_of(model, None)
-    kwargs = dict(kwargs or {})
+        return _explain_graph(rewrite_graph(model, wire, example_inputs), wanted)
+    args, kwargs = inputs_of(model, example_inputs)
     with _state_kept(model):
-        if is_compiled_for_wire(model, boundaries):
+        if is_compiled_for_wire(model, wire.modules):
             report = _explain_compiled(model, args, kwargs, wanted)
             exact = () if report.sites else (NO_COLLECTIVES.format(type(model).__name__),)
             return replace(report, notes=(*_first_lines(model), *exact, *report.notes))
         wanted = wanted.for_fake_wire()
-        twin = with_fake_wire(copy_of(model, share=True), wanted, boundaries)
+        twin = with_fake_wire(copy_of(model, share=True), replace(wire, policy=wanted))
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
             with watch() as crossings:
                 outputs = twin(*args, **kwargs)

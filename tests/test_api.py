@@ -30,8 +30,8 @@ from rfcompile.errors import (
     DtypeError,
     FormatError,
     NonFiniteError,
+    OptionError,
     PayloadError,
-    PolicyError,
     ResidualError,
     RFCompileError,
     RFCompileWarning,
@@ -768,7 +768,7 @@ def test_a_graph_takes_the_paths_of_modules() -> None:
     with pytest.raises(BoundaryError, match="no module that is called matches 'nope'"):
         rf.transform(graph, bits=4, boundaries=["layers.0", "nope"])
     for unknown in ("branches", lambda path, module: True):
-        with pytest.raises(PolicyError, match="a graph has no modules to ask"):
+        with pytest.raises(OptionError, match="a graph has no modules to ask"):
             rf.transform(graph, bits=4, boundaries=unknown)
 
 
@@ -839,8 +839,8 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
 @pytest.mark.parametrize(
     ("options", "error", "field", "pattern"),
     [
-        ({}, PolicyError, ("option", "bits"), "give bits .* or a policy"),
-        ({"bits": 4, "policy": POLICY}, PolicyError, ("value", 4), "not both"),
+        ({}, OptionError, ("option", "bits"), "give bits .* or a policy"),
+        ({"bits": 4, "policy": POLICY}, OptionError, ("value", 4), "not both"),
         ({"bits": 7}, FormatError, ("field", "bits"), "bits=7 is not supported: choose one of"),
         ({"bits": True}, FormatError, ("value", True), "bits=True is not supported"),
         ({"bits": 4.0}, FormatError, ("value", 4.0), "format=4.0 is not supported"),
@@ -869,7 +869,7 @@ def test_a_model_without_residual_adds_cannot_lose_them() -> None:
 def test_only_modules_are_transformed() -> None:
     program = torch.export.export(zoo_like(), (X,))
     for thing in (program, torch.relu, None):
-        with pytest.raises(PolicyError, match=r"give a torch\.nn\.Module or fx\.GraphModule"):
+        with pytest.raises(OptionError, match=r"give a torch\.nn\.Module or fx\.GraphModule"):
             rf.transform(thing, bits=4)  # type: ignore[arg-type]
 
 
@@ -901,7 +901,7 @@ def test_errors_of_the_codec() -> None:
         rf.dequantize(torch.zeros(66), 4, (10,))
     with pytest.raises(DtypeError, match="the output of dequantize"):
         rf.dequantize(rf.quantize(X, 4), 4, X.shape, torch.int32)
-    with pytest.raises(PolicyError, match="no payload of an exact tensor"):
+    with pytest.raises(OptionError, match="no payload of an exact tensor"):
         rf.quantize(X, None)  # type: ignore[arg-type]
     with pytest.raises(NonFiniteError, match="in the input of quantize"):
         rf.quantize(torch.tensor([torch.nan]), "4b:raise")

@@ -17,7 +17,7 @@ from torch import nn
 import rfcompile as rf
 from rfcompile.codec.fingerprint import package_version
 from rfcompile.distributed import broadcast_states, quantize_ddp, quantize_fsdp
-from rfcompile.errors import FormatError, HookError, PolicyError, RFCompileWarning, ShapeError
+from rfcompile.errors import FormatError, HookError, OptionError, RFCompileWarning, ShapeError
 from rfcompile.inductor.backend import Settings
 from rfcompile.training import pack_state_dict, quantize_states
 from rfcompile.wire import default_policy as defaults
@@ -97,13 +97,13 @@ WRONG: list[tuple[Any, type[Exception]]] = [
     ("4b:g64:g128", FormatError),
     ("4b:rise:tread", FormatError),
     ({"bits": 4.0}, FormatError),
-    ({"bitz": 4}, PolicyError),
-    ({"group_size": 64}, PolicyError),
-    ({}, PolicyError),
-    ({3: 4}, PolicyError),
-    ({"auto": 4, "bits": 4}, PolicyError),
-    ("/no/such/policy.toml", PolicyError),
-    (Path("/no/such/policy.toml"), PolicyError),
+    ({"bitz": 4}, OptionError),
+    ({"group_size": 64}, OptionError),
+    ({}, OptionError),
+    ({3: 4}, OptionError),
+    ({"auto": 4, "bits": 4}, OptionError),
+    ("/no/such/policy.toml", OptionError),
+    (Path("/no/such/policy.toml"), OptionError),
 ]
 
 
@@ -131,7 +131,7 @@ def test_every_door_reads_files(door: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("door", list(DOORS))
 @pytest.mark.parametrize(("policy", "error"), WRONG, ids=str)
 def test_every_door_refuses_the_same(door: str, policy: Any, error: type[Exception]) -> None:
-    with pytest.raises((FormatError, PolicyError)) as caught:
+    with pytest.raises((FormatError, OptionError)) as caught:
         DOORS[door](policy)
     assert type(caught.value) is error
     with pytest.raises(error) as plain:
@@ -142,9 +142,9 @@ def test_every_door_refuses_the_same(door: str, policy: Any, error: type[Excepti
 def test_none_is_exact_where_a_policy_must_be_given() -> None:
     assert as_policy(None) == as_policy("exact") == Policy()
     assert as_policy(None).is_exact
-    with pytest.raises(PolicyError, match=r"give bits .* or a policy"):
+    with pytest.raises(OptionError, match=r"give bits .* or a policy"):
         rf.transform(net())
-    with pytest.raises(PolicyError, match="not both"):
+    with pytest.raises(OptionError, match="not both"):
         rf.transform(net(), 4, policy=4)
 
 
@@ -174,7 +174,7 @@ def test_a_fake_wire_has_no_smallest_size_unless_it_is_named() -> None:
 
 def test_a_backend_without_options_says_how_to_give_them() -> None:
     for options in (None, {}, {"strict": True}, {"mode": "max-autotune"}):
-        with pytest.raises(PolicyError, match=r"options=.*set_default_policy.*RFCOMPILE_BITS"):
+        with pytest.raises(OptionError, match=r"options=.*set_default_policy.*RFCOMPILE_BITS"):
             Settings.of(options)
 
 
@@ -192,12 +192,12 @@ def test_options_win_over_what_is_set_and_that_over_the_environment(
     rf.set_default_policy(None)
     (file := tmp_path / "p.toml").write_text("gradients = 8")
     monkeypatch.setenv("RFCOMPILE_POLICY", str(file))
-    with pytest.raises(PolicyError, match="RFCOMPILE_BITS='2b:g64' is set as well"):
+    with pytest.raises(OptionError, match="RFCOMPILE_BITS='2b:g64' is set as well"):
         Settings.of(None)
     monkeypatch.delenv("RFCOMPILE_BITS")
     assert Settings.of(None).policy == Policy(gradients=8)
     monkeypatch.setenv("RFCOMPILE_POLICY", "/no/policy.toml")
-    with pytest.raises(PolicyError, match=r"RFCOMPILE_POLICY='/no/policy.toml' .* cannot be read"):
+    with pytest.raises(OptionError, match=r"RFCOMPILE_POLICY='/no/policy.toml' .* cannot be read"):
         Settings.of(None)
 
 
@@ -219,7 +219,7 @@ def test_a_default_that_changes_after_compiling_warns() -> None:
 
 
 def test_unknown_modes_are_typed_errors() -> None:
-    with pytest.raises(PolicyError, match=r"mode='fastest' .* 'max-autotune'"):
+    with pytest.raises(OptionError, match=r"mode='fastest' .* 'max-autotune'"):
         Settings.of({"bits": 4, "mode": "fastest"})
 
 
@@ -346,7 +346,7 @@ def test_a_shape_may_be_a_number_and_must_be_one() -> None:
 )
 def test_damaged_files_are_typed_errors(content: bytes, tmp_path: Path) -> None:
     (file := tmp_path / "policy.toml").write_bytes(content)
-    with pytest.raises((PolicyError, FormatError)) as caught:
+    with pytest.raises((OptionError, FormatError)) as caught:
         Policy.from_file(file)
     assert len(str(caught.value)) < 1000
 
@@ -363,5 +363,5 @@ def test_the_version_is_a_name() -> None:
 
 @pytest.mark.parametrize("path", [".", "no\0file.toml", None, 7])
 def test_what_is_no_file_of_a_policy(path: Any) -> None:
-    with pytest.raises(PolicyError, match="it cannot be read"):
+    with pytest.raises(OptionError, match="it cannot be read"):
         Policy.from_file(path)

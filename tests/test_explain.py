@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
-from rfcompile.errors import BoundaryError, CaptureError, PolicyError
+from rfcompile.errors import BoundaryError, CaptureError, OptionError
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.process_groups import simulated
 
@@ -397,10 +397,10 @@ def test_a_model_without_collectives_beside_a_process_group() -> None:
 def test_errors() -> None:
     with pytest.raises(CaptureError, match="Net has no example inputs"):
         rf.explain(Net(), bits=4)
-    with pytest.raises(PolicyError, match="give bits") as caught:
+    with pytest.raises(OptionError, match="give bits") as caught:
         rf.explain(Net(), X)
     assert caught.value.option == "bits"
-    with pytest.raises(PolicyError, match=r"model=.* is not supported"):
+    with pytest.raises(OptionError, match=r"model=.* is not supported"):
         rf.explain(torch.relu, X, bits=4)  # type: ignore[arg-type]
     with pytest.raises(BoundaryError, match="has no repeated blocks"):
         rf.explain(nn.Linear(64, 2), X, bits=4)

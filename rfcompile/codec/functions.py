@@ -13,7 +13,7 @@ from rfcompile.codec import arithmetic, operators
 from rfcompile.codec.compiling import before_compiling
 from rfcompile.codec.derivatives import refuse_tangents
 from rfcompile.codec.formats import QuantFormat, as_format
-from rfcompile.errors import PolicyError, ShapeError
+from rfcompile.errors import OptionError, ShapeError
 
 
 def quantize(x: Tensor, fmt: QuantFormat | str | int, *, seed: int = 0) -> Tensor:
@@ -78,6 +78,6 @@ def _sizes(shape: object) -> tuple[int, ...]:
 def _required(fmt: QuantFormat | str | int) -> QuantFormat:
     format = as_format(fmt)
     if format is None:
-        raise PolicyError("fmt", fmt, "give a format; there is no payload of an exact tensor.")
+        raise OptionError("fmt", fmt, "give a format; there is no payload of an exact tensor.")
     # Read from the text, its numbers are constants while compiling too.
     return QuantFormat.parse(format.spec) if torch.compiler.is_compiling() else format

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,11 +19,22 @@ from rfcompile.codec import operators
 from rfcompile.codec.compiling import before_compiling
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.codec.operators import OPERATORS, Coder
+from rfcompile.errors import OptionError
+
+CoderName = Literal["eager", "compiled"]
+"""What ``coder=`` takes."""
 
 
-def coder_of(compile: bool) -> Coder:
-    """What a wire passes on as ``coder``."""
-    if not compile:
+def coder_of(name: CoderName) -> Coder:
+    """What a wire passes on as ``coder``.
+
+    Raises:
+        OptionError: there is no such coder.
+    """
+    if name not in get_args(CoderName):
+        rule = "choose 'eager', or 'compiled' for kernels that Inductor generates (same bytes)."
+        raise OptionError("coder", name, rule)
+    if name == "eager":
         return OPERATORS
     before_compiling()
     return COMPILED

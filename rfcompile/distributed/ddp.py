@@ -18,10 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, site_of
-from rfcompile.distributed.coders import coder_of
+from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, RFCompileError, StateError
+from rfcompile.report.handle import Handle
 from rfcompile.report.report import Report
 from rfcompile.wire.exchanges import all_reduce_wire
 from rfcompile.wire.policy import Policy, Policyish, as_policy
@@ -34,7 +35,7 @@ def quantize_ddp(
     policy: Policyish,
     *,
     error_feedback: bool = False,
-    compile: bool = False,
+    coder: CoderName = "eager",
 ) -> "DDPHandle":
     """Let a DDP module average its gradients in the format of ``policy.gradients``.
 
@@ -51,8 +52,8 @@ def quantize_ddp(
             travel together; ``min_bytes`` counts those of a bucket that ``sites`` does not name.
         error_feedback: add to each step what the quantization of the last one left over. It costs
             4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
-        compile: code with kernels that Inductor generates, once a format for all sizes: faster than
-            eager torch, after half a minute or less in the first step. Same bytes. Stochastic
+        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
+            are faster, after half a minute or less in the first step. Same bytes. Stochastic
             rounding stays eager. See ``coders.py``.
 
     Stochastic rounding takes another seed on each rank, for each bucket and in each step.
@@ -67,12 +68,10 @@ def quantize_ddp(
         A rank whose module is not DDP can tell the others only while the default process group is
         the only one; else they wait for the timeout of theirs.
     """
-    chosen, coder = together(
-        _group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy, compile)
-    )
+    chosen, codes = together(_group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy, coder))
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
     require_same(ddp.process_group, plan)
-    handle = DDPHandle(ddp, chosen, coder, error_feedback=error_feedback)
+    handle = DDPHandle(ddp, chosen, codes, error_feedback=error_feedback)
     ddp.register_comm_hook(handle, quantized_hook)
     return handle
 
@@ -95,7 +94,7 @@ class _Bucket:
     parts: tuple[Part, ...]
 
 
-class DDPHandle:
+class DDPHandle(Handle):
     """What :func:`quantize_ddp` returns: report, checkpoints, and the way back."""
 
     def __init__(
@@ -290,10 +289,10 @@ def _group_of(ddp: object) -> Any:
     return next(found, sole_group())
 
 
-def _prepared(ddp: object, policy: Policyish, compile: bool) -> tuple[Policy, Coder]:
+def _prepared(ddp: object, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
     chosen = as_policy(policy)
     _require_free(ddp)
-    return chosen, coder_of(compile)
+    return chosen, coder_of(coder)
 
 
 def _require_free(ddp: object) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import path_of
-from rfcompile.distributed.coders import coder_of
+from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError, TransportError
+from rfcompile.report.handle import Handle
 from rfcompile.report.report import Report
 from rfcompile.torch_versions import warn_if_untried
 from rfcompile.wire.policy import Policy, Policyish, as_policy
@@ -29,7 +30,7 @@ def quantize_fsdp(
     policy: Policyish,
     *,
     weight_delta: bool = False,
-    compile: bool = False,
+    coder: CoderName = "eager",
 ) -> FSDPHandle:
     """Let every FSDP2 unit of a module gather weights and reduce gradients as the policy says.
 
@@ -50,8 +51,8 @@ def quantize_fsdp(
             errors do not add up and 4 bits suffice. Each rank then keeps a copy of the decoded
             weights, in the dtype they are gathered in, and backward gathers nothing. The first
             gather is exact. See ``weight_delta.py``.
-        compile: code with kernels that Inductor generates, once a format for all sizes: faster than
-            eager torch, after half a minute or less in the first step. Same bytes. Stochastic
+        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
+            are faster, after half a minute or less in the first step. Same bytes. Stochastic
             rounding stays eager. See ``coders.py``.
 
     Stochastic rounding of gradients takes another seed on each rank and in each step; that of
@@ -69,13 +70,13 @@ def quantize_fsdp(
         default process group is the only one; else they wait for the timeout of theirs.
     """
     groups = _groups_of(module)
-    chosen, units, coder = _everywhere(groups, lambda: _prepared(module, policy, compile))
+    chosen, units, codes = _everywhere(groups, lambda: _prepared(module, policy, coder))
     plan = f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}"
     _agree(groups, plan)
-    return FSDPHandle(module, units, chosen, weight_delta, coder)
+    return FSDPHandle(module, units, chosen, weight_delta, codes)
 
 
-class FSDPHandle:
+class FSDPHandle(Handle):
     """What :func:`quantize_fsdp` returns: the report, and the way back."""
 
     def __init__(
@@ -187,7 +188,7 @@ def _return(value: T) -> T:
 
 
 def _prepared(
-    module: Any, policy: Policyish, compile: bool
+    module: Any, policy: Policyish, coder: CoderName
 ) -> tuple[Policy, tuple[Unit, ...], Coder]:
     warn_if_untried()
     chosen = as_policy(policy)
@@ -195,7 +196,7 @@ def _prepared(
         raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")
     units = units_of(module)
     _require_free(module, units)
-    return chosen, units, coder_of(compile)
+    return chosen, units, coder_of(coder)
 
 
 def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:

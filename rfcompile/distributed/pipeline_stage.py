@@ -26,10 +26,11 @@ from torch.distributed.pipelining.stage import (
     _PipelineStageBase,
 )
 
-from rfcompile.codec.operators import Coder
-from rfcompile.distributed.coders import coder_of
+from rfcompile.codec.operators import OPERATORS, Coder
+from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ProcessGroupError, ShapeError
+from rfcompile.report.handle import Handle
 from rfcompile.report.report import Report
 from rfcompile.torch_versions import (
     STAGE_OUTPUTS,
@@ -57,10 +58,11 @@ _OVERRIDDEN = (
 )
 
 
-class _QuantizedStage(_PipelineStageBase):
+class _QuantizedStage(Handle, _PipelineStageBase):
     """What a stage does differently, whichever front end of torch made it."""
 
     _wire: StageWire
+    _is_removed = False
 
     def report(self) -> Report:
         """A line for each tensor that a micro-batch sends, with the bytes of the last step.
@@ -71,18 +73,27 @@ class _QuantizedStage(_PipelineStageBase):
         """
         return self._wire.report(name_of(resolve(self.group)), self.group_size)
 
-    def _wire_parts(self, policy: Policyish, compile: bool) -> tuple[Policy, Coder]:
+    def remove(self) -> None:
+        """Send exactly from the next step on; every rank must call, between two steps.
+
+        The stage stays what it is, and :func:`quantize_pipeline_stage` takes it again.
+        """
+        self._is_removed = True
+        self._wire = StageWire(Policy(), self.stage_index, self.num_stages, OPERATORS)
+
+    def _wire_parts(self, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
         warn_if_untried()
         require(self, _READ, f"pipeline stage {type(self).__name__}")
         # A method that torch no longer has would never be called: payloads would stay coded.
         require(_PipelineStageBase, _OVERRIDDEN, "torch's pipeline stage")
-        return as_policy(policy), coder_of(compile)
+        return as_policy(policy), coder_of(coder)
 
     def _start_wire(self, policy: Policy, coder: Coder) -> None:
         """Every rank of the group is here at the same time."""
         plan = f"pipeline of {self.num_stages} stages {policy.describe()}"
         require_same(resolve(self.group), plan)
         self._wire = StageWire(policy, self.stage_index, self.num_stages, coder)
+        self._is_removed = False
 
     def clear_runtime_states(self) -> None:
         """A schedule calls this before each step."""
@@ -191,8 +202,8 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
         policy: as everywhere: bits, a format, a mapping, a Policy; None is exact. A pattern of
             ``sites`` is compared with ``stages.N``, where stage N sends: activations to the next
             stage, gradients to the one before. ``min_bytes`` counts a tensor of one micro-batch.
-        compile: code with kernels that Inductor generates, once a format for all sizes: faster than
-            eager torch, after half a minute or less in the first step. Same bytes. Stochastic
+        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
+            are faster, after half a minute or less in the first step. Same bytes. Stochastic
             rounding stays eager. See ``coders.py``.
 
     Stochastic rounding takes another seed for each tensor, micro-batch, step and stage.
@@ -210,20 +221,22 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
         first.
     """
 
-    def __init__(self, *args: Any, policy: Policyish, compile: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, policy: Policyish, coder: CoderName = "eager", **kwargs: Any
+    ) -> None:
         def made() -> tuple[Policy, Coder]:
             super(QuantizedPipelineStage, self).__init__(*args, **kwargs)
-            return self._wire_parts(policy, compile)
+            return self._wire_parts(policy, coder)
 
         self._start_wire(*together(_group_among(args, kwargs), "QuantizedPipelineStage", made))
 
 
-def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = False) -> Any:
+def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName = "eager") -> Any:
     """Make a stage that exists one that sends as :class:`QuantizedPipelineStage` does.
 
     For what ``pipeline(...).build_stage(...)`` returns, and for other stages than PipelineStage.
     Every rank must call it, between two steps. The stage itself is changed: its class becomes one
-    that derives from its own and has ``report()`` in addition.
+    that derives from its own and has ``report()`` and ``remove()`` in addition.
 
     Returns:
         ``stage``.
@@ -237,13 +250,13 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, compile: bool = Fa
 
     def changed() -> tuple[Policy, Coder]:
         stage.__class__ = _quantized_kind(stage)
-        return stage._wire_parts(policy, compile)  # type: ignore[no-any-return]
+        return stage._wire_parts(policy, coder)  # type: ignore[no-any-return]
 
     is_stage = isinstance(stage, _PipelineStageBase) and hasattr(stage, "group")
     group = resolved(stage.group, site) if is_stage else sole_group()
     try:
-        chosen, coder = together(group, site, changed)
-        stage._start_wire(chosen, coder)
+        chosen, codes = together(group, site, changed)
+        stage._start_wire(chosen, codes)
     except BaseException:
         if type(stage) is not kind:
             stage.__class__ = kind
@@ -258,7 +271,9 @@ def _quantized_kind(stage: object) -> type:
         rule = "pass a PipelineStage, or what pipeline(...).build_stage(...) returned."
         raise HookError(kind.__name__, rule)
     if isinstance(stage, _QuantizedStage):
-        raise HookError(kind.__name__, "it is quantized already. Create another one.")
+        if stage._is_removed:
+            return kind
+        raise HookError(kind.__name__, "it is quantized already: call its remove() on every rank.")
     return type(f"Quantized{kind.__name__.lstrip('_')}", (_QuantizedStage, kind), {})
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rfcompile.errors import BoundaryError, CaptureError, PolicyError
+from rfcompile.errors import BoundaryError, CaptureError, OptionError
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.capture import exported, inputs_of
 from rfcompile.graph.models import check_module, copy_of, uncompiled
@@ -47,13 +47,13 @@ def split_at_boundaries(
         example_inputs: those of one micro-batch, as for :func:`rfcompile.transform`.
 
     Raises:
-        PolicyError: ``n``. BoundaryError: too few boundaries, a block whose output nothing uses, or
+        OptionError: ``n``. BoundaryError: too few boundaries, a block whose output nothing uses, or
         a parameter that two stages use. CaptureError: the model cannot be captured, or changes its
         buffers, as a batch norm in training does.
     """
     check_module(model)
     if type(n) is not int or n < 1:
-        raise PolicyError("n", n, "give a number of stages, 1 or more.")
+        raise OptionError("n", n, "give a number of stages, 1 or more.")
     model = uncompiled(model)
     twin = copy_of(model, share=True)
     _mark(twin)

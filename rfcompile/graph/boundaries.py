@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import nn
 
 from rfcompile.errors import BoundaryError
+from rfcompile.graph.modules import Modules, matching, matching_any, patterns_of
 
-Boundaries = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
-
-def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[str, nn.Module]:
+def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn.Module]:
     """The modules whose output crosses the wire, by path; one that has several paths by the first.
 
     Args:
         model: any module.
-        boundaries: "blocks" or "auto": the repeated blocks, where a pipeline would be cut (beside
+        modules: "blocks" or "auto": the repeated blocks, where a pipeline would be cut (beside
             other ranks ``transform`` takes "auto" for real collectives). "branches": the
             children of the repeated blocks that hold at least two matrices (attention, MLP), where
-            tensor parallelism would all-reduce. A list of module paths (shell patterns are fine),
-            or a function of (path, module) that says yes.
+            tensor parallelism would all-reduce. Or any modules, as
+            :data:`~rfcompile.graph.modules.Modules` says.
 
     Raises:
         BoundaryError: nothing matches, with what to do.
@@ -31,47 +29,42 @@ def find_boundaries(model: nn.Module, boundaries: Boundaries = "auto") -> dict[s
     Sequentials are if there are no others.
     """
     # Lists of modules are never called themselves: nothing leaves them.
-    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
-    if boundaries in ("auto", "blocks"):
+    called = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
+    if isinstance(modules, str) and modules in ("auto", "blocks"):
         found = dict(_all_blocks(model))
-    elif boundaries == "branches":
+    elif isinstance(modules, str) and modules == "branches":
         found = dict(
             branch for path, block in _all_blocks(model) for branch in _branches(path, block)
         )
-    elif isinstance(boundaries, str):
-        raise BoundaryError(
-            f"boundaries={boundaries!r} is not known: use 'auto', 'blocks', 'branches', a list of "
-            "module paths, or a function of (path, module)."
-        )
-    elif callable(boundaries):
-        found = {path: module for path, module in modules.items() if boundaries(path, module)}
+    elif callable(modules):
+        found = {path: module for path, module in called.items() if modules(path, module)}
     else:
-        found = {path: modules[path] for path in match_paths(tuple(boundaries), modules)}
+        found = {path: called[path] for path in match_paths(patterns_of(modules), called)}
     if not found:
         raise BoundaryError(
             f"{type(model).__name__} has no repeated blocks (two or more modules of one class in a "
             "ModuleList or Sequential): name the modules whose output crosses the wire, "
-            "boundaries=['path.of.module', ...]."
+            "modules=['path.of.module', ...]."
         )
     first_path = {id(module): path for path, module in reversed(found.items())}
     return {path: module for path, module in found.items() if first_path[id(module)] == path}
 
 
-def match_paths(patterns: tuple[str, ...], paths: Iterable[str]) -> list[str]:
-    """The paths that some pattern matches.
+def match_paths(patterns: tuple[str, ...], paths: Collection[str]) -> list[str]:
+    """The paths that some pattern means; see :data:`~rfcompile.graph.modules.Modules`.
 
     Raises:
         BoundaryError: a pattern matches none.
     """
-    paths = list(paths)
     for pattern in patterns:
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        if not matching(pattern, paths):
             named = [path for path in paths if path]
             raise BoundaryError(
-                f"boundaries: no module that is called matches {pattern!r}; the paths here are "
-                f"those of model.named_modules(), such as {', '.join(named[:3]) or '(none)'}."
+                f"modules: no module that is called matches {pattern!r}; the paths here are "
+                f"those of model.named_modules(), such as {', '.join(named[:3]) or '(none)'}. The "
+                "words are 'auto', 'blocks' and 'branches'."
             )
-    return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
+    return matching_any(patterns, paths)
 
 
 # ---- blocks of a module ------------------------------------------------------------------------

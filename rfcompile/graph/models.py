@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from rfcompile.errors import CaptureError, PolicyError
+from rfcompile.errors import CaptureError, OptionError
 from rfcompile.graph.capture import inputs_of
 from rfcompile.nn.rebinding import Rebinding
 
@@ -25,7 +25,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         rule = "give a torch.nn.Module or fx.GraphModule; an ExportedProgram has one, .module()."
-        raise PolicyError("model", model, rule)
+        raise OptionError("model", model, rule)
 
 
 def copy_of(model: ModuleT, *, share: bool) -> ModuleT:
@@ -110,16 +110,16 @@ def has_collectives(model: nn.Module) -> bool:
 
 NO_COLLECTIVES = (
     "{} has no collective in its graphs, so it is exact. In a process group of several ranks "
-    "transform quantizes the collectives that a model has; boundaries='blocks' (or 'branches', or "
+    "transform quantizes the collectives that a model has; rf.Wire(4, modules='blocks') (or 'branches', or "
     "paths of modules) puts a fake wire into it."
 )
 
 
-def is_compiled_for_wire(model: nn.Module, boundaries: object) -> bool:
-    """Its traffic is that of its graphs: it has DTensor parameters, or no ``boundaries`` are named
+def is_compiled_for_wire(model: nn.Module, modules: object) -> bool:
+    """Its traffic is that of its graphs: it has DTensor parameters, or no ``modules`` are named
     and there are other ranks, so that its forward may call collectives.
     """
-    return has_collectives(model) or (boundaries == "auto" and _is_in_process_group())
+    return has_collectives(model) or (modules == "auto" and _is_in_process_group())
 
 
 def _is_in_process_group() -> bool:

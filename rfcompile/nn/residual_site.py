@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 
 Mode = Literal["keep", "gain", "free", "mix"]
 
@@ -42,10 +42,10 @@ class ResidualSite(nn.Module):
         """Change the mode; "gain" and "mix" make their parameter, on the device of ``like``.
 
         Raises:
-            PolicyError: no such mode, or "mix" without a width.
+            OptionError: no such mode, or "mix" without a width.
         """
         if mode not in get_args(Mode):
-            raise PolicyError("mode", mode, f"choose one of {', '.join(get_args(Mode))}.")
+            raise OptionError("mode", mode, f"choose one of {', '.join(get_args(Mode))}.")
         for name in ("gain", "weight"):
             if name in self._parameters:
                 delattr(self, name)
@@ -54,7 +54,7 @@ class ResidualSite(nn.Module):
             self.gain = nn.Parameter(torch.ones(1, device=device, dtype=dtype))
         if mode == "mix":
             if width is None:
-                raise PolicyError("width", width, "mixing needs the width of the stream.")
+                raise OptionError("width", width, "mixing needs the width of the stream.")
             # In float32: torch has no QR decomposition of narrower numbers.
             weight = nn.init.orthogonal_(torch.empty(width, width, device=device))
             self.weight = nn.Parameter(weight.to(dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 from torch.distributed.fsdp import FSDPModule
 
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 from rfcompile.graph.capture import Inputs, copied, inputs_of
 from rfcompile.graph.models import check_module, copy_of, uncompiled, with_shapes
 from rfcompile.report.table import TableReport
@@ -36,6 +36,11 @@ class Rewrite(Protocol):
     def on_graph(self, gm: fx.GraphModule) -> TableReport: ...
 
 
+def is_rewrite(change: object) -> bool:
+    """It has the parts of a :class:`Rewrite`."""
+    return all(hasattr(change, name) for name in ("keeps_parameters", "on_module", "on_graph"))
+
+
 def add_report(model: nn.Module, report: TableReport) -> None:
     """Keep a rewrite's report with the model: it is copied and pickled with it."""
     setattr(model, REPORTS, (*rewrites_of(model), report))
@@ -55,13 +60,13 @@ def rewritten(
     """A copy of the model, changed in the given order; each change leaves its report there.
 
     Raises:
-        PolicyError: it is no module, or sharded by FSDP2. CaptureError: it cannot be copied. And
+        OptionError: it is no module, or sharded by FSDP2. CaptureError: it cannot be copied. And
         what the changes raise.
     """
     check_module(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         rule = "its parameters are DTensors of FSDP: rewrite the model first, then shard it."
-        raise PolicyError("model", type(model).__name__, rule)
+        raise OptionError("model", type(model).__name__, rule)
     with torch.inference_mode(False):
         twin = copy_of(model, share=all(change.keeps_parameters for change in changes))
         if isinstance(twin, fx.GraphModule):

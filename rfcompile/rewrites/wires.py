@@ -12,6 +12,7 @@ import inspect
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -19,40 +20,71 @@ import torch
 from torch import fx, nn
 from torch._dynamo import OptimizedModule
 
-from rfcompile.errors import PolicyError, RFCompileWarning
+from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.find.collectives import find_collectives
-from rfcompile.graph.boundaries import Boundaries, find_boundaries
+from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.models import has_shapes, uncompiled, with_shapes
+from rfcompile.graph.modules import Modules, patterns_of
 from rfcompile.graph.pipeline import Record, run
 from rfcompile.nn.rebinding import Bound
 from rfcompile.passes import boundary_pipeline, wire_pipeline
+from rfcompile.wire.default_policy import policy_of
 from rfcompile.wire.fake import FakeWire
-from rfcompile.wire.policy import Policy
+from rfcompile.wire.policy import Policy, Policyish
 
 
-def with_fake_wire(twin: nn.Module, wanted: Policy, boundaries: Boundaries) -> nn.Module:
+@dataclass(frozen=True)
+class Wire:
+    """The wire of a model: what travels in which format, and where a fake wire stands.
+
+    Args:
+        policy: bits, a format, a mapping, a :class:`~rfcompile.Policy`, "exact", the path of a TOML
+            file; left out, the default policy (:func:`~rfcompile.set_default_policy`). Bits or a
+            format are for all kinds of traffic.
+        modules: where a fake wire stands in a model without collectives: at the end of its
+            repeated blocks ("auto", "blocks"), of their branches ("branches"), or of any modules:
+            paths, shell patterns, or a function of (path, module). With collectives these are where
+            the traffic is, and ``modules`` has no effect, which a warning says. In a process group
+            of several ranks "auto" means collectives, anything else a fake wire.
+
+    Raises:
+        PolicyError, FormatError: the policy is not understood, or there is none.
+    """
+
+    policy: Policyish = None
+    modules: Modules = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policy", policy_of(self.policy))
+        if not (isinstance(self.modules, str) or callable(self.modules)):
+            object.__setattr__(self, "modules", patterns_of(self.modules))
+
+    @property
+    def chosen(self) -> Policy:
+        """The policy as it was understood."""
+        assert isinstance(self.policy, Policy)
+        return self.policy
+
+
+def with_fake_wire(twin: nn.Module, wire: Wire) -> nn.Module:
     """The module, with a fake wire at its boundaries in place of those that it may have."""
     inner = uncompiled(twin)
-    found = find_boundaries(inner, boundaries)
-    place(inner, {path: FakeWire(path, wanted) for path in found})
+    found = find_boundaries(inner, wire.modules)
+    place(inner, {path: FakeWire(path, wire.chosen) for path in found})
     return twin
 
 
-def rewrite_graph(
-    gm: fx.GraphModule, policy: Policy, boundaries: Boundaries, example_inputs: Any
-) -> Record:
+def rewrite_graph(gm: fx.GraphModule, wire: Wire, example_inputs: Any) -> Record:
     """:func:`transform` for a graph, with the record of what was done."""
     gm = with_shapes(gm, example_inputs)
     if has_shapes(gm) and find_collectives(gm):
-        return run(gm, wire_pipeline(policy, "forward"))
-    if callable(boundaries) or (
-        isinstance(boundaries, str) and boundaries not in ("auto", "blocks")
-    ):
+        return run(gm, wire_pipeline(wire.chosen, "forward"))
+    if callable(wire.modules) or wire.modules == "branches":
         rule = "a graph has no modules to ask: use 'blocks' or give the paths of the modules."
-        raise PolicyError("boundaries", boundaries, rule)
-    if isinstance(boundaries, str):
-        return run(gm, boundary_pipeline(policy))
-    return run(gm, boundary_pipeline(policy, tuple(boundaries)))
+        raise OptionError("modules", wire.modules, rule)
+    if isinstance(wire.modules, str) and wire.modules in ("auto", "blocks"):
+        return run(gm, boundary_pipeline(wire.chosen))
+    return run(gm, boundary_pipeline(wire.chosen, patterns_of(wire.modules)))
 
 
 class SendingForward:
@@ -89,7 +121,7 @@ class FirstCall:
                 f"{len(idle)} of {len(wires)} fake wires did not run in the first call of "
                 f"{type(model).__name__}: {', '.join(map(repr, idle))}. The model called these "
                 "modules in another way than module(x), or not at all. Name the modules that it "
-                "calls in boundaries.",
+                "calls in modules.",
                 RFCompileWarning,
                 stacklevel=2,
             )

@@ -13,6 +13,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import StateError
+from rfcompile.report.handle import Handle
 from rfcompile.report.report import Report, Site
 from rfcompile.states.copies import carry, drop, handle_of
 from rfcompile.states.loading import to_load
@@ -37,7 +38,7 @@ def quantize_states(
     *,
     offload: bool = False,
     packed_state_dict: bool = False,
-) -> QuantizedStates:
+) -> StatesHandle:
     """Keep an optimizer's moments quantized between its steps.
 
     Each step decodes the states, runs, and codes them again (:func:`pack` has the formula), so in
@@ -47,7 +48,7 @@ def quantize_states(
 
     A wrapper that holds the optimizer (accelerate's, Lightning's, ZeroRedundancyOptimizer,
     Lookahead) may be given in its place. A copy of the optimizer (``copy.deepcopy``, ``pickle``,
-    ``torch.save``) is quantized, too, with a handle of its own: :meth:`QuantizedStates.of`.
+    ``torch.save``) is quantized, too, with a handle of its own: :meth:`StatesHandle.of`.
 
     Args:
         policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
@@ -73,10 +74,9 @@ def quantize_states(
             raise StateError(
                 "the states are quantized already",
                 [type(part).__name__],
-                "Call remove() of the first handle before: QuantizedStates.of(optimizer) returns "
-                "it.",
+                "Call remove() of the first handle before: StatesHandle.of(optimizer) returns it.",
             )
-    handle = QuantizedStates(chosen, offload=offload, packed_state_dict=packed_state_dict)
+    handle = StatesHandle(chosen, offload=offload, packed_state_dict=packed_state_dict)
     handle._start(parts, wrappers)
     return handle
 
@@ -90,7 +90,7 @@ def takes_packed(optimizer: Optimizer) -> bool:
     return all(handle_of(part) is not None for part in parts_of(optimizer)[0])
 
 
-class QuantizedStates:
+class StatesHandle(Handle):
     """What :func:`quantize_states` returns: the report, and the way back."""
 
     def __init__(self, policy: Policy, *, offload: bool, packed_state_dict: bool) -> None:
@@ -107,7 +107,7 @@ class QuantizedStates:
         self._hooks: list[Any] = []
 
     @staticmethod
-    def of(optimizer: Optimizer) -> QuantizedStates:
+    def of(optimizer: Optimizer) -> StatesHandle:
         """The handle of an optimizer whose states are quantized, a copy's own one, too.
 
         Raises:
@@ -115,7 +115,7 @@ class QuantizedStates:
         """
         part = parts_of(optimizer)[0][0]
         handle = handle_of(part)
-        if not isinstance(handle, QuantizedStates):
+        if not isinstance(handle, StatesHandle):
             raise StateError(
                 "the states are not quantized", [type(part).__name__], "Call quantize_states."
             )

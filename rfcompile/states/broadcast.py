@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import PolicyError, StateError
+from rfcompile.errors import OptionError, StateError
 from rfcompile.report.report import Report
 from rfcompile.states.at_rest import takes_packed
 from rfcompile.states.packing import pack_state_dict, unpack_state_dict
@@ -86,7 +86,7 @@ def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> 
     """The policy, and what must be the same on all ranks."""
     chosen = as_policy(policy)
     if type(src) is not int or not 0 <= src < group.size():
-        raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+        raise OptionError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
     kinds = ", ".join(_class_name(type(part)) for part in parts_of(optimizer)[0])
     parameters = _parameters(optimizer)
     if any(map(is_sharded, parameters)):

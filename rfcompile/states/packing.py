@@ -52,7 +52,7 @@ class Packed(dict[str, Any]):
             "a quantized state was used as a tensor between two steps",
             [name],
             "States are tensors while the optimizer steps, and in its state_dict(). Call remove() "
-            "of the handle (QuantizedStates.of(optimizer)) before, or leave the state exact: "
+            "of the handle (StatesHandle.of(optimizer)) before, or leave the state exact: "
             "sites={'*.KEY': None}.",
         )
 

@@ -20,7 +20,7 @@ from rfcompile.codec import operators
 from rfcompile.codec.compiling import before_compiling
 from rfcompile.codec.derivatives import differentiable
 from rfcompile.codec.formats import QuantFormat, as_format
-from rfcompile.errors import PolicyError, ShapeError, TransportError
+from rfcompile.errors import OptionError, ShapeError, TransportError
 from rfcompile.wire.exchanges import (
     all_gather_wire,
     all_reduce_wire,
@@ -160,7 +160,7 @@ def _spec_of(fmt: Formatish) -> str:
     format = as_format(fmt)
     if format is None:
         rule = "give a format; torch.distributed has the exact collective."
-        raise PolicyError("fmt", fmt, rule)
+        raise OptionError("fmt", fmt, rule)
     return format.spec
 
 
@@ -201,12 +201,12 @@ def _op_name(op: ReduceOp) -> str:
         if op == dist.ReduceOp.AVG:
             return "avg"
     rule = f"a quantized reduction is one of {', '.join(REDUCTIONS)}, or ReduceOp.SUM or AVG."
-    raise PolicyError("op", op, rule)
+    raise OptionError("op", op, rule)
 
 
 def _check_segments(segments: object) -> None:
     if segments is not None and (type(segments) is not int or segments < 1):
-        raise PolicyError("segments", segments, "use a number of 1 or more, or None.")
+        raise OptionError("segments", segments, "use a number of 1 or more, or None.")
 
 
 def all_reduce(
@@ -240,7 +240,7 @@ def all_reduce(
     is an error there at once, and the others, if that process lives on, learn of it at the timeout.
 
     Raises:
-        DtypeError, FormatError, PolicyError, ProcessGroupError, NonFiniteError.
+        DtypeError, FormatError, OptionError, ProcessGroupError, NonFiniteError.
         RankMismatchError: on every rank, if they call with something else, for the first time.
         TransportError: a rank died or did not answer within the timeout of the group; or some call
         with what they used before while others meet something new.
@@ -338,7 +338,7 @@ def broadcast(x: Tensor, fmt: Formatish, group: Any = None, *, src: int = 0) -> 
     """
     world = resolve(group).size()
     if type(src) is not int or not 0 <= src < world:
-        raise PolicyError("src", src, f"a rank of the group: 0 to {world - 1}.")
+        raise OptionError("src", src, f"a rank of the group: 0 to {world - 1}.")
     spec, _, world, name = _prepare(x, fmt, group, "broadcast", f"src={src}")
     if world == 1 or x.numel() == 0:
         return x.clone()

@@ -11,7 +11,7 @@ import warnings
 from functools import lru_cache
 
 from rfcompile.errors import PolicyError, RFCompileWarning
-from rfcompile.wire.policy import Formatish, Policy, Policyish, as_policy
+from rfcompile.wire.policy import Policy, Policyish, as_policy
 
 WAYS = (
     "options (options={'bits': 4}), rfcompile.set_default_policy(4), or the environment "
@@ -88,12 +88,14 @@ def bits_of_text(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else text
 
 
-def policy_of(bits: Formatish, policy: Policyish) -> Policy:
-    """The policy that ``bits`` or ``policy`` stands for, or the default one."""
-    if policy is not None and bits is not None:
-        raise PolicyError("bits", bits, "give bits or a policy, not both.")
-    if policy is not None or bits is not None:
-        return as_policy(policy if policy is not None else bits)
+def policy_of(policy: Policyish) -> Policy:
+    """The policy that a user wrote, or the default one.
+
+    Raises:
+        PolicyError, FormatError: it is not understood, or there is none.
+    """
+    if policy is not None:
+        return as_policy(policy)
     found = default_policy()
     if found is None:
         rule = "give bits (2, 3, 4, 5, 6 or 8) or a policy, 'exact' for none, or set a default one."

@@ -187,7 +187,7 @@ def _note_idle(module: str, kind: str) -> bool:
     else:
         warnings.warn(
             f"nothing travels at {module!r}: its output, a {kind}, is or directly holds no "
-            "floating-point tensor. Name another module in boundaries.",
+            "floating-point tensor. Name another module in modules.",
             RFCompileWarning,
             stacklevel=2,
         )

@@ -32,8 +32,8 @@ from rfcompile.errors import (
     DtypeError,
     FormatError,
     HookError,
+    OptionError,
     PeerError,
-    PolicyError,
     ProcessGroupError,
     RankMismatchError,
     RFCompileError,
@@ -407,8 +407,8 @@ def nobody_listens(rank: Rank) -> list[str] | None:
     group = dist.new_group(timeout=timedelta(seconds=1))
     if rank.index == 0:
         return None
-    error = error_of(lambda: together(group, "x", lambda: fail(PolicyError("a", 1, "b."))))
-    assert type(error) is PolicyError
+    error = error_of(lambda: together(group, "x", lambda: fail(OptionError("a", 1, "b."))))
+    assert type(error) is OptionError
     return error.__notes__
 
 

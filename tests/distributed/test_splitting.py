@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import rfcompile as rf
 from rfcompile.distributed import split_at_boundaries
-from rfcompile.errors import BoundaryError, CaptureError, PolicyError
+from rfcompile.errors import BoundaryError, CaptureError, OptionError
 from tests.test_examples import load
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_cut() -> None:
     with pytest.raises(BoundaryError, match="has no repeated blocks"):
         split_at_boundaries(nn.Linear(8, 8), 2, x)
     for n in (0, 2.0, True):
-        with pytest.raises(PolicyError, match=r"n=.* give a number of stages, 1 or more"):
+        with pytest.raises(OptionError, match=r"n=.* give a number of stages, 1 or more"):
             split_at_boundaries(Net(), n, x)  # type: ignore[arg-type]
     with pytest.raises(CaptureError, match="no example inputs"):
         split_at_boundaries(Net(), 2)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
-from rfcompile.companions import Rank, merge_adapters
-from rfcompile.errors import CaptureError, PolicyError
+from rfcompile.companions import LowRank, merge_adapters
+from rfcompile.errors import CaptureError, OptionError
 from rfcompile.graph.models import copy_of
 from rfcompile.nn.rebinding import Bound, runs_its_class
 
@@ -133,7 +133,10 @@ def test_adapters_and_low_rank_are_in_the_path(patch: Patch, place: str) -> None
         patch(module)
     expected = net(X).detach()
 
-    for new in (rf.add_adapters(net, rank=4), rf.transform(net, low_rank=Rank(4, start="fresh"))):
+    for new in (
+        rf.add_adapters(net, rank=4),
+        rf.transform(net, low_rank=LowRank(4, start="fresh")),
+    ):
         trained = [p for p in new.parameters() if p.requires_grad]
         with torch.no_grad():
             for parameter in trained:
@@ -204,7 +207,7 @@ def test_a_linear_with_a_forward_of_its_own_is_no_target() -> None:
     up: Any = net.blocks[0].up
     up.forward = types.MethodType(lambda self, x: x @ self.weight.t(), up)
     assert not runs_its_class(up)
-    with pytest.raises(PolicyError, match="its forward is its own"):
+    with pytest.raises(OptionError, match="its forward is its own"):
         rf.add_adapters(net, rank=4, modules=["blocks.0.up"])
     (report,) = rf.rewrites_of(rf.add_adapters(net, rank=4))
     assert "blocks.0.up.weight" in str(report)

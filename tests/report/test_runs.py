@@ -23,7 +23,7 @@ import rfcompile as rf
 import rfcompile.inductor.backend
 from rfcompile.errors import (
     FormatError,
-    PolicyError,
+    OptionError,
     RecompileLimitError,
     RFCompileWarning,
     UnquantizedSiteError,
@@ -120,7 +120,7 @@ def test_a_pattern_that_a_shared_graph_cannot_follow_is_said() -> None:
     torch._dynamo.reset()
     strict = by_block(sites={"layers.0.*": None}, strict=True)
     for _ in range(2):
-        with pytest.raises(PolicyError, match=r"sites\['layers\.0\.\*'\]"):
+        with pytest.raises(OptionError, match=r"sites\['layers\.0\.\*'\]"):
             strict(x)
 
 
@@ -139,7 +139,7 @@ def test_a_pattern_that_a_step_does_not_use() -> None:
     with pytest.warns(RFCompileWarning, match="haed"), rf.measure_step():
         by_block(sites={"haed": 8})(x)
     torch._dynamo.reset()
-    with pytest.raises(PolicyError, match="haed"), rf.measure_step():
+    with pytest.raises(OptionError, match="haed"), rf.measure_step():
         by_block(sites={"haed": 8}, strict=True)(x)
 
 
@@ -222,7 +222,7 @@ def test_a_stance_under_which_recompiles_are_eager_is_noted() -> None:
 
 def test_errors_that_torch_suppresses() -> None:
     with torch._dynamo.config.patch(suppress_errors=True):
-        with pytest.raises(PolicyError, match="suppress_errors"):
+        with pytest.raises(OptionError, match="suppress_errors"):
             static(strict=True)(torch.randn(4, WIDTH))
         torch._dynamo.reset()
         with pytest.warns(RFCompileWarning, match="suppress_errors"):

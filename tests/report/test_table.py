@@ -66,7 +66,7 @@ REPORTS: dict[str, Callable[[], Any]] = {
     "residual": lambda: rewritten(residual="free"),
     "attention": lambda: rewritten(attention="polynomial"),
     "graying": lambda: rewritten(token_graying="dct"),
-    "low rank": lambda: rewritten(low_rank=rf.companions.Rank(2, fit_steps=0)),
+    "low rank": lambda: rewritten(low_rank=rf.LowRank(2, fit_steps=0)),
     "adapters": lambda: rewritten(adapters=2),
     "quantized adapters": lambda: rf.rewrites_of(
         rf.quantize_adapters(rf.add_adapters(Net(), 2), bits=4)

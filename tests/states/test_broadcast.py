@@ -30,8 +30,8 @@ from rfcompile.errors import (
     FormatError,
     HookError,
     NonFiniteError,
+    OptionError,
     PeerError,
-    PolicyError,
     RankMismatchError,
     RFCompileError,
     StateError,
@@ -151,7 +151,7 @@ def check_errors(rank: Rank) -> None:
 
     # One rank only: all raise the same, and it says where it was.
     cases: list[tuple[type[RFCompileError], str, Callable[[], object]]] = [
-        (PolicyError, "rank 1: src=2", lambda: broadcast_states(optimizer, 8, src=me and 2)),
+        (OptionError, "rank 1: src=2", lambda: broadcast_states(optimizer, 8, src=me and 2)),
         (FormatError, "rank 1: bits=7", lambda: broadcast_states(optimizer, 7 if me else 8)),
         (
             HookError,

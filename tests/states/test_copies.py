@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from rfcompile.errors import HookError, StateError
 from rfcompile.states.composite import Optimizers
 from rfcompile.states.packing import is_packed
-from rfcompile.training import QuantizedStates, quantize_states
+from rfcompile.training import StatesHandle, quantize_states
 from rfcompile.wire.policy import Policy
 
 POLICY = Policy(optimizer_state="4b:stoch", min_bytes=0)
@@ -77,7 +77,7 @@ def test_a_copy_steps_as_the_original_does(how: str, made_by: Callable[[], Optim
     for p, q in zip(parameters(made), parameters(twin), strict=True):
         assert p is not q
         assert torch.equal(p, q)
-    its = QuantizedStates.of(twin)
+    its = StatesHandle.of(twin)
     assert its is not handle
     assert str(its.report()) == str(handle.report())
     its.remove()
@@ -85,7 +85,7 @@ def test_a_copy_steps_as_the_original_does(how: str, made_by: Callable[[], Optim
     assert are_packed(made)
     step(twin, 4)
     with pytest.raises(StateError, match="not quantized"):
-        QuantizedStates.of(twin)
+        StatesHandle.of(twin)
 
 
 def test_a_model_and_its_optimizer_are_copied_together() -> None:
@@ -95,7 +95,7 @@ def test_a_model_and_its_optimizer_are_copied_together() -> None:
     step(made, 0)
     twin, other, its = copy.deepcopy((model, made, handle))
     assert other.param_groups[0]["params"][0] is twin.weight
-    assert QuantizedStates.of(other) is its
+    assert StatesHandle.of(other) is its
     assert its.report().num_quantized == 4
 
 
@@ -136,7 +136,7 @@ def test_a_wrapper_stands_for_its_optimizer(
     handle = quantize_states(wrapped, POLICY)
     step(wrapped, 0)
     assert are_packed(made)
-    assert QuantizedStates.of(wrapped) is handle is QuantizedStates.of(made)
+    assert StatesHandle.of(wrapped) is handle is StatesHandle.of(made)
     with pytest.raises(StateError, match="quantized already"):
         quantize_states(made, 8)
 

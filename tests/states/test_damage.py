@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 from rfcompile.errors import NonFiniteError, PayloadError, RFCompileError, StateError
 from rfcompile.states.packing import is_packed
 from rfcompile.training import (
-    QuantizedStates,
+    StatesHandle,
     pack_state_dict,
     quantize_states,
     unpack_state_dict,
@@ -201,7 +201,7 @@ def test_nan_that_was_there_before_changes_nothing() -> None:
     with pytest.raises(NonFiniteError, match="Nothing was changed"):
         quantize_states(optimizer, RAISE)
     with pytest.raises(StateError):
-        QuantizedStates.of(optimizer)
+        StatesHandle.of(optimizer)
     step(p, optimizer)
     with pytest.raises(NonFiniteError, match=re.escape("state 'exp_avg' of up.weight")):
         pack_state_dict(optimizer.state_dict(), RAISE)

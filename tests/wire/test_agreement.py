@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import rfcompile as rf
-from rfcompile.errors import PolicyError, ProcessGroupError, RankMismatchError, TransportError
+from rfcompile.errors import OptionError, ProcessGroupError, RankMismatchError, TransportError
 
 if TYPE_CHECKING:
     from tests.ranks import Rank, RunRanks
@@ -147,15 +147,15 @@ def wrong_arguments(rank: Rank) -> list[str]:
         (ProcessGroupError, lambda: rf.broadcast(x, 8, 1)),
         (ProcessGroupError, lambda: rf.all_reduce(x, 8, 1)),
         *(
-            (PolicyError, lambda src=src: rf.broadcast(x, 8, src=src))  # type: ignore[misc]
+            (OptionError, lambda src=src: rf.broadcast(x, 8, src=src))  # type: ignore[misc]
             for src in (group, 2, -1, True, 0.0, None)
         ),
         *(
-            (PolicyError, lambda op=op: rf.all_reduce(x, 8, op=op))  # type: ignore[misc]
+            (OptionError, lambda op=op: rf.all_reduce(x, 8, op=op))  # type: ignore[misc]
             for op in ("max", dist.ReduceOp.MAX, None, 3)
         ),
-        (PolicyError, lambda: rf.all_reduce(x, 8, segments=0)),
-        (PolicyError, lambda: rf.all_reduce(x, None)),  # type: ignore[arg-type]
+        (OptionError, lambda: rf.all_reduce(x, 8, segments=0)),
+        (OptionError, lambda: rf.all_reduce(x, None)),  # type: ignore[arg-type]
     ]
     wrong = []
     for i, (expected, call) in enumerate(calls):

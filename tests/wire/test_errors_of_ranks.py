@@ -17,7 +17,7 @@ import rfcompile as rf
 from rfcompile.errors import (
     DtypeError,
     FormatError,
-    PolicyError,
+    OptionError,
     ProcessGroupError,
     RankMismatchError,
     RFCompileError,
@@ -180,7 +180,7 @@ def test_calls_that_cannot_work(ranks: RunRanks) -> None:
             for name in CALLS
         ),
         (DtypeError, "the input of all_reduce has dtype torch.float64", {"dtype": torch.float64}),
-        (PolicyError, "op='max' is not supported: a quantized reduction is", {"option": "op"}),
+        (OptionError, "op='max' is not supported: a quantized reduction is", {"option": "op"}),
         (FormatError, "bits=7 is not supported: choose one of", {"field": "bits", "value": 7}),
         (ProcessGroupError, "process group 'no such group' does not exist in this process", {}),
         (ShapeError, r"\(3, 2\): dim 0 must divide by the 2 ranks; pad it", {"shape": (3, 2)}),

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rfcompile.errors import DtypeError, NonFiniteError, PolicyError
+from rfcompile.errors import DtypeError, NonFiniteError, OptionError
 
 Codebook = Literal["kmeans", "uniform"]
 BITS = tuple(range(1, 9))
@@ -31,15 +31,15 @@ def codebook_of(x: Tensor, bits: int, kind: Codebook = "kmeans") -> tuple[Tensor
         Codes, uint8 of the shape of ``x``, and levels, float32, ascending, ``2**bits`` at most.
 
     Raises:
-        PolicyError: bits or kind. DtypeError. NonFiniteError: ``x`` has NaN,
+        OptionError: bits or kind. DtypeError. NonFiniteError: ``x`` has NaN,
         Inf, or float64 values beyond float32.
 
     Source: k-means codebooks of adapters are those of arXiv:2505.21895; the start is ours.
     """
     if type(bits) is not int or bits not in BITS:
-        raise PolicyError("bits", bits, "choose one of 1 to 8.")
+        raise OptionError("bits", bits, "choose one of 1 to 8.")
     if kind not in ("kmeans", "uniform"):
-        raise PolicyError("codebook", kind, "choose 'kmeans' or 'uniform'.")
+        raise OptionError("codebook", kind, "choose 'kmeans' or 'uniform'.")
     if not x.is_floating_point():
         raise DtypeError("the tensor", x.dtype, ["torch.float32", "torch.bfloat16"])
     values = x.detach().double().flatten()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rfcompile.codec.formats import QuantFormat, as_format
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 from rfcompile.rewrites.adapters.factor import Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapters_of
 from rfcompile.wire.collectives import broadcast
@@ -36,14 +36,14 @@ def broadcast_adapters(
         How many bytes the source's payloads have.
 
     Raises:
-        On every rank: PolicyError: no adapters, or quantized ones, whose codes no codec shortens;
+        On every rank: OptionError: no adapters, or quantized ones, whose codes no codec shortens;
         ``fmt`` or ``src``. RankMismatchError: other adapters, dtypes, formats or versions there, or
         none. FormatError, DtypeError, NonFiniteError. PeerError: another rank failed otherwise.
         TransportError: a rank died, or did not answer in time.
     """
     used = resolved(group, _SITE)
     chosen, found, described = together(used, _SITE, lambda: _prepared(model, fmt, src, used))
-    problem = described if isinstance(described, PolicyError) else None
+    problem = described if isinstance(described, OptionError) else None
     require_same(used, f"adapters {chosen.spec} src={src} {described}")
     if problem is not None:
         raise problem
@@ -58,17 +58,17 @@ _SITE = "broadcast_adapters"
 
 def _prepared(
     model: nn.Module, fmt: Any, src: int, group: Any
-) -> tuple[QuantFormat, dict[str, AdaptedLinear], str | PolicyError]:
+) -> tuple[QuantFormat, dict[str, AdaptedLinear], str | OptionError]:
     """The format, the adapters, and what they are or why there are none: ranks compare that."""
     wanted = as_format(fmt)
     if wanted is None:
-        raise PolicyError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
+        raise OptionError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
     chosen = wanted.for_kind("weights")
     if type(src) is not int or not 0 <= src < group.size():
-        raise PolicyError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+        raise OptionError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
     try:
         found = _to_send(model)
-    except PolicyError as error:
+    except OptionError as error:
         return chosen, {}, error
     return chosen, found, str([_described(path, module) for path, module in found.items()])
 
@@ -98,7 +98,7 @@ def _to_send(model: nn.Module) -> dict[str, AdaptedLinear]:
     for module in found.values():
         if not (isinstance(module.lora_A, Factor) and isinstance(module.lora_B, Factor)):
             rule = "its adapters are quantized: send what save_adapters wrote."
-            raise PolicyError("model", type(model).__name__, rule)
+            raise OptionError("model", type(model).__name__, rule)
     return found
 
 

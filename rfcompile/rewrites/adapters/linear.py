@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 from rfcompile.graph.models import uncompiled, without_wrappers
 from rfcompile.nn.factored_linear import FactoredLinear
 from rfcompile.nn.low_rank_weight import low_rank_weight
@@ -176,14 +176,14 @@ def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The same.
 
     Raises:
-        PolicyError: there are none, or they are sharded.
+        OptionError: there are none, or they are sharded.
     """
     found = adapted(model)
     if not found:
         name = type(uncompiled(model)).__name__
-        raise PolicyError("model", name, "it has no adapters: add_adapters(model) first.")
+        raise OptionError("model", name, "it has no adapters: add_adapters(model) first.")
     for path, module in found.items():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             rule = "the adapter is sharded: do this before, or gather its full_tensor() first."
-            raise PolicyError("model", path, rule)
+            raise OptionError("model", path, rule)
     return found

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rfcompile.codec.formats import QuantFormat
-from rfcompile.errors import PolicyError, RFCompileWarning
+from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.graph.models import copy_of, uncompiled
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.adapters.codebooks import BITS
@@ -98,7 +98,7 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
         large for these bits.
 
     Raises:
-        PolicyError: no adapters, or they are quantized; bits; codebook. FormatError: the wire has
+        OptionError: no adapters, or they are quantized; bits; codebook. FormatError: the wire has
         no such format. NonFiniteError: a factor has NaN or Inf.
 
     Source: arXiv:2505.21895. The bound of 0.3 is ours: a phase error ``e`` moves an element by
@@ -110,7 +110,7 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
     with torch.no_grad():
         for path, module in adapters_of(twin).items():
             if not (isinstance(module.lora_A, Factor) and isinstance(module.lora_B, Factor)):
-                raise PolicyError("model", path, "the adapter is quantized before.")
+                raise OptionError("model", path, "the adapter is quantized before.")
             sites.append(_quantize(path, module, bits, codebook, fmt))
     _warn(sites, bits)
     kind = fmt.spec if fmt is not None else f"{bits} bits, {codebook}"
@@ -120,16 +120,16 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
 
 def _format(bits: int, codebook: Codebooks) -> QuantFormat | None:
     if type(bits) is not int or bits not in BITS:
-        raise PolicyError("bits", bits, "choose one of 1 to 8.")
+        raise OptionError("bits", bits, "choose one of 1 to 8.")
     if codebook == "wire":
         return QuantFormat(bits, group_size=_WIRE_GROUP).for_kind("weights")
     if isinstance(codebook, QuantFormat):
         if codebook.bits != bits:
-            raise PolicyError("bits", bits, f"the format {codebook.spec} has others.")
+            raise OptionError("bits", bits, f"the format {codebook.spec} has others.")
         return codebook.for_kind("weights")
     if codebook not in ("kmeans", "uniform"):
         rule = "choose 'kmeans', 'uniform', 'wire', or give a QuantFormat."
-        raise PolicyError("codebook", codebook, rule)
+        raise OptionError("codebook", codebook, rule)
     return None
 
 

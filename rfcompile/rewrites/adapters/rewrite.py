@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
+from rfcompile.graph.modules import Modules
 from rfcompile.graph.pipeline import run
 from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
 from rfcompile.report.table import TableReport, table
@@ -20,8 +21,7 @@ from rfcompile.rewrites.adapters.factor import AnyFactor, Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapted
 from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
 from rfcompile.rewrites.low_rank.rewrite import check_positive_integer, check_rank, check_scale
-from rfcompile.rewrites.low_rank.targets import Modules, find_linears, matrices_left, matrix_of
-from rfcompile.rewrites.protocol import rewritten
+from rfcompile.rewrites.low_rank.targets import find_linears, matrices_left, matrix_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,10 @@ class Adapters:
     """``W`` becomes ``W + alpha / rank * sin(omega B A) / sqrt(n_in)``; ``W + alpha / rank * B A``
     without a sine. A starts as U(-1, 1) / sqrt(n_in), B at zero: at first nothing changes.
 
+    The new model shares the memory of every parameter of the old one, but has them frozen:
+    ``[p for p in new.parameters() if p.requires_grad]`` are the adapters. What comes after (merge,
+    quantize, save, load, send) is in :mod:`rfcompile.adapters`.
+
     Args:
         rank: rows of A, columns of B.
         alpha: None: ``2 * rank``.
@@ -100,7 +104,7 @@ class Adapters:
         if self.alpha is not None:
             check_scale("alpha", self.alpha)
         if self.omega != "auto" and not self.sine:
-            raise PolicyError("omega", self.omega, "there is no omega without sine=True.")
+            raise OptionError("omega", self.omega, "there is no omega without sine=True.")
 
     @property
     def keeps_parameters(self) -> bool:
@@ -111,7 +115,7 @@ class Adapters:
         with those that it had, so another model that holds those stays trainable.
 
         Raises:
-            PolicyError: as :meth:`~rfcompile.Rank.on_module`; or there are
+            OptionError: as :meth:`~rfcompile.LowRank.on_module`; or there are
             adapters.
         """
         with without_wrappers(model), torch.no_grad():
@@ -132,10 +136,10 @@ class Adapters:
         weight.
 
         Raises:
-            PolicyError: as :meth:`on_module`; or ``dora``, which a graph cannot have.
+            OptionError: as :meth:`on_module`; or ``dora``, which a graph cannot have.
         """
         if self.dora:
-            raise PolicyError("dora", True, "a graph takes no magnitude: transform the module.")
+            raise OptionError("dora", True, "a graph takes no magnitude: transform the module.")
         sites, weights = [], []
         with torch.no_grad():
             for place, linear in enumerate(find_graph_linears(gm, self.modules)):
@@ -183,11 +187,11 @@ def refuse_adapted(model: nn.Module) -> None:
     """One adapter a linear.
 
     Raises:
-        PolicyError: the model has adapters.
+        OptionError: the model has adapters.
     """
     if adapted(model):
         name = type(model).__name__
-        raise PolicyError("model", name, "it has adapters: merge them first (merge_adapters).")
+        raise OptionError("model", name, "it has adapters: merge them first (merge_adapters).")
 
 
 def attach(
@@ -214,7 +218,7 @@ def attach(
 def _row_norms(path: str, matrix: Tensor) -> Tensor:
     if not bool(matrix.any(dim=1).all()):
         rule = f"the weight of {path} has rows of zeros, which have no direction."
-        raise PolicyError("dora", True, rule)
+        raise OptionError("dora", True, rule)
     norms: Tensor = matrix.norm(dim=1)
     return norms
 
@@ -229,34 +233,6 @@ def _freeze(model: nn.Module) -> int:
                     frozen[parameter] = nn.Parameter(parameter.detach(), requires_grad=False)
                 setattr(module, name, frozen[parameter])
     return sum(parameter.numel() for parameter in frozen)
-
-
-def add_adapters(
-    model: nn.Module,
-    rank: int = 8,
-    *,
-    alpha: float | None = None,
-    sine: bool = False,
-    omega: float | Literal["auto"] = "auto",
-    growth: float = 30.0,
-    modules: Modules = "auto",
-    dora: bool = False,
-    seed: int = 0,
-) -> nn.Module:
-    """A model like ``model`` whose chosen linears have an adapter to train; ``model`` stays as it
-    is.
-
-    It computes what ``model`` does until its adapters are trained. It shares the memory of every
-    parameter, but has them frozen: ``[p for p in new.parameters() if p.requires_grad]`` are the
-    adapters. The same as ``transform(model, adapters=Adapters(...))``, whose arguments these are;
-    see :class:`Adapters` for the formula. :func:`~rfcompile.rewrites_of` has the report.
-
-    Raises:
-        PolicyError: a rank larger than its matrix; a pattern that matches no linear; linears that
-        are tied, sharded or on the meta device; the model has adapters. CaptureError: it cannot be
-        copied.
-    """
-    return rewritten(model, [Adapters(rank, alpha, sine, omega, growth, modules, dora, seed)])
 
 
 def merge_adapters(model: nn.Module) -> tuple[str, ...]:

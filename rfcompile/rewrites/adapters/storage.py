@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.errors import MissingPackageError, PolicyError, StateError
+from rfcompile.errors import MissingPackageError, OptionError, StateError
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.rewrites.adapters.codebooks import BITS, unpack_codes
@@ -40,7 +40,7 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
     so that it refuses them.
 
     Raises:
-        PolicyError: no adapters, or sharded ones. MissingPackageError: no safetensors.
+        OptionError: no adapters, or sharded ones. MissingPackageError: no safetensors.
     """
     safetensors = _safetensors()
     found = adapters_of(model)
@@ -100,7 +100,7 @@ def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         StateError: a damaged file; tensors that fit no linear of the model, are of another shape or
-        dtype, are missing or too many. PolicyError: a configuration of PEFT that is not plain LoRA
+        dtype, are missing or too many. OptionError: a configuration of PEFT that is not plain LoRA
         or DoRA with one rank; a graph; as :func:`~rfcompile.add_adapters`. MissingPackageError:
         safetensors is not installed. FileNotFoundError.
     """
@@ -163,7 +163,7 @@ class _Stored:
             return attach(model, found, new)
 
     def on_graph(self, gm: fx.GraphModule) -> AdapterReport:
-        raise PolicyError("model", type(gm).__name__, "load adapters into the module.")
+        raise OptionError("model", type(gm).__name__, "load adapters into the module.")
 
     def _adapter(self, path: str, matrix: Tensor) -> NewAdapter:
         omega, gain, of_a, of_b, has_magnitude = self.described[path]
@@ -267,23 +267,23 @@ def _of_peft(paths: Mapping[str, None], config: Any) -> dict[str, list[Any]]:
         raise StateError("no configuration of adapters", [CONFIG], "Save them anew.")
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise PolicyError("peft_type", kind, "plain LoRA and DoRA can be loaded, nothing else.")
+        raise OptionError("peft_type", kind, "plain LoRA and DoRA can be loaded, nothing else.")
     unusual = [k for k in ("rank_pattern", "alpha_pattern", "use_rslora") if config.get(k)]
     if unusual or config.get("bias", "none") != "none":
         names = ", ".join(unusual or ["bias"])
-        raise PolicyError(names, "set", "merge such adapters with PEFT and load the merged model.")
+        raise OptionError(names, "set", "merge such adapters with PEFT and load the merged model.")
     start = config.get("init_lora_weights", True)
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
         rule = "it changed the weights, too: convert it with PEFT to plain LoRA, or merge it there."
-        raise PolicyError("init_lora_weights", start, rule)
+        raise OptionError("init_lora_weights", start, rule)
     for name in ("r", "lora_alpha"):
         value = config.get(name)
         if not _is_positive(value):
-            raise PolicyError(name, value, f"{CONFIG} needs a positive number.")
+            raise OptionError(name, value, f"{CONFIG} needs a positive number.")
     gain = config["r"] / config["lora_alpha"]
     if not _is_positive(gain):
         rule = f"{CONFIG} needs numbers whose ratio is one."
-        raise PolicyError("r / lora_alpha", gain, rule)
+        raise OptionError("r / lora_alpha", gain, rule)
     return {path: [None, gain, [], [], bool(config.get("use_dora"))] for path in paths}
 
 

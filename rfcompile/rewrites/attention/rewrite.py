@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import fx, nn
 
-from rfcompile.errors import AttentionError, CaptureError, PolicyError
+from rfcompile.errors import AttentionError, CaptureError, OptionError
 from rfcompile.find.attention_cores import SOFTMAX, cores_of
 from rfcompile.find.dataflow import operator_name
 from rfcompile.graph.capture import Inputs, in_mode, plain_graph
@@ -61,13 +61,13 @@ class PolynomialAttention:
 
     def __post_init__(self) -> None:
         if isinstance(self.power, bool) or self.power not in range(1, 9):
-            raise PolicyError("power", self.power, "give a whole number from 1 to 8.")
+            raise OptionError("power", self.power, "give a whole number from 1 to 8.")
         if self.scale not in get_args(Scale):
-            raise PolicyError("scale", self.scale, "choose 'sequence', 'row' or 'learned'.")
+            raise OptionError("scale", self.scale, "choose 'sequence', 'row' or 'learned'.")
         if self.form not in get_args(Form):
-            raise PolicyError("form", self.form, "choose 'auto', 'quadratic' or 'linear'.")
+            raise OptionError("form", self.form, "choose 'auto', 'quadratic' or 'linear'.")
         if self.form == "linear" and self.power > 2:
-            raise PolicyError("form", self.form, "only powers 1 and 2 have a linear form.")
+            raise OptionError("form", self.form, "only powers 1 and 2 have a linear form.")
 
     @property
     def keeps_parameters(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.errors import GrayingError, PolicyError
+from rfcompile.errors import GrayingError, OptionError
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.capture import Inputs, buffers_kept, copied, in_mode
 from rfcompile.graph.models import without_nested_tensors, without_wrappers
@@ -51,15 +51,15 @@ class TokenGraying:
 
     def __post_init__(self) -> None:
         if self.form not in get_args(GrayingForm):
-            raise PolicyError("token_graying", self.form, "choose 'dct' or 'svd'.")
+            raise OptionError("token_graying", self.form, "choose 'dct' or 'svd'.")
         if self.epsilon is None:
             object.__setattr__(self, "epsilon", 0.95 if self.form == "dct" else 0.7)
         if not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon <= 1:
-            raise PolicyError("epsilon", self.epsilon, "give a number above 0 and at most 1.")
+            raise OptionError("epsilon", self.epsilon, "give a number above 0 and at most 1.")
         if isinstance(self.where, str):
             if self.where not in ("input", "attention"):
                 rule = "choose 'input' or 'attention', or give a tuple of module paths."
-                raise PolicyError("where", self.where, rule)
+                raise OptionError("where", self.where, rule)
         else:
             object.__setattr__(self, "where", tuple(self.where))
 

@@ -90,7 +90,7 @@ def fitted(
     Source: ours.
     """
     if not bool(weight.isfinite().all()):
-        raise NonFiniteError("the fit of a weight", rule="Mend it, or Rank(start='fresh').")
+        raise NonFiniteError("the fit of a weight", rule="Mend it, or LowRank(start='fresh').")
     if not weight.any():
         return drawn(weight, rank, omega, gain, generator)
     # Of a largest element of 1, so that no norm overflows or vanishes.

@@ -7,15 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from rfcompile.errors import PolicyError
+from rfcompile.errors import OptionError
 from rfcompile.find.linears import linears_in
-from rfcompile.rewrites.low_rank.targets import (
-    Modules,
-    is_conv1d,
-    is_linear,
-    match_linears,
-    patterns_of,
-)
+from rfcompile.graph.modules import Modules, patterns_of
+from rfcompile.rewrites.low_rank.targets import is_conv1d, is_linear, match_linears
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
     """The chosen linears of a graph. "auto": those whose path has a number, as in a list of blocks.
 
     Raises:
-        PolicyError: nothing is chosen, a pattern matches nothing, or a weight is tied.
+        OptionError: nothing is chosen, a pattern matches nothing, or a weight is tied.
     """
     every = _linears(gm)
     if modules == "auto":
@@ -47,12 +42,12 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
         chosen = match_linears(patterns_of(modules), list(every))
     if not chosen:
         rule = f"it chooses no linear of the graph; its linears are {', '.join(every) or '(none)'}."
-        raise PolicyError("modules", modules, rule)
+        raise OptionError("modules", modules, rule)
     for path in chosen:
         names = _names(gm, every[path].weight)
         if len(names) > 1:
             rule = f"the weight is tied, {' = '.join(names)}: leave it out, or untie it first."
-            raise PolicyError("modules", path, rule)
+            raise OptionError("modules", path, rule)
     return tuple(every[path] for path in chosen)
 
 

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile.errors import PolicyError, RFCompileWarning
+from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
+from rfcompile.graph.modules import Modules
 from rfcompile.graph.pipeline import run
 from rfcompile.nn.low_rank_weight import low_rank_weight
 from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
@@ -22,7 +23,7 @@ from rfcompile.rewrites.low_rank.factors import Factors, drawn, fitted, omega_fo
 from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
 from rfcompile.rewrites.low_rank.linear import LowRankLinear
 from rfcompile.rewrites.low_rank.ranks import effective_ranks
-from rfcompile.rewrites.low_rank.targets import Modules, find_linears, matrices_left, matrix_of
+from rfcompile.rewrites.low_rank.targets import find_linears, matrices_left, matrix_of
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _number(value: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class Rank:
+class LowRank:
     """Linears get the weight ``sin(omega * left @ right) / g`` of ``rank * (n_in + n_out)``
     parameters; forward stays ``y = x W^T + b``.
 
@@ -127,14 +128,14 @@ class Rank:
     def __post_init__(self) -> None:
         check_positive_integer("rank", self.rank)
         if self.omega != "auto" and not self.sine:
-            raise PolicyError("omega", self.omega, "there is no omega without a sine.")
+            raise OptionError("omega", self.omega, "there is no omega without a sine.")
         for option in ("omega", "g"):
             check_scale(option, getattr(self, option), or_auto=True)
         check_scale("spread", self.spread)
         if self.start not in ("fit", "fresh"):
-            raise PolicyError("start", self.start, "choose 'fit' or 'fresh'.")
+            raise OptionError("start", self.start, "choose 'fit' or 'fresh'.")
         if type(self.fit_steps) is not int or self.fit_steps < 0:
-            raise PolicyError("fit_steps", self.fit_steps, "give a number of steps, 0 or more.")
+            raise OptionError("fit_steps", self.fit_steps, "give a number of steps, 0 or more.")
 
     @property
     def keeps_parameters(self) -> bool:
@@ -144,7 +145,7 @@ class Rank:
         """Rewrite ``model`` in place.
 
         Raises:
-            PolicyError: a rank larger than its matrix; linears that are tied, sharded, on the meta
+            OptionError: a rank larger than its matrix; linears that are tied, sharded, on the meta
             device, or not there. NonFiniteError: a weight to fit has NaN or Inf.
         """
         with without_wrappers(model), torch.no_grad():
@@ -194,7 +195,7 @@ class Rank:
 
 def check_positive_integer(option: str, value: object) -> None:
     if type(value) is not int or value < 1:
-        raise PolicyError(option, value, "give a whole number from 1.")
+        raise OptionError(option, value, "give a whole number from 1.")
 
 
 def check_scale(option: str, value: object, or_auto: bool = False) -> None:
@@ -203,14 +204,14 @@ def check_scale(option: str, value: object, or_auto: bool = False) -> None:
         return
     if not (or_auto and value == "auto"):
         rule = "give a positive number, or 'auto'." if or_auto else "give a positive number."
-        raise PolicyError(option, value, rule)
+        raise OptionError(option, value, rule)
 
 
 def check_rank(rank: int, path: str, weight: Tensor) -> None:
     if rank > min(weight.shape):
         shape = " x ".join(map(str, weight.shape))
         rule = f"the weight of {path} is {shape}: the rank is at most {min(weight.shape)}."
-        raise PolicyError("rank", rank, rule)
+        raise OptionError("rank", rank, rule)
 
 
 def _site(path: str, before: Tensor, new: Factors) -> LowRankSite:

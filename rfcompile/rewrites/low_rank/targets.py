@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
-from rfcompile.errors import BoundaryError, PolicyError
+from rfcompile.errors import BoundaryError, OptionError
 from rfcompile.graph.boundaries import find_boundaries
+from rfcompile.graph.modules import Modules, matching, matching_any, patterns_of
 from rfcompile.nn.factored_linear import FactoredLinear
 from rfcompile.nn.rebinding import runs_its_class
-
-Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
-"""Paths or shell patterns; the last parts of a path do ("q_proj", as PEFT's ``target_modules``). Or
-a function of (path, module). "auto": the linears of the repeated blocks."""
 
 _WHY = "its forward is its own, its weight computed or integer, or changed already (merge it first)"
 
@@ -52,7 +48,7 @@ def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     """The chosen linears by path; one that has several paths by the first.
 
     Raises:
-        PolicyError: a pattern matches no linear, or one that has a forward of its own, a computed
+        OptionError: a pattern matches no linear, or one that has a forward of its own, a computed
             or integer weight, or is changed already; or one that matches has a weight that is tied
             to another parameter, sharded, or without values.
     """
@@ -60,7 +56,7 @@ def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     chosen = _matched(model, modules, paths)
     if not chosen:
         rule = f"it chooses no linear of {type(model).__name__}. {_some(paths)}"
-        raise PolicyError("modules", modules, rule)
+        raise OptionError("modules", modules, rule)
     first: dict[int, str] = {}
     for path in chosen:
         first.setdefault(id(paths[path]), path)
@@ -70,54 +66,36 @@ def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
 
 
 def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) -> list[str]:
-    if modules == "auto":
+    if isinstance(modules, str) and modules == "auto":
         try:
             blocks = find_boundaries(model, "auto")
         except BoundaryError as error:
             rule = f"{type(model).__name__} has no repeated blocks: name them, modules=['*.up']. "
-            raise PolicyError("modules", modules, rule + _some(paths)) from error
+            raise OptionError("modules", modules, rule + _some(paths)) from error
         return [path for path in paths if any(path.startswith(f"{block}.") for block in blocks)]
     if callable(modules):
         return [path for path in paths if modules(path, paths[path])]
     patterns = patterns_of(modules)
     for path, module in model.named_modules():
         is_odd = isinstance(module, (nn.Linear, FactoredLinear))
-        if path not in paths and is_odd and any(_matches(path, p) for p in patterns):
+        if path not in paths and is_odd and any(matching(p, [path]) for p in patterns):
             rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
-            raise PolicyError("modules", path, rule)
+            raise OptionError("modules", path, rule)
     return match_linears(patterns, paths)
 
 
-def patterns_of(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """The patterns that a user wrote.
-
-    Raises:
-        PolicyError: they are no texts.
-    """
-    given = (modules,) if isinstance(modules, str) else modules
-    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(isinstance(pattern, str) for pattern in patterns):
-        rule = "give paths or patterns as texts, or a function of (path, module)."
-        raise PolicyError("modules", modules, rule)
-    return patterns
-
-
 def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str]:
-    """The paths that a pattern matches, as a whole or from a dot on.
+    """The paths that a pattern means; see :data:`~rfcompile.graph.modules.Modules`.
 
     Raises:
-        PolicyError: a pattern matches none.
+        OptionError: a pattern matches none.
     """
     for pattern in patterns:
-        if not any(_matches(path, pattern) for path in paths):
-            raise PolicyError(
+        if not matching(pattern, paths):
+            raise OptionError(
                 "modules", pattern, f"no linear has this path. {_some(paths, pattern)}"
             )
-    return [path for path in paths if any(_matches(path, pattern) for pattern in patterns)]
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+    return matching_any(patterns, paths)
 
 
 def _some(paths: Iterable[str], like: str = "") -> str:
@@ -141,13 +119,13 @@ def _check(model: nn.Module, found: dict[str, nn.Module]) -> None:
         shared = names[id(weight)]
         if len(shared) > 1:
             rule = f"the weight is tied, {' = '.join(shared)}: leave it out, or untie it first."
-            raise PolicyError("modules", path, rule)
+            raise OptionError("modules", path, rule)
         if isinstance(weight, DTensor):
             rule = "the weight is a DTensor: rewrite the model first, then parallelize or shard it."
-            raise PolicyError("modules", path, rule)
+            raise OptionError("modules", path, rule)
         if is_lazy(weight) or weight.is_meta:
             rule = "the weight is on the meta device or lazy: give the model values first."
-            raise PolicyError("modules", path, rule)
+            raise OptionError("modules", path, rule)
 
 
 def matrices_left(model: nn.Module, found: Collection[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,9 +21,7 @@ from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.report.table import table
 
 
-def find_residuals(
-    model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-) -> tuple[ResidualAdd, ...]:
+def find_residuals(model: nn.Module, *, example_inputs: Any = None) -> tuple[ResidualAdd, ...]:
     """Every residual add of a model, in the order in which they are computed.
 
     A residual add is a sum of a tensor, or a copy of it, and a branch in which that tensor is
@@ -34,7 +32,8 @@ def find_residuals(
         model: any module, which is captured and does not run; its mode, state and random numbers
             stay as they are. Or an ``fx.GraphModule``, which is read as it is; its shapes come from
             its metadata, else from the inputs, else they are not looked at.
-        args, kwargs: the model's inputs, of any shape; none: ``model.dummy_inputs``.
+        example_inputs: a tuple of arguments or an (args, kwargs) pair, of any shape; left out,
+            ``model.dummy_inputs``.
 
     Raises:
         CaptureError: there are no inputs, or the model cannot be captured as one graph; the cause
@@ -43,21 +42,15 @@ def find_residuals(
     Source: the rule is ours. Why skips matter to quantization: arXiv:2605.25880.
     """
     check_module(model)
-    gm = _graph_of(uncompiled(model), tuple(args), dict(kwargs or {}))
+    gm = _graph_of(uncompiled(model), example_inputs)
     facts = run(gm, residual_pipeline()).facts
     return tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
 
 
-def _graph_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def _graph_of(model: nn.Module, example_inputs: Any) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
-        return with_shapes(model, (args, kwargs) if args or kwargs else None)
-    if not args and not kwargs:
-        if not hasattr(model, "dummy_inputs"):
-            raise CaptureError(
-                f"{type(model).__name__} has no example inputs: find_residuals captures the model "
-                "with some. Pass args=(x,) or kwargs={'x': x}."
-            )
-        args, kwargs = inputs_of(model, None)
+        return with_shapes(model, example_inputs)
+    args, kwargs = inputs_of(model, example_inputs)
     with layers_spelled_out():
         try:
             return capture(model, (args, kwargs))

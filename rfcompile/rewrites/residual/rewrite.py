@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
-from rfcompile.errors import PolicyError, ResidualError
+from rfcompile.errors import OptionError, ResidualError
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.pipeline import run
@@ -49,7 +49,7 @@ class ResidualFree:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Change):
             rule = "choose 'keep', 'free', 'mix' or 'anneal', or give a ResidualFree."
-            raise PolicyError("residual", self.mode, rule)
+            raise OptionError("residual", self.mode, rule)
         fresh = self.mode != "anneal"
         if self.initialization == "auto":
             object.__setattr__(self, "initialization", Initialization() if fresh else None)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rfcompile.errors import DtypeError, NonFiniteError, PolicyError
+from rfcompile.errors import DtypeError, NonFiniteError, OptionError
 from rfcompile.rewrites.adapters.codebooks import BITS, codebook_of, pack_codes, unpack_codes
 
 
@@ -102,9 +102,9 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 
 def test_options_outside_their_rule() -> None:
     for bits in (0, 9, 2.0):
-        with pytest.raises(PolicyError, match=f"bits={bits}"):
+        with pytest.raises(OptionError, match=f"bits={bits}"):
             codebook_of(values(), bits)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match="codebook='lloyd'"):
+    with pytest.raises(OptionError, match="codebook='lloyd'"):
         codebook_of(values(), 2, "lloyd")  # type: ignore[arg-type]
     with pytest.raises(DtypeError):
         codebook_of(torch.arange(4), 2)

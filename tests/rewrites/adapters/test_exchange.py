@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 
 import rfcompile as rf
 from rfcompile.companions import AdaptedLinear, broadcast_adapters
-from rfcompile.errors import FormatError, PolicyError, RankMismatchError, TransportError
+from rfcompile.errors import FormatError, OptionError, RankMismatchError, TransportError
 from rfcompile.rewrites.adapters import exchange
 from tests.ranks import Rank, RunRanks
 from tests.rewrites.models import made, moved, tokens
@@ -64,16 +64,16 @@ def check_exchange(rank: Rank) -> None:
         rank.assert_same(new(tokens()).detach(), "the output")
         with pytest.raises(RankMismatchError):
             broadcast_adapters(new, 8 if rank.index else 4)
-        with pytest.raises(PolicyError, match="adapters are quantized"):
+        with pytest.raises(OptionError, match="adapters are quantized"):
             broadcast_adapters(rf.quantize_adapters(new, 8), 4)
-    with pytest.raises(PolicyError, match="no adapters"):
+    with pytest.raises(OptionError, match="no adapters"):
         broadcast_adapters(model, 4)
     plain = rf.add_adapters(model, 4)
     half = rf.add_adapters(made().bfloat16(), 4, dora=True)
     for other in (new, half, rf.quantize_adapters(plain, 4), model):  # plain on rank 0 only
         with pytest.raises(RankMismatchError):
             broadcast_adapters(other if rank.index else plain, 4)
-    with pytest.raises(PolicyError, match="give a format"):
+    with pytest.raises(OptionError, match="give a format"):
         broadcast_adapters(new, "exact")
     check_sharded(rank)
 
@@ -90,13 +90,13 @@ def check_sharded(rank: Rank) -> None:
     sharded = made()
     fully_shard(sharded, mesh=mesh)
     for options in ({"low_rank": 4}, {"adapters": 4}):
-        with pytest.raises(PolicyError, match="DTensors of FSDP: rewrite the model first"):
+        with pytest.raises(OptionError, match="DTensors of FSDP: rewrite the model first"):
             rf.transform(sharded, **options)  # type: ignore[arg-type]
     parallel = made()
     for block in parallel.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
     for options in ({"low_rank": 4}, {"adapters": 4}):
-        with pytest.raises(PolicyError, match="DTensor: rewrite the model first"):
+        with pytest.raises(OptionError, match="DTensor: rewrite the model first"):
             rf.transform(parallel, **options)  # type: ignore[arg-type]
 
 
@@ -182,7 +182,7 @@ def check_errors(rank: Rank) -> None:
     before = adapters(model)
     with pytest.raises(FormatError, match="rank 1: bits=7"):
         broadcast_adapters(model, 7 if me else 8)
-    with pytest.raises(PolicyError, match="rank 1: src=5"):
+    with pytest.raises(OptionError, match="rank 1: src=5"):
         broadcast_adapters(model, 8, src=5 * me)
     real = dist.broadcast
 

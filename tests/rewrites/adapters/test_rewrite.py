@@ -30,7 +30,7 @@ from rfcompile.errors import (
     FormatError,
     MissingPackageError,
     NonFiniteError,
-    PolicyError,
+    OptionError,
     RFCompileWarning,
     StateError,
 )
@@ -236,8 +236,8 @@ def test_with_everything_else_in_one_call() -> None:
     assert "aten.sin.default" in str(rf.diff(made(), model, example_inputs=(tokens(),)))
 
 
-def rank_of_up() -> rf.Rank:
-    return rf.Rank(4, start="fresh", modules=["up"])
+def rank_of_up() -> rf.LowRank:
+    return rf.LowRank(4, start="fresh", modules=["up"])
 
 
 def test_the_report() -> None:
@@ -262,28 +262,28 @@ def test_names_as_peft_has_them_and_conv1d() -> None:
 
 
 def test_what_cannot_be() -> None:
-    with pytest.raises(PolicyError, match=r"rank=17 .* at most 16"):
+    with pytest.raises(OptionError, match=r"rank=17 .* at most 16"):
         rf.add_adapters(made(), 17)
-    with pytest.raises(PolicyError, match=r"'q_proj'.* no linear has this path"):
+    with pytest.raises(OptionError, match=r"'q_proj'.* no linear has this path"):
         rf.add_adapters(made(), 2, modules=["q_proj"])
-    with pytest.raises(PolicyError, match="tied"):
+    with pytest.raises(OptionError, match="tied"):
         rf.add_adapters(made(tied=True), 2, modules=["head"])
-    with pytest.raises(PolicyError, match="merge them first"):
+    with pytest.raises(OptionError, match="merge them first"):
         rf.add_adapters(rf.add_adapters(made(), 2), 2)
-    with pytest.raises(PolicyError, match="without sine=True"):
+    with pytest.raises(OptionError, match="without sine=True"):
         rf.add_adapters(made(), 2, omega=3.0)
-    with pytest.raises(PolicyError, match=r"alpha=-1"):
+    with pytest.raises(OptionError, match=r"alpha=-1"):
         rf.add_adapters(made(), 2, alpha=-1)
     zeros = made()
     nn.init.zeros_(zeros.get_submodule(UP).weight)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match="rows of zeros"):
+    with pytest.raises(OptionError, match="rows of zeros"):
         rf.add_adapters(zeros, 2, dora=True)
     empty = nn.Linear(1, 4)
     empty.weight = nn.Parameter(torch.empty(4, 0))
-    with pytest.raises(PolicyError, match="is 4 x 0: the rank is at most 0"):
+    with pytest.raises(OptionError, match="is 4 x 0: the rank is at most 0"):
         rf.add_adapters(nn.Sequential(empty), 1, modules=["0"])
     gm = torch.fx.symbolic_trace(made())
-    with pytest.raises(PolicyError, match="dora=True"):
+    with pytest.raises(OptionError, match="dora=True"):
         rf.add_adapters(gm, 2, dora=True)
 
 
@@ -351,17 +351,17 @@ def test_more_bits_are_nearer_and_eight_are_near() -> None:
 def test_bits_and_codebooks_outside_their_rule() -> None:
     new = moved(rf.add_adapters(made(), 4))
     for bits in (0, 9, 4.0):
-        with pytest.raises(PolicyError, match="bits"):
+        with pytest.raises(OptionError, match="bits"):
             rf.quantize_adapters(new, bits)  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="bits=7"):
         rf.quantize_adapters(new, 7, codebook="wire")
-    with pytest.raises(PolicyError, match="codebook='mean'"):
+    with pytest.raises(OptionError, match="codebook='mean'"):
         rf.quantize_adapters(new, 4, codebook="mean")  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match="has others"):
+    with pytest.raises(OptionError, match="has others"):
         rf.quantize_adapters(new, 3, codebook=rf.QuantFormat(4))
-    with pytest.raises(PolicyError, match="no adapters"):
+    with pytest.raises(OptionError, match="no adapters"):
         rf.quantize_adapters(made(), 4)
-    with pytest.raises(PolicyError, match="quantized before"):
+    with pytest.raises(OptionError, match="quantized before"):
         rf.quantize_adapters(rf.quantize_adapters(new, 4), 4)
 
 
@@ -429,11 +429,11 @@ def test_files_of_another_model(tmp_path: Path) -> None:
     wider.blocks[0].up = nn.Linear(WIDTH, 8)  # type: ignore[union-attr]
     with pytest.raises(StateError, match="another model's"):
         load_adapters(wider, tmp_path)
-    with pytest.raises(PolicyError, match="no adapters"):
+    with pytest.raises(OptionError, match="no adapters"):
         save_adapters(made(), tmp_path)
-    with pytest.raises(PolicyError, match="merge them first"):
+    with pytest.raises(OptionError, match="merge them first"):
         load_adapters(rf.add_adapters(made(), 4), tmp_path)
-    with pytest.raises(PolicyError, match="into the module"):
+    with pytest.raises(OptionError, match="into the module"):
         load_adapters(graph_of(made(), "symbolic"), tmp_path)
     assert rf.rewrites_of(load_adapters(made(), tmp_path))[0].sites[0].rank == 4
 
@@ -525,7 +525,7 @@ def test_peft_configurations_that_mean_more_are_refused(tmp_path: Path) -> None:
     for more, message in cases:
         save_file(tensors, tmp_path / "adapter_model.safetensors")
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | more))
-        with pytest.raises(PolicyError, match=message):
+        with pytest.raises(OptionError, match=message):
             load_adapters(made(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     module = adapter(load_adapters(made(), tmp_path))

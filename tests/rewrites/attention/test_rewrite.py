@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
 from rfcompile.companions import PolynomialReport
-from rfcompile.errors import AttentionError, PolicyError, ShapeError
+from rfcompile.errors import AttentionError, OptionError, ShapeError
 from rfcompile.rewrites.attention.matrices import attention_matrices
 from tests.zoo import ZOO, NanoGPT, tokens
 
@@ -367,7 +367,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+    with pytest.raises(OptionError, match=message):
         rf.transform(NanoGPT(), example_inputs=tokens(), **options)
-    with pytest.raises(PolicyError, match="only powers 1 and 2"):
+    with pytest.raises(OptionError, match="only powers 1 and 2"):
         rf.PolynomialAttention(form="linear")

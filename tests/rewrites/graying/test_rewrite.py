@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rfcompile as rf
 from rfcompile.companions import GrayingReport
-from rfcompile.errors import BoundaryError, GrayingError, PolicyError, ShapeError
+from rfcompile.errors import BoundaryError, GrayingError, OptionError, ShapeError
 from rfcompile.nn.graying import gray_tokens
 from rfcompile.rewrites.graying.hook import TokenHook
 from tests.zoo import ZOO, NanoGPT, tokens
@@ -243,7 +243,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_wrong_options(encoder: Encoder, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
+    with pytest.raises(OptionError, match=message):
         rf.transform(encoder, example_inputs=(X,), **options)
-    with pytest.raises(PolicyError, match="where='output' is not supported"):
+    with pytest.raises(OptionError, match="where='output' is not supported"):
         rf.TokenGraying(where="output")  # type: ignore[arg-type]

@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.companions import LowRankLinear, LowRankReport, Rank, merge_adapters, merge_low_rank
-from rfcompile.errors import NonFiniteError, PolicyError, RFCompileWarning, StateError
+from rfcompile.companions import (
+    LowRank,
+    LowRankLinear,
+    LowRankReport,
+    merge_adapters,
+    merge_low_rank,
+)
+from rfcompile.errors import NonFiniteError, OptionError, RFCompileWarning, StateError
 from rfcompile.nn.low_rank_weight import low_rank_weight
 from rfcompile.rewrites.low_rank.factors import drawn, fitted, omega_for
 from tests.rewrites.models import WIDTH, graph_of, made, moved, tokens
@@ -62,7 +68,7 @@ def test_the_sine_has_the_rank_that_the_product_has_not() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_becomes_no_number(bad: float) -> None:
-    model = rf.transform(made(), low_rank=Rank(4, start="fresh"))
+    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
     with torch.no_grad():
         low(model).left[0, 0] = bad
     assert model(tokens()).isnan().any()
@@ -105,7 +111,7 @@ def test_zeros_start_at_zero_and_learn() -> None:
     model = made()
     nn.init.zeros_(model.get_submodule(DOWN).weight)  # type: ignore[arg-type]
     for start in ("fresh", "fit"):
-        new = rf.transform(model, low_rank=Rank(4, start=start))  # type: ignore[arg-type]
+        new = rf.transform(model, low_rank=LowRank(4, start=start))  # type: ignore[arg-type]
         assert not low(new, DOWN).weight.any()
         new(tokens()).sum().backward()
         gradient = low(new, DOWN).left.grad
@@ -117,7 +123,7 @@ def test_seeds_and_the_original() -> None:
     model = made()
     before = copy.deepcopy(model.state_dict())
     first, again, other = (
-        rf.transform(model, low_rank=Rank(4, start="fresh", seed=seed)) for seed in (0, 0, 1)
+        rf.transform(model, low_rank=LowRank(4, start="fresh", seed=seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(low(first).left, low(again).left)
     assert not torch.equal(low(first).left, low(other).left)
@@ -176,7 +182,7 @@ def test_a_weight_that_is_a_sine_of_low_rank_is_found_again() -> None:
 
 
 def test_the_new_model_is_an_ordinary_one() -> None:
-    model = rf.transform(made(), low_rank=Rank(4, start="fresh"))
+    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
     x = tokens()
     expected = model(x)
     expected.sum().backward()
@@ -197,7 +203,7 @@ def test_the_new_model_is_an_ordinary_one() -> None:
 
 
 def test_a_state_dict_says_omega_and_gain() -> None:
-    fit = Rank(2, fit_steps=0)
+    fit = LowRank(2, fit_steps=0)
     model, other = (rf.transform(made(seed=seed), low_rank=fit) for seed in (0, 1))
     assert low(model).gain != low(other).gain  # each fit chose its own
     file = io.BytesIO()
@@ -215,7 +221,7 @@ def test_a_state_dict_says_omega_and_gain() -> None:
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
-    model = rf.transform(made(), low_rank=Rank(4, start="fresh"))
+    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True)
     model(tokens()).square().sum().backward()
@@ -227,7 +233,7 @@ def test_compiled_in_one_graph_and_trained() -> None:
 
 
 def test_merging_gives_the_dense_model_back() -> None:
-    model = rf.transform(made(), low_rank=Rank(4, start="fresh"))
+    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
     expected = model(tokens())
     paths = merge_low_rank(model)
     assert len(paths) == 4
@@ -244,7 +250,7 @@ def test_merging_what_was_compiled_returns_its_own_paths(whole: bool) -> None:
         model = torch.compile(model, backend="eager")
     else:
         model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
-    rank = Rank(2, start="fresh", modules=["up"])
+    rank = LowRank(2, start="fresh", modules=["up"])
     paths = ("blocks.0.up", "blocks.1.up")
     assert merge_low_rank(rf.transform(model, low_rank=rank)) == paths
     assert merge_adapters(rf.add_adapters(model, 2, modules=["up"])) == paths
@@ -255,7 +261,7 @@ def test_hooks_and_shared_modules_stay() -> None:
     model.blocks[1] = model.blocks[0]
     seen = []
     model.blocks[0].up.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
-    new = rf.transform(model, low_rank=Rank(4, start="fresh"))
+    new = rf.transform(model, low_rank=LowRank(4, start="fresh"))
     assert len(report_of(new).sites) == 2
     assert new.get_submodule("blocks.0.up") is new.get_submodule("blocks.1.up")
     new(tokens())
@@ -264,7 +270,7 @@ def test_hooks_and_shared_modules_stay() -> None:
 
 def test_a_weight_that_others_read_is_the_computed_one() -> None:
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(WIDTH, 2, batch_first=True)})
-    new = rf.transform(attention, low_rank=Rank(4, start="fresh"), modules="out_proj")
+    new = rf.transform(attention, low_rank=LowRank(4, start="fresh"), modules="out_proj")
     x = torch.randn(2, 3, WIDTH)
     expected, _ = new["a"](x, x, x)  # type: ignore[index]
     merge_low_rank(new)
@@ -276,7 +282,7 @@ def test_conv1d_of_transformers() -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=11)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()  # its head is tied, and stays
-    rank = Rank(WIDTH, sine=False)
+    rank = LowRank(WIDTH, sine=False)
     with pytest.warns(RFCompileWarning, match="saves nothing"):
         full = rf.transform(model, low_rank=rank, modules=["c_fc", "attn.c_attn"])
     expected, got = model(tokens()).logits, full(tokens()).logits
@@ -293,7 +299,11 @@ def test_conv1d_of_transformers() -> None:
 
 def test_with_everything_else_in_one_call() -> None:
     model = rf.transform(
-        made(), bits=4, residual="free", low_rank=Rank(4, start="fresh"), example_inputs=(tokens(),)
+        made(),
+        bits=4,
+        residual="free",
+        low_rank=LowRank(4, start="fresh"),
+        example_inputs=(tokens(),),
     )
     assert [type(report).__name__ for report in rf.rewrites_of(model)] == [
         "ResidualReport", "LowRankReport",
@@ -307,12 +317,12 @@ def test_with_everything_else_in_one_call() -> None:
 
 def test_compiled_models() -> None:
     compiled = torch.compile(made(), backend="eager")
-    new = rf.transform(compiled, low_rank=Rank(4, start="fresh"))
+    new = rf.transform(compiled, low_rank=LowRank(4, start="fresh"))
     assert isinstance(low(new, f"_orig_mod.{UP}"), LowRankLinear)
     inner = made()
     compiled_block: Any = torch.compile(inner.blocks[0], backend="eager")
     inner.blocks[0] = compiled_block
-    sites = report_of(rf.transform(inner, low_rank=Rank(4, start="fresh"))).sites
+    sites = report_of(rf.transform(inner, low_rank=LowRank(4, start="fresh"))).sites
     assert [site.path for site in sites][:2] == ["blocks.0.up", "blocks.0.down"]
 
 
@@ -324,7 +334,7 @@ def test_a_graph_computes_what_the_module_does(how: str) -> None:
     model = made()
     x = tokens()
     gm = graph_of(model, how)
-    rank = Rank(4, fit_steps=5)
+    rank = LowRank(4, fit_steps=5)
     graph, module = rf.transform(gm, low_rank=rank), rf.transform(model, low_rank=rank)
     assert torch.equal(graph(x), module(x))
     assert [s.path for s in report_of(graph).sites] == [s.path for s in report_of(module).sites]
@@ -337,7 +347,7 @@ def test_a_graph_computes_what_the_module_does(how: str) -> None:
 
 
 def test_the_report_counts() -> None:
-    model = rf.transform(made(), low_rank=Rank(4))
+    model = rf.transform(made(), low_rank=LowRank(4))
     report = report_of(model)
     assert [site.path for site in report.sites] == [
         "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down",
@@ -361,7 +371,7 @@ def test_the_report_counts() -> None:
 def test_matrices_that_are_no_linears_are_named() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
-    new = rf.transform(model, low_rank=Rank(4, start="fresh"))
+    new = rf.transform(model, low_rank=LowRank(4, start="fresh"))
     assert "layers.0.self_attn.in_proj_weight" in report_of(new).left
     assert "in_proj_weight" in str(report_of(new))
     x = torch.randn(2, 3, WIDTH)
@@ -376,35 +386,35 @@ def test_matrices_that_are_no_linears_are_named() -> None:
 
 
 def test_a_rank_larger_than_the_matrix() -> None:
-    with pytest.raises(PolicyError, match=r"rank=17 .* blocks\.0\.up is 32 x 16: .* at most 16"):
+    with pytest.raises(OptionError, match=r"rank=17 .* blocks\.0\.up is 32 x 16: .* at most 16"):
         rf.transform(made(), low_rank=17)
 
 
 def test_a_rank_that_saves_nothing_warns_with_the_figures() -> None:
     with pytest.warns(RFCompileWarning, match=r"rank 11 takes 528 parameters in place of 512"):
-        rf.transform(made(), low_rank=Rank(11, start="fresh"))
+        rf.transform(made(), low_rank=LowRank(11, start="fresh"))
 
 
 def test_modules_that_match_nothing() -> None:
-    with pytest.raises(PolicyError, match=r"'blocks\.\*\.upp' .* Linears here are .*blocks\.0\.up"):
+    with pytest.raises(OptionError, match=r"'blocks\.\*\.upp' .* Linears here are .*blocks\.0\.up"):
         rf.transform(made(), low_rank=4, modules=["blocks.*.upp"])
-    with pytest.raises(PolicyError, match="chooses no linear"):
+    with pytest.raises(OptionError, match="chooses no linear"):
         rf.transform(made(), low_rank=4, modules=lambda *_: False)
     for odd in (3, [3]):
-        with pytest.raises(PolicyError, match="paths or patterns as texts"):
+        with pytest.raises(OptionError, match="paths or patterns as texts"):
             rf.transform(made(), low_rank=4, modules=odd)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match="no repeated blocks"):
+    with pytest.raises(OptionError, match="no repeated blocks"):
         rf.transform(nn.Sequential(nn.Linear(4, 4)), low_rank=2)
-    with pytest.raises(PolicyError, match="give it with one of low_rank and adapters"):
+    with pytest.raises(OptionError, match="give it with one of low_rank and adapters"):
         rf.transform(made(), bits=4, modules=["up"])
     gm = torch.export.export(made(), (tokens(),)).module()
-    with pytest.raises(PolicyError, match="no linear has this path"):
+    with pytest.raises(OptionError, match="no linear has this path"):
         rf.transform(gm, low_rank=4, modules=["nope"])
 
 
 @pytest.mark.parametrize("modules", [["up"], ["blocks.*.up"], lambda path, _: path.endswith("up")])
 def test_ways_to_choose(modules: object) -> None:
-    new = rf.transform(made(), low_rank=Rank(2, start="fresh"), modules=modules)  # type: ignore[arg-type]
+    new = rf.transform(made(), low_rank=LowRank(2, start="fresh"), modules=modules)  # type: ignore[arg-type]
     assert [site.path for site in report_of(new).sites] == ["blocks.0.up", "blocks.1.up"]
 
 
@@ -419,22 +429,22 @@ def test_a_linear_with_a_forward_of_its_own_stays() -> None:
     new = rf.add_adapters(model, rank=2)
     assert torch.equal(new(tokens()), model(tokens()))
     assert "blocks.0.up.weight" in str(rf.rewrites_of(new)[-1])
-    with pytest.raises(PolicyError, match=r"'blocks\.0\.up' .* Tripled: its forward is its own"):
+    with pytest.raises(OptionError, match=r"'blocks\.0\.up' .* Tripled: its forward is its own"):
         rf.transform(model, low_rank=2, modules=["up"])
-    fresh = rf.transform(made(), low_rank=Rank(2, start="fresh"), modules=["up"])
-    with pytest.raises(PolicyError, match=r"LowRankLinear: .* changed already \(merge it first\)"):
+    fresh = rf.transform(made(), low_rank=LowRank(2, start="fresh"), modules=["up"])
+    with pytest.raises(OptionError, match=r"LowRankLinear: .* changed already \(merge it first\)"):
         rf.add_adapters(fresh, rank=2, modules=["up"])
 
 
 def test_tied_meta_and_sharded_weights() -> None:
     tied = made(tied=True)
-    rf.transform(tied, low_rank=Rank(4, start="fresh"))  # the blocks are not tied
-    with pytest.raises(PolicyError, match=r"tied, embedding\.weight = head\.weight"):
+    rf.transform(tied, low_rank=LowRank(4, start="fresh"))  # the blocks are not tied
+    with pytest.raises(OptionError, match=r"tied, embedding\.weight = head\.weight"):
         rf.transform(tied, low_rank=4, modules=["head"])
     gm = torch.export.export(tied, (tokens(),)).module()
-    with pytest.raises(PolicyError, match="tied"):
+    with pytest.raises(OptionError, match="tied"):
         rf.transform(gm, low_rank=4, modules=["head"])
-    with pytest.raises(PolicyError, match="meta device"):
+    with pytest.raises(OptionError, match="meta device"):
         rf.transform(made().to("meta"), low_rank=4)
 
 
@@ -453,12 +463,12 @@ def test_tied_meta_and_sharded_weights() -> None:
     ],
 )
 def test_options_outside_their_rule(options: dict[str, object], message: str) -> None:
-    with pytest.raises(PolicyError, match=message):
-        Rank(**options)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=message):
+        LowRank(**options)  # type: ignore[arg-type]
 
 
 def test_an_empty_batch() -> None:
-    rank = Rank(2, start="fresh", modules="0")
+    rank = LowRank(2, start="fresh", modules="0")
     layer = rf.transform(nn.Sequential(nn.Linear(8, 6)), low_rank=rank)
     assert layer(torch.empty(0, 8)).shape == (0, 6)
     x = torch.randn(4, 8)

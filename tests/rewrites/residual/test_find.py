@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile import ResidualAdd, find_residuals
-from rfcompile.errors import CaptureError, PolicyError, RFCompileError
+from rfcompile.errors import CaptureError, OptionError, RFCompileError
 from rfcompile.rewrites.residual.find import as_json, as_text
 from tests.routes import graphs
 from tests.zoo import PARALLEL, TRANSFORMERS, VOCABULARY, ZOO, Block, NanoGPT, ResNet, tokens
@@ -185,7 +185,7 @@ def test_what_cannot_be_captured_keeps_its_cause() -> None:
 
 
 def test_not_a_model() -> None:
-    with pytest.raises(PolicyError, match=r"give a torch\.nn\.Module"):
+    with pytest.raises(OptionError, match=r"give a torch\.nn\.Module"):
         find_residuals(lambda x: x, (torch.randn(2),))
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rfcompile as rf
-from rfcompile.errors import PolicyError, ResidualError
+from rfcompile.errors import OptionError, ResidualError
 from rfcompile.graph.capture import capture
 from rfcompile.graph.pipeline import run
 from rfcompile.nn.residual_site import ResidualSite
@@ -407,7 +407,7 @@ def test_a_graph_without_residual_adds() -> None:
 
 def test_an_unknown_mode() -> None:
     with pytest.raises(
-        PolicyError, match=r"residual='drop' .*choose 'keep', 'free', 'mix'"
+        OptionError, match=r"residual='drop' .*choose 'keep', 'free', 'mix'"
     ) as error:
         rf.transform(NanoGPT(), residual="drop", example_inputs=((), tokens()))
     assert (error.value.option, error.value.value) == ("residual", "drop")
@@ -464,7 +464,7 @@ def test_torchs_own_encoder() -> None:
 @pytest.mark.parametrize(("option", "value"), [("mode", "none"), ("width", None)])
 def test_a_site_knows_its_modes(option: str, value: Any) -> None:
     site = ResidualSite()
-    with pytest.raises(PolicyError, match=f"{option}={value!r} is not supported") as error:
+    with pytest.raises(OptionError, match=f"{option}={value!r} is not supported") as error:
         site.become("mix" if option == "width" else value)
     assert (error.value.option, error.value.value) == (option, value)
     assert site.mode == "keep"
