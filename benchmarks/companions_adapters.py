@@ -6,7 +6,7 @@ A byte-level GPT is trained on Shakespeare; adapters then teach it another autho
 Python reference manual that ships with every Python (``pydoc_data.topics``). With the first seed
 and rank 4 every method's learning rate is searched, for the sine with its omega; then ranks 1 to 16
 are trained with every seed, and each adapter's factors are quantized to 1 to 8 bits
-(``rfcompile.quantize_adapters``), with the first seed by three kinds of codebooks. Quality is the
+(``rfcompile.adapters.quantize``), with the first seed by three kinds of codebooks. Quality is the
 validation loss on the last tenth of the manual; memory is what the packed factors take, codebooks
 included. At the end the Bjontegaard delta: how many bytes one method's curve over the ranks needs
 against another's, at equal loss. One JSON line an adapter.
@@ -34,7 +34,7 @@ from study_tasks import GPT, GPTConfig, Language
 from torch import nn
 
 import rfcompile as rf
-from rfcompile.companions import save_adapters
+from rfcompile.rewrites.adapters.storage import save_adapters
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -83,7 +83,7 @@ def tune(
     base: Any, method: str, rank: int, rate: float, growth: float, seed: int, args: Any
 ) -> tuple[nn.Module, float]:
     task = Manual(base.config, 8, seed)
-    model = rf.add_adapters(base, rank, growth=growth, seed=seed, **METHODS[method])
+    model = rf.transform(base, rf.Adapters(rank, growth=growth, seed=seed, **METHODS[method]))
     train(task, model, rate, args.steps)
     return model, validation_loss(task, model, 8)
 
@@ -113,8 +113,8 @@ def measure(
     task = Manual(base.config, 8, seed)
     row = {"kind": "main", "method": method, "rank": rank, "rate": rate, "growth": growth}
     row["seed"] = seed
-    factors = [m for m in model.modules() if isinstance(m, rf.companions.AdaptedLinear)]
-    ranks = [rf.companions.effective_ranks(m.delta())[0] for m in factors]
+    factors = [m for m in model.modules() if isinstance(m, rf.adapters.AdaptedLinear)]
+    ranks = [rf.low_rank.effective_ranks(m.delta())[0] for m in factors]
     exact = sum(f().nbytes for m in factors for f in (m.lora_A, m.lora_B))
     extra = sum(m.lora_magnitude.nbytes for m in factors if m.lora_magnitude is not None)
     exactly = {"bits": 32, "codebook": "none", "loss": loss, "bytes": exact + extra}
@@ -125,7 +125,7 @@ def measure(
                 continue  # the wire has no such format
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", rf.errors.RFCompileWarning)  # it is in the row
-                packed = rf.quantize_adapters(model, bits, codebook=codebook)
+                packed = rf.adapters.quantize(model, bits, codebook=codebook)
             report: Any = rf.rewrites_of(packed)[-1]
             yield row | {
                 "bits": bits, "codebook": codebook, "loss": validation_loss(task, packed, 8),

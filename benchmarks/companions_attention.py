@@ -110,7 +110,7 @@ def _train(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[
         losses.append(loss.item())
     seconds = time.perf_counter() - begin
     model.eval()
-    facts = rf.analyze(model, *example)
+    facts = rf.analyze(model, example_inputs=(*example,))
     return {
         "task": vars(config) | {"batch": batch, "steps": steps},
         "validation_loss": validation_loss(task, model, 4),

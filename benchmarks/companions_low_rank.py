@@ -3,7 +3,7 @@
     python benchmarks/companions_low_rank.py
 
 Three tasks, trained from scratch, their repeated linears dense, of low rank, and of low rank with a
-sine (``rfcompile.transform(model, low_rank=Rank(..., start="fresh"))``): a GPT on Shakespeare's
+sine (``rfcompile.transform(model, Rank(..., start="fresh"))``): a GPT on Shakespeare's
 bytes, the transformers package's ViT on scikit-learn's digits, and a network from pixel coordinates
 to colors, which learns one photograph that scikit-learn ships. Every arm is run at each of some
 learning rates with the first seed, then with the other seeds at its best one, because omega acts
@@ -18,6 +18,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -105,7 +106,7 @@ def train(name: str, rank: rf.LowRank | None, rate: float, seed: int, args: Any)
     row: dict[str, Any] = {"task": name, "rate": rate, "seed": seed}
     row["steps"] = steps = args.steps or STEPS[name]
     if rank is not None:
-        model = rf.transform(model, low_rank=rank, modules=modules_of(name))
+        model = rf.transform(model, replace(rank, modules=modules_of(name)))
         report: Any = rf.rewrites_of(model)[0]
         row |= {"rank": rank.rank, "sine": rank.sine, "weights": report.parameters}
         row["spread"] = report.sites[0].spread
@@ -125,8 +126,8 @@ def train(name: str, rank: rf.LowRank | None, rate: float, seed: int, args: Any)
         times.append(time.perf_counter() - start)
     value = quality(name, task, model)
     if rank is not None:  # the ranks after training
-        trained = [m for m in model.modules() if isinstance(m, rf.companions.LowRankLinear)]
-        ranks = [rf.companions.effective_ranks(m.matrix()) for m in trained]
+        trained = [m for m in model.modules() if isinstance(m, rf.low_rank.LowRankLinear)]
+        ranks = [rf.low_rank.effective_ranks(m.matrix()) for m in trained]
         row |= {"stable_rank": mean(r[0] for r in ranks), "rank_1e-3": mean(r[1] for r in ranks)}
     row |= {"quality": value, "step_ms": 1e3 * median(times)}
     print(row, flush=True)
@@ -177,7 +178,7 @@ def fits(name: str, model: nn.Module, args: Any) -> Iterator[dict[str, Any]]:
         for sine in (False, True):
             low = rf.LowRank(rank, sine=sine)
             start = time.perf_counter()
-            fitted = rf.transform(model, low_rank=low, modules=modules_of(name))
+            fitted = rf.transform(model, replace(low, modules=modules_of(name)))
             seconds = time.perf_counter() - start
             report: Any = rf.rewrites_of(fitted)[-1]
             yield {
@@ -195,7 +196,7 @@ def costs(args: Any) -> Iterator[dict[str, Any]]:
         models = {"dense": dense}
         for kind, sine in (("plain", False), ("sine", True)):
             low = rf.LowRank(16, start="fresh", sine=sine)
-            models[kind] = rf.transform(dense, low_rank=low, modules="0")
+            models[kind] = rf.transform(dense, replace(low, modules="0"))
         tasks = {kind: _step(model, x) for kind, model in models.items()}
         times = alternate(tasks, 3 if args.tiny else 15)
         base = times["dense"]["median_ms"]

@@ -109,7 +109,7 @@ def build(task: Task, arm: Arm) -> nn.Module:
     example = next(iter(task.validation(1)))[0]
     rewritten = rf.transform(model, residual=how, example_inputs=(example,))
     if arm.skips == "kept":  # the same start with skips: their sum is to keep its size
-        sites = rf.residual_report(rewritten).sites
+        sites = rf.training.residual_report(rewritten).sites
         for site in sites:
             rewritten.get_submodule(site.path).become("keep")
         for name, module in rewritten.named_modules():

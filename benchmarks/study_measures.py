@@ -70,7 +70,7 @@ def increases(
             continue
         for name, fmt in FORMATS.items():
             policy = rf.Policy(activations=fmt, min_bytes=0)
-            quantized = rf.transform(model, policy=policy, boundaries=names)
+            quantized = rf.transform(model, rf.Wire(policy, modules=names))
             result[boundary][name] = validation_loss(task, quantized, batches) - exact
     return result
 

@@ -2,7 +2,7 @@
 
 "float32" is plain torch. "bf16" sends bfloat16: DDP by a hook that casts, FSDP2 by its own
 MixedPrecisionPolicy (which also computes in bfloat16), pipelines by casts where stages end. "torch
-..." are hooks that torch has for DDP. The rest is this package, with ``compile=True``.
+..." are hooks that torch has for DDP. The rest is this package, with ``coder="compiled"``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -83,6 +83,10 @@ def bits_of(wire: str) -> int | None:
     return int(name.removeprefix("int")) if name.startswith("int") else None
 
 
+def coder_of(wire: str) -> Literal["eager", "compiled"]:
+    return "eager" if wire == EAGER else "compiled"
+
+
 def adamw(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     return decaying(optimizer, setting)
@@ -126,8 +130,8 @@ def ddp(wire: str, setting: Setting) -> Trainer:
         module.register_comm_hook(None, quantization_hooks.quantization_pertensor_hook)
     elif bits := bits_of(wire):
         fmt = f"{bits}b:tread:stoch" if option == "stochastic" else f"{bits}b"
-        feedback, compile = option == "feedback", wire != EAGER
-        handle = quantize_ddp(module, fmt, error_feedback=feedback, compile=compile)
+        feedback, coder = option == "feedback", coder_of(wire)
+        handle = quantize_ddp(module, fmt, error_feedback=feedback, coder=coder)
     step = steps_of(module, task, adamw(model, setting))
     return Trainer(step, model.state_dict, promised(handle))
 
@@ -153,7 +157,7 @@ def fsdp(wire: str, setting: Setting) -> Trainer:
     if bits := bits_of(wire):
         delta = wire.endswith("delta")
         wanted = Policy(weights=bits if delta else 8, gradients=bits)
-        handle = quantize_fsdp(model, wanted, weight_delta=delta, compile=wire != EAGER)
+        handle = quantize_fsdp(model, wanted, weight_delta=delta, coder=coder_of(wire))
 
     def weights() -> dict[str, Tensor]:
         return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
@@ -172,7 +176,7 @@ def pipeline(wire: str, setting: Setting) -> Trainer:
     place = (module, rank, world, torch.device("cpu"))
     stage: Any = None
     if bits := bits_of(wire):
-        stage = QuantizedPipelineStage(*place, policy=bits, compile=wire != EAGER)
+        stage = QuantizedPipelineStage(*place, policy=bits, coder=coder_of(wire))
     loss_fn = F.mse_loss if size.inner else cross_entropy
     schedule = ScheduleGPipe(stage or PipelineStage(*place), CHUNKS, loss_fn=loss_fn)
     optimizer = adamw(module, setting)

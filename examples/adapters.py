@@ -17,7 +17,7 @@ from gpt import GPT, GPTConfig
 from torch import nn
 
 import rfcompile as rf
-from rfcompile.companions import load_adapters, save_adapters
+from rfcompile.rewrites.adapters.storage import load_adapters, save_adapters
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.gz"
 CONTEXT = 32
@@ -45,9 +45,9 @@ def main() -> None:
     torch.manual_seed(0)
     base = GPT(GPTConfig(width=64, layers=2, heads=2, context=CONTEXT))
     train(base, gzip.decompress(CORPUS.read_bytes()), args.steps)
-    model = rf.add_adapters(base, 4, sine=True)
+    model = rf.transform(base, rf.Adapters(4, sine=True))
     print(f"loss: {train(model, Path(__file__).read_bytes(), args.steps):.3f}")
-    print(rf.rewrites_of(packed := rf.quantize_adapters(model, args.bits))[-1])
+    print(rf.rewrites_of(packed := rf.adapters.quantize(model, args.bits))[-1])
     with tempfile.TemporaryDirectory() as folder:
         file = save_adapters(packed, folder) / "adapter_model.safetensors"
         print(f"{file.stat().st_size} bytes on disk")

@@ -45,10 +45,14 @@ parser.add_argument("--steps", type=int, default=200)
 steps = parser.parse_args().steps
 torch.manual_seed(0)
 model = rf.transform(
-    Classifier(), bits=4, residual="free", attention="polynomial", power=3, scale="learned",
-    token_graying="dct", epsilon=0.9, example_inputs=waves(32)[:1],
-)  # fmt: skip
-print(*rf.rewrites_of(model), rf.analyze(model, waves(32)[0]), sep="\n")
+    Classifier(),
+    rf.ResidualFree("free"),
+    rf.experimental.PolynomialAttention(power=3, scale="learned"),
+    rf.experimental.TokenGraying("dct", 0.9),
+    rf.Wire(4),
+    example_inputs=waves(32)[:1],
+)
+print(*rf.rewrites_of(model), rf.analyze(model, example_inputs=(waves(32)[0],)), sep="\n")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for _ in range(steps):
     x, labels = waves(64)

@@ -33,7 +33,7 @@ def test_blocks_and_attentions() -> None:
     model = NanoGPT().train()
     inputs = tokens()
     state = torch.get_rng_state()
-    found = rf.analyze(model, kwargs=inputs)
+    found = rf.analyze(model, example_inputs=inputs)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     seen: list[Tensor] = []
@@ -58,8 +58,11 @@ def test_graying_shows_in_what_enters() -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x = torch.randn(2, 7, 16)
-    new = rf.transform(model, token_graying="svd", epsilon=0.5, example_inputs=(x,))
-    before, after = rf.analyze(model, x).blocks[0], rf.analyze(new, x).blocks[0]
+    new = rf.transform(model, rf.experimental.TokenGraying("svd", 0.5), example_inputs=(x,))
+    before, after = (
+        rf.analyze(model, example_inputs=(x,)).blocks[0],
+        rf.analyze(new, example_inputs=(x,)).blocks[0],
+    )
     assert after.condition_in == pytest.approx(before.condition_in**0.5, rel=1e-4)
 
 
@@ -74,7 +77,7 @@ def test_what_was_not_measured_is_noted() -> None:
                 return self.layers[0](x)
             return self.layers[0](x)
 
-    found = rf.analyze(Spare(), torch.randn(3, 2, 8))
+    found = rf.analyze(Spare(), example_inputs=(torch.randn(3, 2, 8),))
     assert found.notes[0].startswith("nothing was measured at layers.1")
     assert found.notes[1].startswith("attentions were not measured: Spare cannot be captured")
     assert not found.attentions
@@ -82,4 +85,4 @@ def test_what_was_not_measured_is_noted() -> None:
     with pytest.raises(CaptureError, match="has no example inputs"):
         rf.analyze(Spare())
     with pytest.raises(BoundaryError, match="no repeated blocks"):
-        rf.analyze(nn.Linear(3, 3), torch.ones(2, 3))
+        rf.analyze(nn.Linear(3, 3), example_inputs=(torch.ones(2, 3),))

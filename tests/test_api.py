@@ -32,10 +32,12 @@ from rfcompile.errors import (
     NonFiniteError,
     OptionError,
     PayloadError,
+    PolicyError,
     ResidualError,
     RFCompileError,
     RFCompileWarning,
 )
+from rfcompile.graph.diff import GraphDiff
 from rfcompile.graph.text import graph_text
 from rfcompile.wire.fake import FakeWire
 from rfcompile.wire.process_groups import simulated
@@ -263,7 +265,7 @@ def test_assert_same_can_fail() -> None:
 
 def test_values_and_gradients_are_those_of_the_wire_by_hand() -> None:
     model = Net()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
 
     y = wired(X)
     y.square().sum().backward()
@@ -282,7 +284,7 @@ def test_values_and_gradients_are_those_of_the_wire_by_hand() -> None:
 def test_the_gradient_passes_straight_through_an_exact_backward() -> None:
     x = torch.randn(3, 200, requires_grad=True)
     model = nn.Sequential(nn.Identity())
-    wired = rf.transform(model, policy=rf.Policy(activations=2, min_bytes=0), boundaries=["0"])
+    wired = rf.transform(model, rf.Wire(rf.Policy(activations=2, min_bytes=0), modules=["0"]))
     weight = torch.randn(3, 200)
 
     (wired(x) * weight).sum().backward()
@@ -292,7 +294,7 @@ def test_the_gradient_passes_straight_through_an_exact_backward() -> None:
 
 def test_only_the_directions_of_the_policy_are_rounded() -> None:
     model = Net()
-    wired = rf.transform(model, policy=rf.Policy(gradients=4, min_bytes=0))
+    wired = rf.transform(model, rf.Wire(rf.Policy(gradients=4, min_bytes=0)))
     assert_same(wired(X), model(X))
     wired(X).sum().backward()
     rounded = gradients(model)
@@ -304,7 +306,7 @@ def test_only_the_directions_of_the_policy_are_rounded() -> None:
 def test_transformers_models(zoo: Callable[[], tuple[nn.Module, dict[str, Tensor]]]) -> None:
     model, inputs = zoo()
     model.train()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     by_hand = with_hand_wires(model, wires(wired))
     exact = model(**inputs).logits
 
@@ -321,14 +323,14 @@ def test_transformers_models(zoo: Callable[[], tuple[nn.Module, dict[str, Tensor
 
     # The same on the graph.
     exported = torch.export.export(model.eval(), (), inputs, strict=False).module()
-    assert_same(rf.transform(exported, policy=POLICY)(**inputs), wired.eval()(**inputs))
+    assert_same(rf.transform(exported, rf.Wire(POLICY))(**inputs), wired.eval()(**inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["inductor", "rfquant"])
 def test_compiled_values_and_gradients_are_the_eager_ones(backend: str) -> None:
     model = Plain(1)
-    wired = rf.transform(model, policy=POLICY, boundaries=["layers.0"])
+    wired = rf.transform(model, rf.Wire(POLICY, modules=["layers.0"]))
     options = {"bits": 4} if backend == "rfquant" else None
     dynamic = backend == "inductor"
     compiled = torch.compile(
@@ -346,7 +348,7 @@ def test_compiled_values_and_gradients_are_the_eager_ones(backend: str) -> None:
 
 def test_a_compiled_transformers_model_is_the_eager_one() -> None:
     model, inputs = llama()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     compiled = torch.compile(wired, fullgraph=True, backend="aot_eager")
     assert_same(compiled(**inputs).logits, wired(**inputs).logits)
 
@@ -365,7 +367,7 @@ def test_low_precision_models_keep_their_dtype(dtype: torch.dtype) -> None:
 
 def test_autocast() -> None:
     model = Net()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     with torch.autocast("cpu", torch.bfloat16):
         y, by_hand = wired(X), with_hand_wires(model, wires(wired))(X)
     y.float().sum().backward()
@@ -420,7 +422,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
             return self.head(x)
 
     model = Checkpointed()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     x = X.clone().requires_grad_()
     wired(x).square().sum().backward()
     got = gradients(model)
@@ -431,11 +433,11 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_gradient_checkpointing_of_transformers() -> None:
     model, inputs = llama()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     wired(**inputs).logits.sum().backward()
     expected = gradients(model)
     model.gradient_checkpointing_enable()  # type: ignore[operator]
-    rf.transform(model.train(), policy=POLICY)(**inputs).logits.sum().backward()
+    rf.transform(model.train(), rf.Wire(POLICY))(**inputs).logits.sum().backward()
     assert_same(gradients(model), expected)
 
 
@@ -492,7 +494,7 @@ def zoo_like() -> nn.Module:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool) -> None:
-    wired = rf.transform(zoo_like(), policy=POLICY)
+    wired = rf.transform(zoo_like(), rf.Wire(POLICY))
     program = torch.export.export(wired, (X,), strict=strict)
     assert wire_nodes(program.graph_module) == [("4b:g128:rise", "6b:g32:tread")] * 2
     assert_same(program.module()(X), wired(X))
@@ -501,7 +503,7 @@ def test_export(strict: bool) -> None:
 def test_a_second_transform_replaces_the_first() -> None:
     model = Net()
     once = rf.transform(model, bits=8)
-    twice = rf.transform(rf.transform(model, bits=2, boundaries=["head", "layers.*.up"]), bits=8)
+    twice = rf.transform(rf.transform(model, rf.Wire(2, modules=["head", "layers.*.up"])), bits=8)
     assert wires(twice) == wires(once)
     assert_same(twice(X), once(X))
 
@@ -540,7 +542,7 @@ OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
 def test_what_blocks_return(kind: str) -> None:
     wrap, unwrap = OUTPUTS[kind]
     model = Net(wrap, unwrap)
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
 
     y = wired(X)
     y.sum().backward()
@@ -590,7 +592,7 @@ def test_dtypes_that_cannot_travel_are_errors_unless_the_policy_leaves_them(
             rf.transform(each, bits=4)(X)
         assert caught.value.dtype == dtype
         allowed = rf.Policy.of(bits=4, min_bytes=0, sites={"layers.*": None})
-        assert_same(rf.transform(each, policy=allowed)(X), model(X))
+        assert_same(rf.transform(each, rf.Wire(allowed))(X), model(X))
 
 
 def test_a_compiled_dtype_error_keeps_its_type() -> None:
@@ -607,7 +609,7 @@ def test_keyword_arguments() -> None:
             return self.head(inputs)
 
     model = ByKeyword()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     assert_same(wired(inputs=X), with_hand_wires(model, wires(wired))(inputs=X))
 
 
@@ -619,11 +621,11 @@ def test_blocks_that_are_called_twice() -> None:
             return self.head(x)
 
     model = Twice()
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     expected = with_hand_wires(model, wires(wired))(X)
     assert_same(wired(X), expected)
     for graph in (torch.export.export(model, (X,)).module(), fx.symbolic_trace(model)):
-        rewritten = rf.transform(graph, policy=POLICY, example_inputs=(X,))
+        rewritten = rf.transform(graph, rf.Wire(POLICY), example_inputs=(X,))
         assert len(wire_nodes(rewritten)) == 6  # type: ignore[arg-type]
         assert_same(rewritten(X), expected)
 
@@ -631,7 +633,7 @@ def test_blocks_that_are_called_twice() -> None:
 def test_one_block_many_times_in_a_list_and_weights_that_are_tied() -> None:
     model = Net()
     model.layers = nn.ModuleList([model.layers[0]] * 3)
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     assert wires(wired) == ["layers.0"]
     assert_same(wired(X), with_hand_wires(model, ["layers.0"])(X))
 
@@ -644,7 +646,7 @@ def test_one_block_many_times_in_a_list_and_weights_that_are_tied() -> None:
 
 def test_encoder_and_decoder_in_nested_containers() -> None:
     model = nn.Transformer(32, 4, 2, 2, 64, dropout=0.0, batch_first=True)
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     paths = [f"{side}coder.layers.{i}" for side in ("en", "de") for i in range(2)]
     assert wires(wired) == paths
     assert_same(wired(X, X[:, :3]), with_hand_wires(model, paths)(X, X[:, :3]))
@@ -675,7 +677,7 @@ def test_parametrized_weights_are_shared() -> None:
     model = Net()
     for layer in model.layers:
         nn.utils.parametrizations.weight_norm(layer.get_submodule("up"))
-    wired = rf.transform(model, policy=POLICY)
+    wired = rf.transform(model, rf.Wire(POLICY))
     assert_same(wired(X), with_hand_wires(model, wires(wired))(X))
     assert [id(p) for p in wired.parameters()] == [id(p) for p in model.parameters()]
 
@@ -689,19 +691,19 @@ def test_a_compiled_model_stays_compiled() -> None:
 
     model = Net()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    wired = rf.transform(compiled, policy=POLICY)
+    wired = rf.transform(compiled, rf.Wire(POLICY))
     assert list(wired.state_dict()) == list(compiled.state_dict())
     assert_same(wired(X), with_hand_wires(model, ["layers.0", "layers.1", "layers.2"])(X))
     assert len(calls) == 1
 
     model.layers[0].compile(backend=backend)
-    assert_same(rf.transform(model, policy=POLICY)(X), wired(X))
+    assert_same(rf.transform(model, rf.Wire(POLICY))(X), wired(X))
 
 
 def test_sites_and_min_bytes() -> None:
     policy = rf.Policy.of(bits=4, min_bytes=10**6, sites={"layers.1": 8, "layers.2": None})
     model = Net()
-    wired = rf.transform(model, policy=policy)
+    wired = rf.transform(model, rf.Wire(policy))
     first = model.layers[0](X)
     assert_same(wired(X), model.head(model.layers[2](sent(model.layers[1](first), 8))))
 
@@ -710,7 +712,7 @@ def test_nonfinite_values_travel_or_raise() -> None:
     broken = X.clone()
     broken[0, 0, 0] = torch.inf
     assert rf.transform(Net(), bits=4)(broken)[0].isnan().any()
-    wired = rf.transform(Net(), policy=rf.Policy.of(bits=4, nonfinite="raise", min_bytes=0))
+    wired = rf.transform(Net(), rf.Wire(rf.Policy.of(bits=4, nonfinite="raise", min_bytes=0)))
     assert wired(X).isfinite().all()
     with pytest.raises(NonFiniteError, match=r"fake wire at 'layers\.0'") as caught:
         wired(broken)
@@ -726,12 +728,12 @@ def test_a_graph_of_dynamo_can_be_rewritten() -> None:
     rewritten = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        rewritten.append(rf.transform(gm, policy=POLICY))
+        rewritten.append(rf.transform(gm, rf.Wire(POLICY)))
         return rewritten[0]
 
     model = nn.Sequential(Block(), Block())
     y = torch.compile(lambda x: model(x), backend=backend, fullgraph=True)(X)
-    assert_same(y, rf.transform(model, policy=POLICY)(X))
+    assert_same(y, rf.transform(model, rf.Wire(POLICY))(X))
     assert len(wire_nodes(rewritten[0])) == 2  # type: ignore[arg-type]
 
 
@@ -744,9 +746,9 @@ def test_the_rewritten_graph_is_the_hooked_module(trace: str) -> None:
         graph = torch.export.export(model, (X,), strict=trace == "strict export").module()
     text = graph_text(graph)
 
-    rewritten = rf.transform(graph, policy=POLICY, example_inputs=(X,))
+    rewritten = rf.transform(graph, rf.Wire(POLICY), example_inputs=(X,))
     results = []
-    for each in (rewritten, rf.transform(model, policy=POLICY)):
+    for each in (rewritten, rf.transform(model, rf.Wire(POLICY))):
         y = each(X)
         y.square().sum().backward()
         results.append((y, gradients(each)))
@@ -763,13 +765,13 @@ def test_a_graph_takes_the_paths_of_modules() -> None:
     model = Net()
     graph = torch.export.export(model, (X,)).module()
     for paths in (["layers.1"], ["layers.*"], ["layers.0", "layers.0.up", "head"]):
-        wired = rf.transform(model, policy=POLICY, boundaries=paths)
-        assert_same(rf.transform(graph, policy=POLICY, boundaries=paths)(X), wired(X))
+        wired = rf.transform(model, rf.Wire(POLICY, modules=paths))
+        assert_same(rf.transform(graph, rf.Wire(POLICY, modules=paths))(X), wired(X))
     with pytest.raises(BoundaryError, match="no module that is called matches 'nope'"):
-        rf.transform(graph, bits=4, boundaries=["layers.0", "nope"])
+        rf.transform(graph, rf.Wire(4, modules=["layers.0", "nope"]))
     for unknown in ("branches", lambda path, module: True):
         with pytest.raises(OptionError, match="a graph has no modules to ask"):
-            rf.transform(graph, bits=4, boundaries=unknown)
+            rf.transform(graph, rf.Wire(4, modules=unknown))
 
 
 def test_example_inputs_of_a_traced_graph() -> None:
@@ -796,12 +798,12 @@ def test_a_graph_with_collectives_gets_them_quantized() -> None:
     with simulated(4):
         exported = torch.export.export(Reduced(), (X,), strict=False).module()
         assert isinstance(exported, fx.GraphModule)
-        text = graph_text(rf.transform(exported, policy=EVERY_SIZE))  # type: ignore[arg-type]
+        text = graph_text(rf.transform(exported, rf.Wire(EVERY_SIZE)))  # type: ignore[arg-type]
         assert "_c10d_functional.all_reduce" in graph_text(exported)
         for node in exported.graph.nodes:
             node.meta.pop("val", None)
         with pytest.raises(CaptureError, match="the graph has no shapes"):
-            rf.transform(exported, policy=EVERY_SIZE)
+            rf.transform(exported, rf.Wire(EVERY_SIZE))
     assert "_c10d_functional.all_reduce" not in text
     assert "rfcompile.requantize" in text
     assert "fake_wire" not in text
@@ -816,8 +818,8 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
     with simulated(4):
         model = tensor_parallel()
         rf.reports(clear=True)
-        with pytest.warns(RFCompileWarning, match=r"boundaries=\['0'\] has no effect"):
-            wired = rf.transform(model, policy=EVERY_SIZE, boundaries=["0"])
+        with pytest.warns(RFCompileWarning, match=r"modules=\('0',\) has no effect"):
+            wired = rf.transform(model, rf.Wire(EVERY_SIZE, modules=["0"]))
         wired(x).sum().backward()
         (report,) = rf.reports(clear=True)  # one graph, though Sequential is torch's own
         assert report.num_quantized == report.num_sites == 3
@@ -826,7 +828,7 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
 
         torch._dynamo.reset()
         compiled = torch.compile(model)
-        wired = rf.transform(compiled, policy=EVERY_SIZE)
+        wired = rf.transform(compiled, rf.Wire(EVERY_SIZE))
         assert list(wired.state_dict()) == list(compiled.state_dict())
         wired(x).sum().backward()
         (report,) = rf.reports(clear=True)
@@ -839,12 +841,10 @@ def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> Non
 @pytest.mark.parametrize(
     ("options", "error", "field", "pattern"),
     [
-        ({}, OptionError, ("option", "bits"), "give bits .* or a policy"),
-        ({"bits": 4, "policy": POLICY}, OptionError, ("value", 4), "not both"),
+        ({}, PolicyError, ("option", "bits"), "give bits .* or a policy"),
         ({"bits": 7}, FormatError, ("field", "bits"), "bits=7 is not supported: choose one of"),
         ({"bits": True}, FormatError, ("value", True), "bits=True is not supported"),
         ({"bits": 4.0}, FormatError, ("value", 4.0), "format=4.0 is not supported"),
-        ({"bits": 4, "boundaries": "all"}, BoundaryError, None, "boundaries='all' is not known"),
     ],
 )
 def test_options_that_are_errors(
@@ -857,6 +857,26 @@ def test_options_that_are_errors(
         rf.transform(Net(), **options)
     if field:
         assert getattr(caught.value, field[0]) == field[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([4], r"changes=4 is not supported: a change is rf\.Wire\(4\)"),
+        ([rf.Wire], "a change is rf.Wire"),
+        ([rf.Wire(4), rf.Wire(4)], "given twice: give one Wire"),
+        ([rf.ResidualFree(), rf.ResidualFree("mix")], "given twice: give one ResidualFree"),
+        ([rf.Wire(4), rf.Adapters(2)], "give it as the last change"),
+    ],
+)
+def test_changes_that_are_errors(changes: list[Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        rf.transform(Net(), *changes)
+
+
+def test_a_word_that_no_module_has_is_an_error() -> None:
+    with pytest.raises(BoundaryError, match="no module that is called matches 'all'"):
+        rf.transform(Net(), rf.Wire(4, modules="all"))
 
 
 def test_a_model_without_residual_adds_cannot_lose_them() -> None:
@@ -913,7 +933,7 @@ def test_errors_of_the_codec() -> None:
 def test_diff_of_modules_shows_the_wires() -> None:
     model = zoo_like()
     result = rf.diff(model, rf.transform(model, bits=4), example_inputs=(X,))
-    assert isinstance(result, rf.GraphDiff)
+    assert isinstance(result, GraphDiff)
     assert result.changed
     assert result.added == {"rfcompile.fake_wire.default": 2}
     assert result.removed == {}
@@ -937,7 +957,7 @@ def test_diff_of_a_report() -> None:
     graph = torch.export.export(zoo_like(), (X,)).module()
     report = rf.explain(graph, bits=4)
     assert rf.diff(report).added == {"rfcompile.fake_wire.default": 2}
-    without_graphs = rf.explain(zoo_like(), X, bits=4)
+    without_graphs = rf.explain(zoo_like(), bits=4, example_inputs=(X,))
     for wrong in ((report, graph), (without_graphs, None)):
         with pytest.raises(CaptureError, match="a report is compared with itself"):
             rf.diff(*wrong)

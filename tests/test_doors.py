@@ -17,7 +17,14 @@ from torch import nn
 import rfcompile as rf
 from rfcompile.codec.fingerprint import package_version
 from rfcompile.distributed import broadcast_states, quantize_ddp, quantize_fsdp
-from rfcompile.errors import FormatError, HookError, OptionError, RFCompileWarning, ShapeError
+from rfcompile.errors import (
+    FormatError,
+    HookError,
+    OptionError,
+    PolicyError,
+    RFCompileWarning,
+    ShapeError,
+)
 from rfcompile.inductor.backend import Settings
 from rfcompile.training import pack_state_dict, quantize_states
 from rfcompile.wire import default_policy as defaults
@@ -64,10 +71,14 @@ def broadcast_door(policy: Any) -> None:
 DOORS: dict[str, Callable[[Any], Any]] = {
     "as_policy": as_policy,
     "backend": lambda policy: Settings.of({"policy": policy}),
-    "transform": lambda policy: rf.transform(net(), policy=policy),
-    "transform bits": lambda policy: rf.transform(net(), policy),
-    "explain": lambda policy: rf.explain(net(), torch.randn(2, 32), policy=policy),
-    "explain bits": lambda policy: rf.explain(net(), torch.randn(2, 32), bits=policy),
+    "transform": lambda policy: rf.transform(net(), rf.Wire(policy)),
+    "transform bits": lambda policy: rf.transform(net(), bits=policy),
+    "explain": lambda policy: rf.explain(
+        net(), rf.Wire(policy), example_inputs=(torch.randn(2, 32),)
+    ),
+    "explain bits": lambda policy: rf.explain(
+        net(), bits=policy, example_inputs=(torch.randn(2, 32),)
+    ),
     "quantize_ddp": ddp_door,
     "quantize_fsdp": fsdp_door,
     "quantize_states": lambda policy: quantize_states(stepped(), policy),
@@ -97,13 +108,13 @@ WRONG: list[tuple[Any, type[Exception]]] = [
     ("4b:g64:g128", FormatError),
     ("4b:rise:tread", FormatError),
     ({"bits": 4.0}, FormatError),
-    ({"bitz": 4}, OptionError),
-    ({"group_size": 64}, OptionError),
-    ({}, OptionError),
-    ({3: 4}, OptionError),
-    ({"auto": 4, "bits": 4}, OptionError),
-    ("/no/such/policy.toml", OptionError),
-    (Path("/no/such/policy.toml"), OptionError),
+    ({"bitz": 4}, PolicyError),
+    ({"group_size": 64}, PolicyError),
+    ({}, PolicyError),
+    ({3: 4}, PolicyError),
+    ({"auto": 4, "bits": 4}, PolicyError),
+    ("/no/such/policy.toml", PolicyError),
+    (Path("/no/such/policy.toml"), PolicyError),
 ]
 
 
@@ -131,7 +142,7 @@ def test_every_door_reads_files(door: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("door", list(DOORS))
 @pytest.mark.parametrize(("policy", "error"), WRONG, ids=str)
 def test_every_door_refuses_the_same(door: str, policy: Any, error: type[Exception]) -> None:
-    with pytest.raises((FormatError, OptionError)) as caught:
+    with pytest.raises((FormatError, PolicyError)) as caught:
         DOORS[door](policy)
     assert type(caught.value) is error
     with pytest.raises(error) as plain:
@@ -142,10 +153,12 @@ def test_every_door_refuses_the_same(door: str, policy: Any, error: type[Excepti
 def test_none_is_exact_where_a_policy_must_be_given() -> None:
     assert as_policy(None) == as_policy("exact") == Policy()
     assert as_policy(None).is_exact
-    with pytest.raises(OptionError, match=r"give bits .* or a policy"):
+    with pytest.raises(PolicyError, match=r"give bits .* or a policy"):
         rf.transform(net())
-    with pytest.raises(OptionError, match="not both"):
-        rf.transform(net(), 4, policy=4)
+    with pytest.raises(OptionError, match="it is given twice: give one Wire, or bits= alone"):
+        rf.transform(net(), rf.Wire(4), bits=4)
+    with pytest.raises(OptionError, match="give bits or a Wire, not both"):
+        rf.explain(net(), rf.Wire(4), bits=4)
 
 
 # ---- min_bytes ---------------------------------------------------------------------------------
@@ -162,10 +175,13 @@ def test_one_default_of_min_bytes() -> None:
 
 def test_a_fake_wire_has_no_smallest_size_unless_it_is_named() -> None:
     x = torch.randn(2, 32)
-    assert rf.explain(net(), x, bits=4).num_quantized == 6
-    assert "min_bytes=0" in rf.explain(net(), x, bits=4).policy
-    assert rf.explain(net(), x, policy={"bits": 4, "min_bytes": 257}).num_quantized == 0
-    small = rf.transform(net(), policy={"bits": 2, "min_bytes": 257})
+    assert rf.explain(net(), bits=4, example_inputs=(x,)).num_quantized == 6
+    assert "min_bytes=0" in rf.explain(net(), bits=4, example_inputs=(x,)).policy
+    assert (
+        rf.explain(net(), rf.Wire({"bits": 4, "min_bytes": 257}), example_inputs=(x,)).num_quantized
+        == 0
+    )
+    small = rf.transform(net(), rf.Wire({"bits": 2, "min_bytes": 257}))
     assert not torch.equal(rf.transform(small, bits=2)(x), small(x))
 
 
@@ -174,7 +190,7 @@ def test_a_fake_wire_has_no_smallest_size_unless_it_is_named() -> None:
 
 def test_a_backend_without_options_says_how_to_give_them() -> None:
     for options in (None, {}, {"strict": True}, {"mode": "max-autotune"}):
-        with pytest.raises(OptionError, match=r"options=.*set_default_policy.*RFCOMPILE_BITS"):
+        with pytest.raises(PolicyError, match=r"options=.*set_default_policy.*RFCOMPILE_BITS"):
             Settings.of(options)
 
 
@@ -192,12 +208,12 @@ def test_options_win_over_what_is_set_and_that_over_the_environment(
     rf.set_default_policy(None)
     (file := tmp_path / "p.toml").write_text("gradients = 8")
     monkeypatch.setenv("RFCOMPILE_POLICY", str(file))
-    with pytest.raises(OptionError, match="RFCOMPILE_BITS='2b:g64' is set as well"):
+    with pytest.raises(PolicyError, match="RFCOMPILE_BITS='2b:g64' is set as well"):
         Settings.of(None)
     monkeypatch.delenv("RFCOMPILE_BITS")
     assert Settings.of(None).policy == Policy(gradients=8)
     monkeypatch.setenv("RFCOMPILE_POLICY", "/no/policy.toml")
-    with pytest.raises(OptionError, match=r"RFCOMPILE_POLICY='/no/policy.toml' .* cannot be read"):
+    with pytest.raises(PolicyError, match=r"RFCOMPILE_POLICY='/no/policy.toml' .* cannot be read"):
         Settings.of(None)
 
 
@@ -205,7 +221,7 @@ def test_transform_and_explain_use_the_default_policy() -> None:
     rf.set_default_policy(4)
     model, x = net(), torch.randn(2, 32)
     assert torch.equal(rf.transform(model)(x), rf.transform(model, bits=4)(x))
-    assert rf.explain(model, x).num_quantized == 6
+    assert rf.explain(model, example_inputs=(x,)).num_quantized == 6
 
 
 def test_a_default_that_changes_after_compiling_warns() -> None:
@@ -219,7 +235,7 @@ def test_a_default_that_changes_after_compiling_warns() -> None:
 
 
 def test_unknown_modes_are_typed_errors() -> None:
-    with pytest.raises(OptionError, match=r"mode='fastest' .* 'max-autotune'"):
+    with pytest.raises(PolicyError, match=r"mode='fastest' .* 'max-autotune'"):
         Settings.of({"bits": 4, "mode": "fastest"})
 
 
@@ -233,11 +249,11 @@ def test_a_model_without_collectives_is_exact_beside_other_ranks_and_both_say_so
         wired = rf.transform(model, bits=2)
         with pytest.warns(RFCompileWarning, match="no collective in its graphs, so it is exact"):
             y = wired(x)
-        report = rf.explain(model, x, bits=2)
+        report = rf.explain(model, bits=2, example_inputs=(x,))
         assert report.sites == ()
         assert any("so it is exact" in note for note in report.notes)
-        assert not torch.equal(rf.transform(model, bits=2, boundaries="blocks")(x), y)
-        named = rf.explain(model, x, bits=2, boundaries="blocks")
+        assert not torch.equal(rf.transform(model, rf.Wire(2, modules="blocks"))(x), y)
+        named = rf.explain(model, rf.Wire(2, modules="blocks"), example_inputs=(x,))
         assert named.num_quantized == 6
     torch.testing.assert_close(y, model(x))
 
@@ -346,7 +362,7 @@ def test_a_shape_may_be_a_number_and_must_be_one() -> None:
 )
 def test_damaged_files_are_typed_errors(content: bytes, tmp_path: Path) -> None:
     (file := tmp_path / "policy.toml").write_bytes(content)
-    with pytest.raises((OptionError, FormatError)) as caught:
+    with pytest.raises((PolicyError, FormatError)) as caught:
         Policy.from_file(file)
     assert len(str(caught.value)) < 1000
 
@@ -363,5 +379,5 @@ def test_the_version_is_a_name() -> None:
 
 @pytest.mark.parametrize("path", [".", "no\0file.toml", None, 7])
 def test_what_is_no_file_of_a_policy(path: Any) -> None:
-    with pytest.raises(OptionError, match="it cannot be read"):
+    with pytest.raises(PolicyError, match="it cannot be read"):
         Policy.from_file(path)

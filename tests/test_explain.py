@@ -78,7 +78,7 @@ BOTH_WAYS = [
 
 
 def test_sites_and_bytes() -> None:
-    report = rf.explain(Net(), X, bits=4)
+    report = rf.explain(Net(), bits=4, example_inputs=(X,))
 
     assert places(report) == BOTH_WAYS
     assert (report.num_sites, report.num_quantized, report.skipped) == (4, 4, ())
@@ -96,7 +96,7 @@ def test_sites_and_bytes() -> None:
     policy = "activations=4b:g128:rise gradients=4b:g128:tread weights=4b:g128:tread"
     assert lines[1] == f"policy: {policy} optimizer_state=4b:g128:tread min_bytes=0"
     assert report.notes == ()
-    assert places(rf.explain(Net(), kwargs={"x": X}, bits=4)) == BOTH_WAYS
+    assert places(rf.explain(Net(), bits=4, example_inputs={"x": X})) == BOTH_WAYS
 
 
 @pytest.mark.parametrize(("bits", "at_least"), [(8, 43.5), (4, 19.7), (3, 14.1), (2, 9.0)])
@@ -107,7 +107,7 @@ def test_measures_of_gaussian_activations(bits: int, at_least: float) -> None:
     """
     identity = nn.Sequential(nn.Identity())
     x = torch.randn(1024, 1024)
-    (site,) = rf.explain(identity, x, bits=bits, boundaries=["0"]).sites
+    (site,) = rf.explain(identity, rf.Wire(bits, modules=["0"]), example_inputs=(x,)).sites
     assert site.sqnr_db is not None
     assert site.kurtosis is not None
     assert at_least <= site.sqnr_db <= at_least + 1.5
@@ -121,7 +121,7 @@ def test_reasons() -> None:
         min_bytes=10**5,
         sites={"layers.0": 8, "layers.1": None, "head": "8b:g32"},
     )
-    report = rf.explain(Net(), X, policy=policy)
+    report = rf.explain(Net(), rf.Wire(policy), example_inputs=(X,))
     found = [(s.direction, s.module, s.format, s.reason, s.eligible) for s in report.sites]
     named = "sites['layers.1'] says exact"
     assert found == [
@@ -132,19 +132,28 @@ def test_reasons() -> None:
     ]
     assert all(site.bytes_after == site.bytes_before for site in report.skipped)
 
-    by_kind = rf.explain(Net(), X, policy=rf.Policy(gradients=4, min_bytes=0))
+    by_kind = rf.explain(Net(), rf.Wire(rf.Policy(gradients=4, min_bytes=0)), example_inputs=(X,))
     assert [s.reason for s in by_kind.skipped] == ["the policy sends activations exact"] * 2
     assert not any(s.eligible for s in by_kind.skipped)
 
-    by_size = rf.explain(Net(), X, policy=rf.Policy.of(bits=4, min_bytes=4097))
+    by_size = rf.explain(Net(), rf.Wire(rf.Policy.of(bits=4, min_bytes=4097)), example_inputs=(X,))
     assert {s.reason for s in by_size.skipped} == {"4096 bytes < min_bytes=4097"}
     assert all(s.eligible for s in by_size.skipped)
-    assert rf.explain(Net(), X, policy=rf.Policy.of(bits=4, min_bytes=4096)).num_quantized == 4
+    assert (
+        rf.explain(
+            Net(), rf.Wire(rf.Policy.of(bits=4, min_bytes=4096)), example_inputs=(X,)
+        ).num_quantized
+        == 4
+    )
 
 
 def test_boundaries() -> None:
-    assert rf.explain(Net(), X, bits=4, boundaries=["layers.1.up"]).sites[0].shape == (16, 96)
-    report = rf.explain(Net(), X, bits=4, boundaries=lambda path, _: path.endswith("down"))
+    assert rf.explain(Net(), rf.Wire(4, modules=["layers.1.up"]), example_inputs=(X,)).sites[
+        0
+    ].shape == (16, 96)
+    report = rf.explain(
+        Net(), rf.Wire(4, modules=lambda path, _: path.endswith("down")), example_inputs=(X,)
+    )
     assert places(report)[::2] == [("forward", "layers.0.down"), ("forward", "layers.1.down")]
 
 
@@ -160,7 +169,7 @@ def test_branches_are_attention_and_mlp() -> None:
     )
     config.num_hidden_layers = 2
     model = transformers.LlamaForCausalLM(config)
-    report = rf.explain(model, bits=4, boundaries="branches")  # with its dummy_inputs
+    report = rf.explain(model, rf.Wire(4, modules="branches"))  # with its dummy_inputs
     assert [s.module for s in report.sites if s.direction == "forward"] == [
         f"model.layers.{i}.{branch}" for i in range(2) for branch in ("self_attn", "mlp")
     ]
@@ -170,10 +179,10 @@ def test_branches_are_attention_and_mlp() -> None:
 def test_only_what_has_a_gradient_comes_back() -> None:
     forward = BOTH_WAYS[::2]
     with torch.no_grad():
-        assert places(rf.explain(Net(), X, bits=4)) == forward
+        assert places(rf.explain(Net(), bits=4, example_inputs=(X,))) == forward
     with torch.inference_mode():
-        assert places(rf.explain(Net(), X, bits=4)) == forward
-    assert places(rf.explain(Net().requires_grad_(False), X, bits=4)) == forward
+        assert places(rf.explain(Net(), bits=4, example_inputs=(X,))) == forward
+    assert places(rf.explain(Net().requires_grad_(False), bits=4, example_inputs=(X,))) == forward
 
 
 def test_a_recomputed_block_is_counted_once() -> None:
@@ -181,7 +190,7 @@ def test_a_recomputed_block_is_counted_once() -> None:
         def forward(self, x: Tensor) -> Any:
             return checkpoint(super().forward, x, use_reentrant=False)
 
-    assert places(rf.explain(Checkpointed(), X, bits=4)) == BOTH_WAYS
+    assert places(rf.explain(Checkpointed(), bits=4, example_inputs=(X,))) == BOTH_WAYS
 
 
 def test_blocks_called_twice_are_two_sites() -> None:
@@ -189,12 +198,14 @@ def test_blocks_called_twice_are_two_sites() -> None:
         def forward(self, x: Tensor) -> Any:
             return super().forward(super().forward(x))
 
-    assert places(rf.explain(Twice(), X, bits=4)) == BOTH_WAYS * 2
+    assert places(rf.explain(Twice(), bits=4, example_inputs=(X,))) == BOTH_WAYS * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
 def test_dtypes_that_cannot_travel(dtype: torch.dtype) -> None:
-    report = rf.explain(Net(lambda y: y.to(dtype), lambda o: o.real.float()), X, bits=4)
+    report = rf.explain(
+        Net(lambda y: y.to(dtype), lambda o: o.real.float()), bits=4, example_inputs=(X,)
+    )
     name = "f64" if dtype == torch.float64 else "c64"
     assert [(s.dtype, s.format, s.eligible) for s in report.sites] == [(name, None, False)] * 4
     assert {s.reason for s in report.sites} == {f"{name} data is not quantized"}
@@ -207,7 +218,9 @@ def test_boundaries_where_nothing_travels_are_noted() -> None:
             first(x)
             return type(second).forward(second, x)[0]  # runs neither hooks nor its own forward
 
-    report = rf.explain(Unused(lambda y: (y.long(), None), lambda o: o), X, bits=4)
+    report = rf.explain(
+        Unused(lambda y: (y.long(), None), lambda o: o), bits=4, example_inputs=(X,)
+    )
     assert report.sites == ()
     assert report.notes == (
         "nothing travels at layers.0: its output is or directly holds no floating-point tensor",
@@ -218,7 +231,7 @@ def test_boundaries_where_nothing_travels_are_noted() -> None:
 
 def test_an_empty_batch_and_constants_make_valid_json() -> None:
     for model, x in ((Net(), X[:0]), (Net(lambda y: y * 0), X)):
-        report = rf.explain(model, x, bits=4)
+        report = rf.explain(model, bits=4, example_inputs=(x,))
         plain = json.loads(report.json(), parse_constant=pytest.fail)
         assert plain["sites"][0]["kurtosis"] is None
         assert plain["num_quantized"] == 4
@@ -237,17 +250,17 @@ def test_a_rewritten_model_says_so() -> None:
     model = nn.Sequential(*(Block() for _ in range(3)))
     x = torch.randn(4, 16)
     free = rf.transform(model, residual="free", example_inputs=(x,))
-    report = rf.explain(free, x, bits=4)
+    report = rf.explain(free, bits=4, example_inputs=(x,))
     assert report.notes == ("3 of 3 residual adds rewritten: free",)
-    assert rf.explain(model, x, bits=4).notes == ()
+    assert rf.explain(model, bits=4, example_inputs=(x,)).notes == ()
     (rewrite,) = rf.rewrites_of(free)
-    assert rewrite is rf.residual_report(free)
+    assert rewrite is rf.training.residual_report(free)
 
 
 def test_a_graph_is_explained_without_running() -> None:
     exported = torch.export.export(Net().eval(), (X,)).module()
     for graph, args in ((exported, ()), (fx.symbolic_trace(Net()), (X,))):
-        report = rf.explain(graph, *args, bits=4)
+        report = rf.explain(graph, bits=4, example_inputs=(*args,))
         assert places(report) == BOTH_WAYS[::2]
         assert report.bytes_after == 2 * 528
         assert report.graphs[0].after.count("rfcompile.fake_wire") == 2
@@ -281,7 +294,7 @@ def test_looking_changes_nothing() -> None:
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     random_state = torch.get_rng_state()
 
-    rf.explain(model, X, bits=2)
+    rf.explain(model, bits=2, example_inputs=(X,))
 
     assert torch.equal(torch.get_rng_state(), random_state)
     for name, tensor in model.state_dict().items():
@@ -295,7 +308,7 @@ def test_looking_changes_nothing() -> None:
 
 def test_it_is_the_model_that_transform_gives() -> None:
     wired = rf.transform(Net(), bits=4)
-    assert rf.explain(wired, X, bits=8).sites[0].format == "8b:g128:tread"
+    assert rf.explain(wired, bits=8, example_inputs=(X,)).sites[0].format == "8b:g128:tread"
 
 
 def test_compiled_models_run_eagerly() -> None:
@@ -303,11 +316,11 @@ def test_compiled_models_run_eagerly() -> None:
         raise AssertionError("explain compiled a model that has nothing to compile")
 
     compiled = torch.compile(Net(), backend=backend)
-    assert places(rf.explain(compiled, X, bits=4)) == BOTH_WAYS
+    assert places(rf.explain(compiled, bits=4, example_inputs=(X,))) == BOTH_WAYS
     in_place = Net()
     in_place.compile(backend=backend)
     in_place.layers[0].compile(backend=backend)
-    assert places(rf.explain(in_place, X, bits=4)) == BOTH_WAYS
+    assert places(rf.explain(in_place, bits=4, example_inputs=(X,))) == BOTH_WAYS
 
 
 @pytest.mark.parametrize(
@@ -326,7 +339,7 @@ def test_the_backward_pass_starts_from_any_output(wrap: Callable[[Tensor], Any])
     reached: list[Tensor] = []
     model = Wrapped()
     model.layers[0].up.weight.register_hook(reached.append)  # type: ignore[union-attr]
-    rf.explain(model, X, bits=4)
+    rf.explain(model, bits=4, example_inputs=(X,))
     assert len(reached) == 1
 
 
@@ -360,7 +373,7 @@ def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
         body = parallelize_module(nn.Sequential(Parallel(), Parallel()), mesh, plan)
         model = torch.compile(Returns(body))  # unwrapped: another backend is no obstacle
         random_state = torch.get_rng_state()
-        report = rf.explain(model, X, policy={"bits": 4, "min_bytes": 0})
+        report = rf.explain(model, rf.Wire({"bits": 4, "min_bytes": 0}), example_inputs=(X,))
         change = rf.diff(report)
 
     assert change.removed["_c10d_functional.all_reduce.default"] == 3
@@ -387,7 +400,9 @@ def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
 @pytest.mark.slow
 def test_a_model_without_collectives_beside_a_process_group() -> None:
     with simulated(2):
-        report = rf.explain(nn.Sequential(nn.ReLU()), X, bits=4, boundaries=["0"])
+        report = rf.explain(
+            nn.Sequential(nn.ReLU()), rf.Wire(4, modules=["0"]), example_inputs=(X,)
+        )
     assert places(report) == [("forward", "0")]
 
 
@@ -398,13 +413,13 @@ def test_errors() -> None:
     with pytest.raises(CaptureError, match="Net has no example inputs"):
         rf.explain(Net(), bits=4)
     with pytest.raises(OptionError, match="give bits") as caught:
-        rf.explain(Net(), X)
+        rf.explain(Net(), example_inputs=(X,))
     assert caught.value.option == "bits"
     with pytest.raises(OptionError, match=r"model=.* is not supported"):
-        rf.explain(torch.relu, X, bits=4)  # type: ignore[arg-type]
+        rf.explain(torch.relu, bits=4, example_inputs=(X,))  # type: ignore[arg-type]
     with pytest.raises(BoundaryError, match="has no repeated blocks"):
-        rf.explain(nn.Linear(64, 2), X, bits=4)
+        rf.explain(nn.Linear(64, 2), bits=4, example_inputs=(X,))
     broken = X.clone()
     broken[0, 0] = torch.nan
-    report = rf.explain(Net(), broken, bits=4)
+    report = rf.explain(Net(), bits=4, example_inputs=(broken,))
     assert math.isnan(report.sites[0].sqnr_db or 0)

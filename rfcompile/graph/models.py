@@ -110,8 +110,8 @@ def has_collectives(model: nn.Module) -> bool:
 
 NO_COLLECTIVES = (
     "{} has no collective in its graphs, so it is exact. In a process group of several ranks "
-    "transform quantizes the collectives that a model has; rf.Wire(4, modules='blocks') (or 'branches', or "
-    "paths of modules) puts a fake wire into it."
+    "transform quantizes the collectives that a model has; rf.Wire(4, modules='blocks') (or "
+    "'branches', or paths of modules) puts a fake wire into it."
 )
 
 

@@ -68,7 +68,7 @@ def polynomial_attention_formula(
             ``torch.autocast`` they get its dtype, as torch's attention does it.
         attn_mask: as for torch: bool (True is seen) or float (added to the scores; what is not
             above ``MASKED`` hides the key), broadcastable to ``[.., L, S]``.
-        rows: see :class:`~rfcompile.companions.PolynomialAttention`, its ``scale``; gain: (1,).
+        rows: see :class:`~rfcompile.experimental.PolynomialAttention`, its ``scale``; gain: (1,).
         form: how it is computed; "linear" only has an effect where it is possible.
     Raises:
         ShapeError, AttentionError: a dtype.

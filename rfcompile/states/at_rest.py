@@ -128,6 +128,7 @@ class StatesHandle(Handle):
         for optimizer in self._optimizers:
             self._unpack(optimizer)
             drop(optimizer)
+        self._policy = Policy()
 
     def report(self) -> Report:
         """A line a state: the bytes it takes at rest before and after, or why it stays exact."""

@@ -83,7 +83,7 @@ def test_gradient_of_a_gradient() -> None:
 
 def test_a_wired_model_and_its_graph() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh()).requires_grad_(False)
-    new = rf.transform(model, bits=8, boundaries=["0"])
+    new = rf.transform(model, rf.Wire(8, modules=["0"]))
     _, expected = torch.func.jvp(model, (X,), (V,))
     size = float(expected.norm())
     _, tangent = torch.func.jvp(new, (X,), (V,))

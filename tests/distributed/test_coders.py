@@ -27,12 +27,12 @@ from rfcompile.distributed import (
     quantize_fsdp,
     quantize_pipeline_stage,
 )
-from rfcompile.distributed.coders import coder_of
+from rfcompile.distributed.coders import CoderName, coder_of
 
 if TYPE_CHECKING:
     from tests.ranks import Rank, RunRanks
 
-EAGER, COMPILED = coder_of(compile=False), coder_of(compile=True)
+EAGER, COMPILED = coder_of("eager"), coder_of("compiled")
 FORMAT = rf.QuantFormat(4).spec
 WIDTH = 18
 
@@ -130,7 +130,7 @@ def check_same(
 ) -> None:
     """Models trained with compiled and with eager coding stay bit for bit the same."""
     plain = Net()
-    models = [make(copy.deepcopy(plain), compile) for compile in (True, False)]
+    models = [make(copy.deepcopy(plain), coder) for coder in ("compiled", "eager")]
     warm = 0
     for step in range(steps):
         with mock.patch.object(arithmetic, "quantize", wraps=arithmetic.quantize) as eagerly:
@@ -147,14 +147,14 @@ def check_same(
     assert num_compiled() == warm, f"{what}: compiled again after two steps"
 
 
-def ddp(model: nn.Module, compile: bool) -> nn.Module:
+def ddp(model: nn.Module, coder: CoderName) -> nn.Module:
     module = DistributedDataParallel(model)
-    quantize_ddp(module, rf.Policy(gradients=4, activations=4, min_bytes=0), compile=compile)
+    quantize_ddp(module, rf.Policy(gradients=4, activations=4, min_bytes=0), coder=coder)
     return module
 
 
 def fsdp(
-    model: nn.Module, compile: bool, weight_delta: bool = False, whole: bool = False
+    model: nn.Module, coder: CoderName, weight_delta: bool = False, whole: bool = False
 ) -> nn.Module:
     assert isinstance(model, Net)
     layers: list[Any] = list(model.layers)
@@ -166,7 +166,7 @@ def fsdp(
         layer.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([layer])
     policy = rf.Policy(weights=4 if weight_delta else 8, gradients=4, min_bytes=0)
-    quantize_fsdp(model, policy, weight_delta=weight_delta, compile=compile)
+    quantize_fsdp(model, policy, weight_delta=weight_delta, coder=coder)
     if whole:
         model.compile()
     return model
@@ -178,21 +178,21 @@ def check_pipeline(rank: Rank) -> None:
     x, y = torch.randn(6, WIDTH, generator=generator), torch.randn(6, WIDTH, generator=generator)
     plain, results, warm = nn.Linear(WIDTH, WIDTH), [], 0
     policy = rf.Policy(gradients=4, activations=4, min_bytes=0)
-    for compile in (False, True):
+    for coder in ("eager", "compiled"):
         for make in (0, 1):
             module = copy.deepcopy(plain)
             place = (module, rank.index, 2, torch.device("cpu"))
             if make:
                 stage: Any = PipelineStage(*place)
-                quantize_pipeline_stage(stage, policy, compile=compile)
+                quantize_pipeline_stage(stage, policy, coder=coder)
             else:
-                stage = QuantizedPipelineStage(*place, policy=policy, compile=compile)
+                stage = QuantizedPipelineStage(*place, policy=policy, coder=coder)
             schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=F.mse_loss)
             for _ in range(2):
                 schedule.step(x) if rank.index == 0 else schedule.step(target=y)
             assert module.weight.grad is not None
             results.append(module.weight.grad)
-            if (compile, make) == (True, 0):
+            if (coder, make) == ("compiled", 0):
                 warm = num_compiled()
     assert all(torch.equal(results[0], result) for result in results)
     assert warm > 0

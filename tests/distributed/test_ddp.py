@@ -345,8 +345,8 @@ def check_compiled(rank: Rank) -> None:
     twin.load_state_dict(module.state_dict())
     ddps = [DDP(m) for m in (module, twin)]
     handles = [
-        quantize_ddp(ddp, policy(), error_feedback=True, compile=compile)
-        for ddp, compile in zip(ddps, (True, False), strict=True)
+        quantize_ddp(ddp, policy(), error_feedback=True, coder=coder)
+        for ddp, coder in zip(ddps, ("compiled", "eager"), strict=True)
     ]
     for step in range(2):
         for ddp in ddps:

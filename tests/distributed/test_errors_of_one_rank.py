@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim import SGD, AdamW
 
 import rfcompile as rf
-from rfcompile.companions import broadcast_adapters
 from rfcompile.distributed import (
     QuantizedPipelineStage,
     broadcast_states,
@@ -40,6 +39,7 @@ from rfcompile.errors import (
     StateError,
     TransportError,
 )
+from rfcompile.rewrites.adapters.exchange import broadcast_adapters
 from rfcompile.states.composite import Optimizers
 from rfcompile.wire.together import together
 from tests.ranks import Rank, RunRanks, any_error_of, error_of
@@ -287,7 +287,7 @@ class Wrapper:
 
 
 def adapted(group: Any, fmt: Any, module: bool = True) -> object:
-    model: Any = rf.add_adapters(linears(), 2, modules=["0"]) if module else 3
+    model: Any = rf.transform(linears(), rf.Adapters(2, modules=["0"])) if module else 3
     return broadcast_adapters(model, fmt, group)
 
 

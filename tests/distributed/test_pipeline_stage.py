@@ -384,9 +384,9 @@ def check_traced(rank: Rank) -> None:
 def check_transform(rank: Rank) -> None:
     """The fake wire of transform, on one machine, is the wire: bit for bit."""
     model = nn.Sequential(*parts_of(lambda i: Plain(), 4, torch.float32))
-    fake = rf.transform(model, policy=policy(), boundaries=["1"])
+    fake = rf.transform(model, rf.Wire(policy(), modules=["1"]))
     other = copy.deepcopy(model)
-    marked = rf.transform(other, bits=4, boundaries=["1"])
+    marked = rf.transform(other, rf.Wire(4, modules=["1"]))
     stages = split_at_boundaries(marked, 2, torch.randn(ROWS // CHUNKS, WIDTH))
     stage = QuantizedPipelineStage(stages[rank.index], rank.index, 2, CPU, policy=policy())
     schedule = Schedule1F1B(stage, CHUNKS, loss_fn=loss_of)

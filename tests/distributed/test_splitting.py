@@ -113,13 +113,13 @@ def test_a_transformers_model(has_mask: bool) -> None:
 def test_marks_of_transform_are_the_cuts() -> None:
     model = Net()
     x = torch.randn(2, 5, 8)
-    marked = rf.transform(model, bits=4, boundaries=["blocks.0", "blocks.2"])
+    marked = rf.transform(model, rf.Wire(4, modules=["blocks.0", "blocks.2"]))
     stages = split_at_boundaries(marked, 3, x)
     check(model, stages, x)  # no fake wire
     names = [sorted(n for n, _ in stage.named_parameters() if "weight" in n) for stage in stages]
     assert [[name.split(".")[1] for name in stage] for stage in names] == [["0"], ["1", "2"], ["3"]]
     assert not torch.equal(marked(x), model(x))  # its own wires are as they were
-    exact = rf.transform(model, policy=rf.Policy(), boundaries=["blocks.1"])
+    exact = rf.transform(model, rf.Wire(rf.Policy(), modules=["blocks.1"]))
     assert len(split_at_boundaries(exact, 2, x)) == 2
 
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
-from rfcompile.companions import LowRank, merge_adapters
 from rfcompile.errors import CaptureError, OptionError
 from rfcompile.graph.models import copy_of
 from rfcompile.nn.rebinding import Bound, runs_its_class
+from rfcompile.rewrites.adapters.rewrite import merge_adapters
+from rfcompile.rewrites.low_rank.rewrite import LowRank
 
 # Dynamo looks at the .grad of what is no leaf: torch's own warning, of a block that is compiled.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
@@ -134,8 +135,8 @@ def test_adapters_and_low_rank_are_in_the_path(patch: Patch, place: str) -> None
     expected = net(X).detach()
 
     for new in (
-        rf.add_adapters(net, rank=4),
-        rf.transform(net, low_rank=LowRank(4, start="fresh")),
+        rf.transform(net, rf.Adapters(rank=4)),
+        rf.transform(net, LowRank(4, start="fresh")),
     ):
         trained = [p for p in new.parameters() if p.requires_grad]
         with torch.no_grad():
@@ -164,7 +165,7 @@ def test_wires_are_in_the_path(patch: Patch, place: str) -> None:
 def test_a_merged_linear_computes_with_its_weight() -> None:
     net = Net()
     kept_aside(net.blocks[0].up)
-    new = rf.add_adapters(net, rank=4)
+    new = rf.transform(net, rf.Adapters(rank=4))
     with torch.no_grad():
         for parameter in new.parameters():
             if parameter.requires_grad:
@@ -208,8 +209,8 @@ def test_a_linear_with_a_forward_of_its_own_is_no_target() -> None:
     up.forward = types.MethodType(lambda self, x: x @ self.weight.t(), up)
     assert not runs_its_class(up)
     with pytest.raises(OptionError, match="its forward is its own"):
-        rf.add_adapters(net, rank=4, modules=["blocks.0.up"])
-    (report,) = rf.rewrites_of(rf.add_adapters(net, rank=4))
+        rf.transform(net, rf.Adapters(rank=4, modules=["blocks.0.up"]))
+    (report,) = rf.rewrites_of(rf.transform(net, rf.Adapters(rank=4)))
     assert "blocks.0.up.weight" in str(report)
 
 

@@ -134,7 +134,7 @@ def test_named_blocks_may_lie_in_one_another() -> None:
     model = Outer()
     gm, sites = rewritten(export(model), boundaries=paths)
     assert [site.module for site in sites] == ["net.layers.0", "net.layers.1", "net"]
-    assert torch.equal(gm(X), rf.transform(model, policy=POLICY, boundaries=paths)(X))
+    assert torch.equal(gm(X), rf.transform(model, rf.Wire(POLICY, modules=paths))(X))
 
 
 # ---- near-misses are kept ------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_weights_are_not_computed_in_a_block() -> None:
     model.layers[1].weight = model.layers[0].weight
     gm, sites = rewritten(export(model))
     assert len(wires(gm)) == len(sites) == 2
-    assert torch.equal(gm(X), rf.transform(model, policy=POLICY)(X))
+    assert torch.equal(gm(X), rf.transform(model, rf.Wire(POLICY))(X))
 
 
 def test_errors() -> None:
@@ -203,7 +203,7 @@ def test_errors() -> None:
 
 
 def test_a_second_run_changes_nothing() -> None:
-    for gm in (export(Net()), traced(Net()), export(rf.transform(Net(), policy=POLICY))):
+    for gm in (export(Net()), traced(Net()), export(rf.transform(Net(), rf.Wire(POLICY)))):
         once, sites = rewritten(gm)
         text = graph_text(once)
         record = run(once, [QuantizeBoundaries(POLICY)])
@@ -239,7 +239,7 @@ def test_values_and_gradients_are_those_of_the_hooks() -> None:
     model = Net()
     gm, _ = rewritten(copy.deepcopy(traced(model)))
     results = []
-    for each in (gm, rf.transform(model, policy=POLICY)):
+    for each in (gm, rf.transform(model, rf.Wire(POLICY))):
         y = each(X)
         grads = torch.autograd.grad(y.square().sum(), list(each.parameters()))
         results.append((y, grads))

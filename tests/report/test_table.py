@@ -61,21 +61,21 @@ class Net(nn.Module):
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 REPORTS: dict[str, Callable[[], Any]] = {
-    "explain": lambda: rf.explain(Net(), X, bits=4),
-    "analyze": lambda: rf.analyze(Net(), X),
-    "residual": lambda: rewritten(residual="free"),
-    "attention": lambda: rewritten(attention="polynomial"),
-    "graying": lambda: rewritten(token_graying="dct"),
-    "low rank": lambda: rewritten(low_rank=rf.LowRank(2, fit_steps=0)),
-    "adapters": lambda: rewritten(adapters=2),
+    "explain": lambda: rf.explain(Net(), bits=4, example_inputs=(X,)),
+    "analyze": lambda: rf.analyze(Net(), example_inputs=(X,)),
+    "residual": lambda: rewritten(rf.ResidualFree()),
+    "attention": lambda: rewritten(rf.experimental.PolynomialAttention()),
+    "graying": lambda: rewritten(rf.experimental.TokenGraying()),
+    "low rank": lambda: rewritten(rf.LowRank(2, fit_steps=0)),
+    "adapters": lambda: rewritten(rf.Adapters(2)),
     "quantized adapters": lambda: rf.rewrites_of(
-        rf.quantize_adapters(rf.add_adapters(Net(), 2), bits=4)
+        rf.adapters.quantize(rf.transform(Net(), rf.Adapters(2)), bits=4)
     )[-1],
 }
 
 
-def rewritten(**how: Any) -> object:
-    return rf.rewrites_of(rf.transform(Net(), example_inputs=(X,), **how))[-1]
+def rewritten(how: Any) -> object:
+    return rf.rewrites_of(rf.transform(Net(), how, example_inputs=(X,)))[-1]
 
 
 @pytest.mark.parametrize("kind", REPORTS)

@@ -214,7 +214,7 @@ def test_nothing_to_send_is_a_warning(output: Any) -> None:
 
 
 def test_the_warning_comes_while_compiling_too() -> None:
-    model = rf.transform(nn.Sequential(nn.Identity()), bits=4, boundaries=["0"])
+    model = rf.transform(nn.Sequential(nn.Identity()), rf.Wire(4, modules=["0"]))
     with pytest.warns(RFCompileWarning, match="nothing travels at '0'"):
         torch.compile(model, backend="eager", fullgraph=True)(torch.arange(4))
 
@@ -308,8 +308,8 @@ def test_a_wire_is_in_the_path_of_every_call(way: str) -> None:
     compiled = torch.compile(wired, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), expected)
     assert torch.equal(rf.transform(wired, bits=4)(x), expected), "a wire in place of the first"
-    assert rf.explain(model, x, bits=4).num_quantized == 3
-    assert rf.explain(wired, x, bits=4).num_quantized == 3
+    assert rf.explain(model, bits=4, example_inputs=(x,)).num_quantized == 3
+    assert rf.explain(wired, bits=4, example_inputs=(x,)).num_quantized == 3
     assert torch.equal(model(x), 8 * x), "the model that was given"
 
 

@@ -84,7 +84,7 @@ def quantize_adapters(model: nn.Module, bits: int, *, codebook: Codebooks = "kme
 
     ``dW = scale * sin(omega Q(B) Q(A))``: the factors are quantized, the sine is applied to their
     product. The factors are decoded at each call and are not trained any more; magnitudes and
-    everything else stay as they are. :func:`~rfcompile.companions.save_adapters` stores the codes.
+    everything else stay as they are. :func:`~rfcompile.adapters.save` stores the codes.
 
     Args:
         bits: 1 to 8 bits an element; 2, 3, 4, 5, 6 or 8 with a format of the wire.

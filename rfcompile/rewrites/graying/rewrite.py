@@ -51,7 +51,7 @@ class TokenGraying:
 
     def __post_init__(self) -> None:
         if self.form not in get_args(GrayingForm):
-            raise OptionError("token_graying", self.form, "choose 'dct' or 'svd'.")
+            raise OptionError("form", self.form, "choose 'dct' or 'svd'.")
         if self.epsilon is None:
             object.__setattr__(self, "epsilon", 0.95 if self.form == "dct" else 0.7)
         if not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon <= 1:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 import rfcompile as rf
-from rfcompile.companions import load_adapters, save_adapters
 from rfcompile.errors import RFCompileError, StateError
+from rfcompile.rewrites.adapters.storage import load_adapters, save_adapters
 from tests.rewrites.models import made, moved
 
 safetensors = pytest.importorskip("safetensors")
@@ -29,10 +29,10 @@ KINDS = ("plain", "dora", "kmeans", "wire")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
     for kind in KINDS:
-        model = rf.add_adapters(made(), 4, dora=kind == "dora", sine=kind == "kmeans")
+        model = rf.transform(made(), rf.Adapters(4, dora=kind == "dora", sine=kind == "kmeans"))
         moved(model, seed=0)
         if kind in ("kmeans", "wire"):
-            model = rf.quantize_adapters(model, 4, codebook=kind)
+            model = rf.adapters.quantize(model, 4, codebook=kind)
         found[kind] = save_adapters(model, tmp_path_factory.mktemp(kind))
     return found
 

@@ -24,9 +24,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 import rfcompile as rf
-from rfcompile.companions import AdaptedLinear, broadcast_adapters
+from rfcompile.adapters import AdaptedLinear
 from rfcompile.errors import FormatError, OptionError, RankMismatchError, TransportError
 from rfcompile.rewrites.adapters import exchange
+from rfcompile.rewrites.adapters.exchange import broadcast_adapters
 from tests.ranks import Rank, RunRanks
 from tests.rewrites.models import made, moved, tokens
 
@@ -37,7 +38,7 @@ WORLD = 2
 def check_exchange(rank: Rank) -> None:
     model = made()
     for dora in (False, True):
-        new = rf.add_adapters(model, 4, sine=not dora, dora=dora)
+        new = rf.transform(model, rf.Adapters(4, sine=not dora, dora=dora))
         moved(new, seed=rank.index)
         if dora:
             module = new.get_submodule("blocks.0.up")
@@ -65,12 +66,12 @@ def check_exchange(rank: Rank) -> None:
         with pytest.raises(RankMismatchError):
             broadcast_adapters(new, 8 if rank.index else 4)
         with pytest.raises(OptionError, match="adapters are quantized"):
-            broadcast_adapters(rf.quantize_adapters(new, 8), 4)
+            broadcast_adapters(rf.adapters.quantize(new, 8), 4)
     with pytest.raises(OptionError, match="no adapters"):
         broadcast_adapters(model, 4)
-    plain = rf.add_adapters(model, 4)
-    half = rf.add_adapters(made().bfloat16(), 4, dora=True)
-    for other in (new, half, rf.quantize_adapters(plain, 4), model):  # plain on rank 0 only
+    plain = rf.transform(model, rf.Adapters(4))
+    half = rf.transform(made().bfloat16(), rf.Adapters(4, dora=True))
+    for other in (new, half, rf.adapters.quantize(plain, 4), model):  # plain on rank 0 only
         with pytest.raises(RankMismatchError):
             broadcast_adapters(other if rank.index else plain, 4)
     with pytest.raises(OptionError, match="give a format"):
@@ -81,23 +82,22 @@ def check_exchange(rank: Rank) -> None:
 def check_sharded(rank: Rank) -> None:
     """Rewrite first, then shard: it trains as it does on one rank. The other way is an error."""
     mesh = init_device_mesh("cpu", (WORLD,))
-    for how in ("low_rank", "adapters"):
-        new = rf.transform(made(), **{how: 4})  # type: ignore[arg-type]
-        alone = rf.transform(made(), **{how: 4})  # type: ignore[arg-type]
+    for how in (rf.LowRank(4), rf.Adapters(4)):
+        new, alone = rf.transform(made(), how), rf.transform(made(), how)
         fully_shard(new, mesh=mesh)
         torch.testing.assert_close(new(tokens()), alone(tokens()), rtol=0, atol=0)
         new(tokens()).sum().backward()
     sharded = made()
     fully_shard(sharded, mesh=mesh)
-    for options in ({"low_rank": 4}, {"adapters": 4}):
+    for how in (rf.LowRank(4), rf.Adapters(4)):
         with pytest.raises(OptionError, match="DTensors of FSDP: rewrite the model first"):
-            rf.transform(sharded, **options)  # type: ignore[arg-type]
+            rf.transform(sharded, how)
     parallel = made()
     for block in parallel.blocks:
         parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    for options in ({"low_rank": 4}, {"adapters": 4}):
+    for how in (rf.LowRank(4), rf.Adapters(4)):
         with pytest.raises(OptionError, match="DTensor: rewrite the model first"):
-            rf.transform(parallel, **options)  # type: ignore[arg-type]
+            rf.transform(parallel, how)
 
 
 def trained(model: nn.Module, steps: int = 3) -> nn.Module:
@@ -113,7 +113,7 @@ def trained(model: nn.Module, steps: int = 3) -> nn.Module:
 def check_fsdp(rank: Rank, kind: str) -> None:
     """A model whose adapters are not zero: sharded it is bit for bit the one that is not."""
     how = {"plain": {}, "sine": {"sine": True}, "dora": {"dora": True}}[kind]
-    alone = moved(rf.add_adapters(made(), 4, **how))
+    alone = moved(rf.transform(made(), rf.Adapters(4, **how)))
     sharded = copy.deepcopy(alone)
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in sharded.get_submodule("blocks").children():
@@ -136,10 +136,10 @@ def check_fsdp(rank: Rank, kind: str) -> None:
 
     full = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
     assert full.keys() == alone.state_dict().keys()
-    resumed = rf.add_adapters(made(seed=3), 4, **how)
+    resumed = rf.transform(made(seed=3), rf.Adapters(4, **how))
     resumed.load_state_dict(full)
     assert torch.equal(resumed(tokens()), expected)
-    again = rf.add_adapters(made(seed=4), 4, **how)
+    again = rf.transform(made(seed=4), rf.Adapters(4, **how))
     fully_shard(again, mesh=mesh)
     set_model_state_dict(again, full, options=StateDictOptions(full_state_dict=True))
     assert torch.equal(again(tokens()), expected)
@@ -162,7 +162,7 @@ def check_source(rank: Rank) -> None:
     group = dist.new_group([1, 2])
     if rank.index == 0:
         return
-    model = moved(rf.add_adapters(made(), 4), seed=rank.index)
+    model = moved(rf.transform(made(), rf.Adapters(4)), seed=rank.index)
     before, fmt = adapters(model), rf.QuantFormat(8)
     broadcast_adapters(model, fmt, group, src=1)
     for old, new in zip(before, adapters(model), strict=True):
@@ -178,7 +178,7 @@ def test_the_source_is_a_rank_of_the_group(ranks: RunRanks) -> None:
 def check_errors(rank: Rank) -> None:
     """Of one rank only: all raise the same, and every rank has its old adapters."""
     me = rank.index
-    model = moved(rf.add_adapters(made(), 4, modules=["blocks.0.up"], dora=True), seed=me)
+    model = moved(rf.transform(made(), rf.Adapters(4, modules=["blocks.0.up"], dora=True)), seed=me)
     before = adapters(model)
     with pytest.raises(FormatError, match="rank 1: bits=7"):
         broadcast_adapters(model, 7 if me else 8)

@@ -17,15 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import rfcompile as rf
-from rfcompile.companions import (
-    AdaptedLinear,
-    AdapterReport,
-    Adapters,
-    QuantizedReport,
-    load_adapters,
-    merge_adapters,
-    save_adapters,
-)
+from rfcompile.adapters import AdaptedLinear, AdapterReport, QuantizedReport
 from rfcompile.errors import (
     FormatError,
     MissingPackageError,
@@ -35,6 +27,8 @@ from rfcompile.errors import (
     StateError,
 )
 from rfcompile.rewrites.adapters.factor import Factor, nbytes_of
+from rfcompile.rewrites.adapters.rewrite import Adapters, merge_adapters
+from rfcompile.rewrites.adapters.storage import load_adapters, save_adapters
 from tests.rewrites.models import WIDTH, graph_of, made, moved, tokens
 
 UP = "blocks.0.up"
@@ -58,7 +52,7 @@ def adapter(model: nn.Module, path: str = UP) -> AdaptedLinear:
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_first_nothing_changes_and_only_adapters_train(kind: str) -> None:
     model = made()
-    new = rf.add_adapters(model, 4, **KINDS[kind])
+    new = rf.transform(model, rf.Adapters(4, **KINDS[kind]))
     # DoRA's row norms divide by themselves: one rounding
     torch.testing.assert_close(new(tokens()), model(tokens()), rtol=1e-6, atol=1e-6)
     trained = {name for name, p in new.named_parameters() if p.requires_grad}
@@ -77,7 +71,7 @@ def test_at_first_nothing_changes_and_only_adapters_train(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_formula(kind: str) -> None:
-    new = moved(rf.add_adapters(made(), 4, alpha=2.0, **KINDS[kind]))
+    new = moved(rf.transform(made(), rf.Adapters(4, alpha=2.0, **KINDS[kind])))
     module = adapter(new)
     a, b = module.lora_A().double(), module.lora_B().double()
     base = module.base_layer.weight
@@ -111,7 +105,7 @@ class Reader(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_code_that_reads_the_weight_sees_the_adapter(kind: str) -> None:
-    new = moved(rf.add_adapters(Reader(), 4, modules="*", **KINDS[kind]))
+    new = moved(rf.transform(Reader(), rf.Adapters(4, modules="*", **KINDS[kind])))
     x = torch.randn(3, WIDTH)
     called = x
     for block in new.get_submodule("blocks").children():
@@ -126,10 +120,10 @@ def test_code_that_reads_the_weight_sees_the_adapter(kind: str) -> None:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_no_name_stands_for_two_tensors(kind: str, quantized: bool) -> None:
     """FSDP and others look parameters up by name: a property must not give them another tensor."""
-    new = rf.add_adapters(made(), 4, **KINDS[kind])
+    new = rf.transform(made(), rf.Adapters(4, **KINDS[kind]))
     if quantized:
-        new = rf.quantize_adapters(new, 4)
-    other = rf.transform(made(), low_rank=4, residual="free", example_inputs=(tokens(),))
+        new = rf.adapters.quantize(new, 4)
+    other = rf.transform(made(), rf.LowRank(4), residual="free", example_inputs=(tokens(),))
     for model in (new, other):
         for path, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -139,14 +133,14 @@ def test_no_name_stands_for_two_tensors(kind: str, quantized: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_dict_has_the_names_of_the_linear(kind: str) -> None:
     model = made()
-    new = moved(rf.add_adapters(model, 4, **KINDS[kind]))
+    new = moved(rf.transform(model, rf.Adapters(4, **KINDS[kind])))
     state = new.state_dict()
     kept = [name for name in state if "lora_" not in name and "extra_state" not in name]
     assert set(kept) == set(model.state_dict())
-    again = rf.add_adapters(made(seed=1), 4, **KINDS[kind])
+    again = rf.transform(made(seed=1), rf.Adapters(4, **KINDS[kind]))
     again.load_state_dict(state)
     assert torch.equal(again(tokens()), new(tokens()))
-    assigned = rf.add_adapters(made(seed=1), 4, **KINDS[kind])
+    assigned = rf.transform(made(seed=1), rf.Adapters(4, **KINDS[kind]))
     assigned.load_state_dict(state, assign=True)
     assert torch.equal(assigned(tokens()), new(tokens()))
     assert adapter(assigned).base_layer.weight.data_ptr() == state["blocks.0.up.weight"].data_ptr()
@@ -168,7 +162,7 @@ def test_the_state_dict_has_the_names_of_the_linear(kind: str) -> None:
 
 
 def test_merged_parameters_keep_their_order() -> None:
-    new = rf.add_adapters(made(), 4)
+    new = rf.transform(made(), rf.Adapters(4))
     merge_adapters(new)
     assert [n for n, _ in new.named_parameters()] == [n for n, _ in made().named_parameters()]
 
@@ -176,7 +170,7 @@ def test_merged_parameters_keep_their_order() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging(kind: str) -> None:
     model = made()
-    new = moved(rf.add_adapters(model, 4, **KINDS[kind]))
+    new = moved(rf.transform(model, rf.Adapters(4, **KINDS[kind])))
     expected = new(tokens())
     assert not torch.allclose(expected, model(tokens()), atol=1e-3)
     assert len(merge_adapters(new)) == 4
@@ -188,7 +182,7 @@ def test_merging(kind: str) -> None:
 
 
 def test_an_ordinary_model() -> None:
-    new = moved(rf.add_adapters(made(), 4, sine=True))
+    new = moved(rf.transform(made(), rf.Adapters(4, sine=True)))
     expected = new(tokens())
     for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
         assert torch.equal(twin(tokens()), expected)
@@ -201,8 +195,8 @@ def test_an_ordinary_model() -> None:
 
 
 def test_compiled_in_one_graph_quantized_too() -> None:
-    new = moved(rf.add_adapters(made(), 4, sine=True, omega=10.0, modules=["up"]))
-    for model in (new, rf.quantize_adapters(new, 3)):
+    new = moved(rf.transform(made(), rf.Adapters(4, sine=True, omega=10.0, modules=["up"])))
+    for model in (new, rf.adapters.quantize(new, 3)):
         compiled = torch.compile(model, fullgraph=True)
         # float32 sums in another order
         torch.testing.assert_close(compiled(tokens()), model(tokens()), rtol=1e-4, atol=1e-4)
@@ -212,8 +206,8 @@ def test_compiled_in_one_graph_quantized_too() -> None:
 def test_a_graph_gets_the_same_adapters(how: str) -> None:
     model = made()
     x = tokens()
-    graph = moved(rf.add_adapters(graph_of(model, how), 4, sine=True))
-    module = moved(rf.add_adapters(model, 4, sine=True))
+    graph = moved(rf.transform(graph_of(model, how), rf.Adapters(4, sine=True)))
+    module = moved(rf.transform(model, rf.Adapters(4, sine=True)))
     for name, p in module.named_parameters():  # the same values under the graph's names
         if "lora_" in name:
             graph.get_parameter(name.removesuffix(".weight")).data.copy_(p)
@@ -226,9 +220,13 @@ def test_a_graph_gets_the_same_adapters(how: str) -> None:
 
 def test_with_everything_else_in_one_call() -> None:
     model = rf.transform(
-        made(), bits=4, residual="free", low_rank=rank_of_up(), example_inputs=(tokens(),),
-        adapters=Adapters(2, sine=True, modules=["down"]),
-    )  # fmt: skip
+        made(),
+        rank_of_up(),
+        Adapters(2, sine=True, modules=["down"]),
+        residual="free",
+        bits=4,
+        example_inputs=(tokens(),),
+    )
     names = [type(report).__name__ for report in rf.rewrites_of(model)]
     assert names == ["ResidualReport", "LowRankReport", "AdapterReport"]
     model(tokens()).sum().backward()
@@ -241,7 +239,7 @@ def rank_of_up() -> rf.LowRank:
 
 
 def test_the_report() -> None:
-    report = rf.rewrites_of(rf.add_adapters(made(), 4))[0]
+    report = rf.rewrites_of(rf.transform(made(), rf.Adapters(4)))[0]
     assert isinstance(report, AdapterReport)
     assert sum(site.parameters for site in report.sites) == 4 * 4 * 3 * WIDTH
     assert report.parameters == sum(p.numel() for p in made().parameters())
@@ -253,7 +251,7 @@ def test_names_as_peft_has_them_and_conv1d() -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=11)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()
-    new = moved(rf.add_adapters(model, 2, modules=["c_attn", "c_proj"]))
+    new = moved(rf.transform(model, rf.Adapters(2, modules=["c_attn", "c_proj"])))
     assert len(rf.rewrites_of(new)[0].sites) == 6  # type: ignore[attr-defined]
     expected = new(tokens()).logits
     assert not torch.allclose(expected, model(tokens()).logits)
@@ -263,39 +261,39 @@ def test_names_as_peft_has_them_and_conv1d() -> None:
 
 def test_what_cannot_be() -> None:
     with pytest.raises(OptionError, match=r"rank=17 .* at most 16"):
-        rf.add_adapters(made(), 17)
+        rf.transform(made(), rf.Adapters(17))
     with pytest.raises(OptionError, match=r"'q_proj'.* no linear has this path"):
-        rf.add_adapters(made(), 2, modules=["q_proj"])
+        rf.transform(made(), rf.Adapters(2, modules=["q_proj"]))
     with pytest.raises(OptionError, match="tied"):
-        rf.add_adapters(made(tied=True), 2, modules=["head"])
+        rf.transform(made(tied=True), rf.Adapters(2, modules=["head"]))
     with pytest.raises(OptionError, match="merge them first"):
-        rf.add_adapters(rf.add_adapters(made(), 2), 2)
+        rf.transform(rf.add_adapters(made(), 2), rf.Adapters(2))
     with pytest.raises(OptionError, match="without sine=True"):
-        rf.add_adapters(made(), 2, omega=3.0)
+        rf.transform(made(), rf.Adapters(2, omega=3.0))
     with pytest.raises(OptionError, match=r"alpha=-1"):
-        rf.add_adapters(made(), 2, alpha=-1)
+        rf.transform(made(), rf.Adapters(2, alpha=-1))
     zeros = made()
     nn.init.zeros_(zeros.get_submodule(UP).weight)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="rows of zeros"):
-        rf.add_adapters(zeros, 2, dora=True)
+        rf.transform(zeros, rf.Adapters(2, dora=True))
     empty = nn.Linear(1, 4)
     empty.weight = nn.Parameter(torch.empty(4, 0))
     with pytest.raises(OptionError, match="is 4 x 0: the rank is at most 0"):
-        rf.add_adapters(nn.Sequential(empty), 1, modules=["0"])
+        rf.transform(nn.Sequential(empty), rf.Adapters(1, modules=["0"]))
     gm = torch.fx.symbolic_trace(made())
     with pytest.raises(OptionError, match="dora=True"):
-        rf.add_adapters(gm, 2, dora=True)
+        rf.transform(gm, rf.Adapters(2, dora=True))
 
 
 def test_what_is_not_finite_becomes_no_number() -> None:
     for bad in (math.nan, math.inf):
-        new = moved(rf.add_adapters(made(), 2, sine=True))
+        new = moved(rf.transform(made(), rf.Adapters(2, sine=True)))
         adapter(new).lora_B.weight.data[0, 0] = bad  # type: ignore[index, operator]
         assert new(tokens()).isnan().any()
         with pytest.raises(NonFiniteError, match="codebook 'wire' carries it as NaN"):
-            rf.quantize_adapters(new, 4)
+            rf.adapters.quantize(new, 4)
         with pytest.warns(RFCompileWarning, match=r"phase of blocks\.0\.up is off by nan"):
-            wire = rf.quantize_adapters(new, 4, codebook="wire")
+            wire = rf.adapters.quantize(new, 4, codebook="wire")
         assert wire(tokens()).isnan().any()
 
 
@@ -310,9 +308,9 @@ def report_of(model: nn.Module) -> QuantizedReport:
 
 @pytest.mark.parametrize("codebook", ["kmeans", "uniform", "wire", rf.QuantFormat(4, rotate=16)])
 def test_the_sine_comes_after_quantization(codebook: Any) -> None:
-    new = moved(rf.add_adapters(made(), 4, sine=True, omega=10.0))
+    new = moved(rf.transform(made(), rf.Adapters(4, sine=True, omega=10.0)))
     before = copy.deepcopy(new.state_dict())
-    packed = rf.quantize_adapters(new, 4, codebook=codebook)
+    packed = rf.adapters.quantize(new, 4, codebook=codebook)
     module = adapter(packed)
     a, b = module.lora_A(), module.lora_B()
     assert len(a.unique()) <= 16 or codebook not in ("kmeans", "uniform")
@@ -332,16 +330,18 @@ def test_the_sine_comes_after_quantization(codebook: Any) -> None:
 
 
 def test_an_omega_too_large_for_the_bits_warns_with_the_figure() -> None:
-    new = moved(rf.add_adapters(made(), 4, sine=True, omega=2000.0))
+    new = moved(rf.transform(made(), rf.Adapters(4, sine=True, omega=2000.0)))
     with pytest.warns(RFCompileWarning, match=r"at 2 bits .* off by \d+\.\d\d radians .* 4 of 4"):
-        packed = rf.quantize_adapters(new, 2)
+        packed = rf.adapters.quantize(new, 2)
     assert max(site.phase_error for site in report_of(packed).sites) > 0.3
-    rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True, omega=2.0)), 2)  # no warning
+    rf.adapters.quantize(
+        moved(rf.transform(made(), rf.Adapters(4, sine=True, omega=2.0))), 2
+    )  # no warning
 
 
 def test_more_bits_are_nearer_and_eight_are_near() -> None:
-    new = moved(rf.add_adapters(made(), 4))
-    packed = [rf.quantize_adapters(new, bits, codebook="uniform") for bits in (1, 3, 5, 8)]
+    new = moved(rf.transform(made(), rf.Adapters(4)))
+    packed = [rf.adapters.quantize(new, bits, codebook="uniform") for bits in (1, 3, 5, 8)]
     errors = [report_of(model).sites[0].error for model in packed]
     assert errors == sorted(errors, reverse=True)
     # each factor is off by half of a 255th of its range at most: far below a hundredth
@@ -349,39 +349,39 @@ def test_more_bits_are_nearer_and_eight_are_near() -> None:
 
 
 def test_bits_and_codebooks_outside_their_rule() -> None:
-    new = moved(rf.add_adapters(made(), 4))
+    new = moved(rf.transform(made(), rf.Adapters(4)))
     for bits in (0, 9, 4.0):
         with pytest.raises(OptionError, match="bits"):
-            rf.quantize_adapters(new, bits)  # type: ignore[arg-type]
+            rf.adapters.quantize(new, bits)  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="bits=7"):
-        rf.quantize_adapters(new, 7, codebook="wire")
+        rf.adapters.quantize(new, 7, codebook="wire")
     with pytest.raises(OptionError, match="codebook='mean'"):
-        rf.quantize_adapters(new, 4, codebook="mean")  # type: ignore[arg-type]
+        rf.adapters.quantize(new, 4, codebook="mean")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="has others"):
-        rf.quantize_adapters(new, 3, codebook=rf.QuantFormat(4))
+        rf.adapters.quantize(new, 3, codebook=rf.QuantFormat(4))
     with pytest.raises(OptionError, match="no adapters"):
-        rf.quantize_adapters(made(), 4)
+        rf.adapters.quantize(made(), 4)
     with pytest.raises(OptionError, match="quantized before"):
-        rf.quantize_adapters(rf.quantize_adapters(new, 4), 4)
+        rf.adapters.quantize(rf.adapters.quantize(new, 4), 4)
 
 
 def test_a_state_dict_resumes_quantized_adapters() -> None:
     """An untrained factor of zeros has one level, a trained one has many."""
-    new = rf.add_adapters(made(), 4, sine=True)
-    fresh = rf.quantize_adapters(new, 4)
-    packed = rf.quantize_adapters(moved(rf.add_adapters(made(), 4, sine=True)), 4)
+    new = rf.transform(made(), rf.Adapters(4, sine=True))
+    fresh = rf.adapters.quantize(new, 4)
+    packed = rf.adapters.quantize(moved(rf.transform(made(), rf.Adapters(4, sine=True))), 4)
     fresh.load_state_dict(packed.state_dict())
     assert torch.equal(fresh(tokens()), packed(tokens()))
     assert "codes are not trained" in str(report_of(packed))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        rf.quantize_adapters(new, 2).load_state_dict(packed.state_dict())
+        rf.adapters.quantize(new, 2).load_state_dict(packed.state_dict())
 
 
 @pytest.mark.parametrize("codebook", ["kmeans", "wire"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_adapters_follow_the_model_to_a_dtype(kind: str, codebook: Any) -> None:
-    new = moved(rf.add_adapters(made(), 4, **KINDS[kind]))
-    packed = rf.quantize_adapters(new, 8, codebook=codebook)
+    new = moved(rf.transform(made(), rf.Adapters(4, **KINDS[kind])))
+    packed = rf.adapters.quantize(new, 8, codebook=codebook)
     for dtype in (torch.bfloat16, torch.float64):
         assert copy.deepcopy(packed).to(dtype)(tokens()).dtype is dtype
 
@@ -392,9 +392,9 @@ def test_quantized_adapters_follow_the_model_to_a_dtype(kind: str, codebook: Any
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_saved_and_loaded(tmp_path: Path, kind: str, bits: int | None) -> None:
-    new = moved(rf.add_adapters(made(), 4, **KINDS[kind]))
+    new = moved(rf.transform(made(), rf.Adapters(4, **KINDS[kind])))
     if bits:
-        new = rf.quantize_adapters(new, bits)
+        new = rf.adapters.quantize(new, bits)
     save_adapters(new, tmp_path / "adapter")
     back = load_adapters(made(), tmp_path / "adapter")
     assert torch.equal(back(tokens()), new(tokens()))
@@ -406,8 +406,8 @@ def test_saved_and_loaded(tmp_path: Path, kind: str, bits: int | None) -> None:
 def test_the_file_is_as_small_as_the_codes(tmp_path: Path, bits: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 384), nn.ReLU(), nn.Linear(384, 512))
-    new = moved(rf.add_adapters(model, 16, modules="*"))
-    packed = rf.quantize_adapters(new, bits)
+    new = moved(rf.transform(model, rf.Adapters(16, modules="*")))
+    packed = rf.adapters.quantize(new, bits)
     save_adapters(packed, tmp_path)
     file = (tmp_path / "adapter_model.safetensors").read_bytes()
     header = int.from_bytes(file[:8], "little")
@@ -422,7 +422,7 @@ def test_the_file_is_as_small_as_the_codes(tmp_path: Path, bits: int) -> None:
 
 
 def test_files_of_another_model(tmp_path: Path) -> None:
-    save_adapters(moved(rf.add_adapters(made(), 4)), tmp_path)
+    save_adapters(moved(rf.transform(made(), rf.Adapters(4))), tmp_path)
     with pytest.raises(StateError, match=r"no linear here: 'blocks\.0\.up'"):
         load_adapters(nn.Sequential(nn.Linear(4, 4)), tmp_path)
     wider = made()
@@ -432,7 +432,7 @@ def test_files_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no adapters"):
         save_adapters(made(), tmp_path)
     with pytest.raises(OptionError, match="merge them first"):
-        load_adapters(rf.add_adapters(made(), 4), tmp_path)
+        load_adapters(rf.transform(made(), rf.Adapters(4)), tmp_path)
     with pytest.raises(OptionError, match="into the module"):
         load_adapters(graph_of(made(), "symbolic"), tmp_path)
     assert rf.rewrites_of(load_adapters(made(), tmp_path))[0].sites[0].rank == 4
@@ -444,11 +444,26 @@ def test_damaged_files(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     a = f"base_model.model.{UP}.lora_A"
-    dora, packed = {"dora": True}, rf.quantize_adapters(moved(rf.add_adapters(made(), 2)), 4)
+    dora, packed = (
+        {"dora": True},
+        rf.adapters.quantize(moved(rf.transform(made(), rf.Adapters(2))), 4),
+    )
     cases: list[tuple[nn.Module, Callable[[dict[str, Any]], Any], str]] = [
-        (rf.add_adapters(made(), 2, **dora), lambda t: t.pop(f"{a[:-2]}_magnitude_vector"), "miss"),
-        (rf.add_adapters(made(), 2), lambda t: t.update({f"{a}.bias": torch.ones(2)}), "left out"),
-        (rf.add_adapters(made(), 2), lambda t: t.update({f"{a}.weight": torch.ones(2)}), "of nxn"),
+        (
+            rf.transform(made(), rf.Adapters(2, **dora)),
+            lambda t: t.pop(f"{a[:-2]}_magnitude_vector"),
+            "miss",
+        ),
+        (
+            rf.transform(made(), rf.Adapters(2)),
+            lambda t: t.update({f"{a}.bias": torch.ones(2)}),
+            "left out",
+        ),
+        (
+            rf.transform(made(), rf.Adapters(2)),
+            lambda t: t.update({f"{a}.weight": torch.ones(2)}),
+            "of nxn",
+        ),
         (packed, lambda t: t.update({f"{a}.codes": t[f"{a}.codes"].repeat(2)}), "not torch.uint8"),
         (packed, lambda t: t.update({f"{a}.codes": t[f"{a}.codes"].float()}), "not torch.uint8"),
         (packed, lambda t: t.update({f"{a}.levels": t[f"{a}.levels"][:1]}), "beyond their levels"),
@@ -475,14 +490,14 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_without_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'rfcompile\[adapters\]'"):
-        save_adapters(rf.add_adapters(made(), 4), tmp_path)
+        save_adapters(rf.transform(made(), rf.Adapters(4)), tmp_path)
 
 
 def test_the_configuration_says_what_peft_may_load(tmp_path: Path) -> None:
     ours = "RFCOMPILE_LORA"
     for kind, bits, expected in (("plain", None, "LORA"), ("sine", None, ours), ("plain", 4, ours)):
-        new = rf.add_adapters(made(), 4, alpha=6.0, **KINDS[kind])
-        save_adapters(rf.quantize_adapters(new, bits) if bits else new, tmp_path)
+        new = rf.transform(made(), rf.Adapters(4, alpha=6.0, **KINDS[kind]))
+        save_adapters(rf.adapters.quantize(new, bits) if bits else new, tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert config["peft_type"] == expected
         assert config["r"] == 4
@@ -493,7 +508,7 @@ def test_the_configuration_says_what_peft_may_load(tmp_path: Path) -> None:
 def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")
     model = made()
-    new = moved(rf.add_adapters(model, 4, alpha=6.0, modules=["up"], **KINDS[kind]))
+    new = moved(rf.transform(model, rf.Adapters(4, alpha=6.0, modules=["up"], **KINDS[kind])))
     save_adapters(new, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(made(), str(tmp_path / "ours"))
     # the same sums in another order
@@ -501,7 +516,7 @@ def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, kind: str) -> None:
     theirs.save_pretrained(str(tmp_path / "theirs"))
     back = load_adapters(model, tmp_path / "theirs")
     torch.testing.assert_close(back(tokens()), new(tokens()), rtol=1e-4, atol=1e-5)
-    sine = moved(rf.add_adapters(model, 4, sine=True))
+    sine = moved(rf.transform(model, rf.Adapters(4, sine=True)))
     save_adapters(sine, tmp_path / "sine")
     with pytest.raises((KeyError, ValueError)):
         peft.PeftModel.from_pretrained(made(), str(tmp_path / "sine"))

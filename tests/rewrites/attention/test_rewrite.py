@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rfcompile as rf
-from rfcompile.companions import PolynomialReport
 from rfcompile.errors import AttentionError, OptionError, ShapeError
+from rfcompile.experimental import PolynomialReport
 from rfcompile.rewrites.attention.matrices import attention_matrices
 from tests.zoo import ZOO, NanoGPT, tokens
 
@@ -36,7 +36,9 @@ def output_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def polynomial(model: nn.Module, inputs: Any, **options: Any) -> nn.Module:
-    return rf.transform(model, attention="polynomial", example_inputs=inputs, **options)
+    return rf.transform(
+        model, rf.experimental.PolynomialAttention(**options), example_inputs=inputs
+    )
 
 
 ATTENTIONS = {"gpt2": 2, "llama": 2, "bert": 2, "vit": 2, "t5": 6}
@@ -170,7 +172,7 @@ def test_the_report_has_norms_and_bounds(gpt: NanoGPT) -> None:
 def test_as_a_graph_it_is_the_module(gpt: NanoGPT) -> None:
     inputs = tokens()
     graph = torch.export.export(gpt, (), inputs).module()
-    new = rf.transform(graph, attention="polynomial", power=2, scale="row")
+    new = rf.transform(graph, rf.experimental.PolynomialAttention(power=2, scale="row"))
     torch.testing.assert_close(new(**inputs), polynomial(gpt, inputs, power=2)(**inputs))
     text = rf.diff(graph, new).text()
     assert "-scaled_dot_product_attention" in text
@@ -268,9 +270,13 @@ def test_all_methods_in_one_call() -> None:
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     x = torch.randn(2, 6, 32)
     new = rf.transform(
-        model, bits=4, residual="free", attention="polynomial", power=3, scale="learned",
-        token_graying="dct", epsilon=0.95, example_inputs=(x,),
-    )  # fmt: skip
+        model,
+        rf.experimental.PolynomialAttention(power=3, scale="learned"),
+        rf.experimental.TokenGraying("dct", 0.95),
+        residual="free",
+        bits=4,
+        example_inputs=(x,),
+    )
     names = [type(report).__name__ for report in rf.rewrites_of(new)]
     assert names == ["ResidualReport", "PolynomialReport", "GrayingReport"]
     new(x).square().mean().backward()
@@ -356,18 +362,14 @@ def test_twice_is_an_error(gpt: NanoGPT) -> None:
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"attention": "linear"}, "attention='linear' is not supported: choose 'softmax'"),
-    ({"power": 3}, "power=3 is not supported: it goes with attention='polynomial'"),
-    ({"attention": rf.PolynomialAttention(), "scale": "row"}, "scale='row' is not supported"),
-    ({"attention": "polynomial", "power": 0}, "power=0 is not supported: give a whole number"),
-    ({"attention": "polynomial", "power": 2.5}, "power=2.5"),
-    ({"attention": "polynomial", "scale": "rows"}, "scale='rows' is not supported: choose"),
+    ({"power": 0}, "power=0 is not supported: give a whole number"),
+    ({"power": 2.5}, "power=2.5"),
+    ({"scale": "rows"}, "scale='rows' is not supported: choose"),
+    ({"form": "linear"}, "only powers 1 and 2"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        rf.transform(NanoGPT(), example_inputs=tokens(), **options)
-    with pytest.raises(OptionError, match="only powers 1 and 2"):
-        rf.PolynomialAttention(form="linear")
+        rf.experimental.PolynomialAttention(**options)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.companions import GrayingReport
 from rfcompile.errors import BoundaryError, GrayingError, OptionError, ShapeError
+from rfcompile.experimental import GrayingReport
 from rfcompile.nn.graying import gray_tokens
 from rfcompile.rewrites.graying.hook import TokenHook
 from tests.zoo import ZOO, NanoGPT, tokens
@@ -58,7 +58,8 @@ X = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0))
 
 
 def grayed(model: nn.Module, form: Any = "dct", inputs: Any = (X,), **options: Any) -> nn.Module:
-    return rf.transform(model, token_graying=form, example_inputs=inputs, **options)
+    how = rf.experimental.TokenGraying(form, **options) if isinstance(form, str) else form
+    return rf.transform(model, how, example_inputs=inputs)
 
 
 def report_of(model: nn.Module) -> GrayingReport:
@@ -81,13 +82,13 @@ def test_the_first_block_gets_grayed_tokens(encoder: Encoder, form: str) -> None
 
 
 def test_other_places(encoder: Encoder) -> None:
-    new = grayed(encoder, rf.TokenGraying("dct", 0.7, where="attention"))
+    new = grayed(encoder, rf.experimental.TokenGraying("dct", 0.7, where="attention"))
     assert [p.module for p in report_of(new).places] == ["blocks.0.attention", "blocks.1.attention"]
     x = X
     for block in encoder.blocks:
         x = x + block.attention(gray_tokens(block.norm(x), None, 0.7, "dct"))
     assert torch.equal(new(X), x)
-    named = grayed(encoder, rf.TokenGraying("svd", where=("blocks.1",)))
+    named = grayed(encoder, rf.experimental.TokenGraying("svd", where=("blocks.1",)))
     between = gray_tokens(encoder.blocks[0](X), None, 0.7, "svd")
     assert torch.equal(named(X), encoder.blocks[1](between))
 
@@ -152,9 +153,11 @@ def test_it_compiles_exports_copies_and_pickles(encoder: Encoder) -> None:
 def test_inductor_computes_the_same(encoder: Encoder) -> None:
     encoder.blocks = encoder.blocks[:1].double()  # whose rounding stays small after the powers
     new: Any = rf.transform(
-        encoder, attention="polynomial", example_inputs=(X.double(),),
-        token_graying=rf.TokenGraying(where=("blocks.0",)),
-    )  # fmt: skip
+        encoder,
+        rf.experimental.PolynomialAttention(),
+        rf.experimental.TokenGraying(where=("blocks.0",)),
+        example_inputs=(X.double(),),
+    )
     compiled = torch.compile(new, fullgraph=True, dynamic=True)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, 4:] = False
@@ -176,8 +179,8 @@ def test_a_second_graying_takes_the_place_of_the_first(encoder: Encoder) -> None
 def test_as_a_graph_it_is_the_module(encoder: Encoder) -> None:
     graph = torch.export.export(encoder, (X,)).module()
     for where in ("input", "attention", ("blocks.1",)):
-        how = rf.TokenGraying("dct", 0.7, where)
-        new = rf.transform(graph, token_graying=how)
+        how = rf.experimental.TokenGraying("dct", 0.7, where)
+        new = rf.transform(graph, how)
         torch.testing.assert_close(new(X), grayed(encoder, how)(X))
     assert "+gray_tokens: f32[2, 7, 16]" in rf.diff(graph, new).text()
     assert [p.module for p in report_of(new).places] == ["blocks.1"]
@@ -215,11 +218,11 @@ def test_a_causal_mask_in_a_graph_is_seen() -> None:
 
 def test_places_that_match_nothing(encoder: Encoder) -> None:
     with pytest.raises(BoundaryError, match="no module that is called matches 'layers"):
-        grayed(encoder, rf.TokenGraying(where=("layers.*",)))
+        grayed(encoder, rf.experimental.TokenGraying(where=("layers.*",)))
     with pytest.raises(BoundaryError, match="no repeated blocks"):
         grayed(nn.Linear(16, 16))
     with pytest.raises(GrayingError, match="has no self-attention"):
-        grayed(nn.Linear(16, 16), rf.TokenGraying(where="attention"))
+        grayed(nn.Linear(16, 16), rf.experimental.TokenGraying(where="attention"))
 
 
 def test_masks_of_odd_shape_and_other_arguments(encoder: Encoder) -> None:
@@ -233,17 +236,15 @@ def test_masks_of_odd_shape_and_other_arguments(encoder: Encoder) -> None:
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"token_graying": "fft"}, "token_graying='fft' is not supported: choose 'dct' or 'svd'"),
-    ({"token_graying": 3}, "token_graying=3 is not supported"),
-    ({"epsilon": 0.9}, "epsilon=0.9 is not supported: it goes with token_graying="),
-    ({"token_graying": "dct", "epsilon": 0.0}, "epsilon=0.0 is not supported: give a number above"),
-    ({"token_graying": "svd", "epsilon": 1.5}, r"epsilon=1\.5"),
+    ({"form": "fft"}, "form='fft' is not supported: choose 'dct' or 'svd'"),
+    ({"form": 3}, "form=3 is not supported"),
+    ({"epsilon": 0.0}, "epsilon=0.0 is not supported: give a number above"),
+    ({"form": "svd", "epsilon": 1.5}, r"epsilon=1\.5"),
+    ({"where": "output"}, "where='output' is not supported"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
-def test_wrong_options(encoder: Encoder, options: dict[str, Any], message: str) -> None:
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        rf.transform(encoder, example_inputs=(X,), **options)
-    with pytest.raises(OptionError, match="where='output' is not supported"):
-        rf.TokenGraying(where="output")  # type: ignore[arg-type]
+        rf.experimental.TokenGraying(**options)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rfcompile.companions import effective_ranks, stable_rank_bounds
+from rfcompile.low_rank import effective_ranks, stable_rank_bounds
 from rfcompile.rewrites.adapters.codebooks import codebook_of
 from rfcompile.rewrites.low_rank.ranks import stable_rank
 from rfcompile.rewrites.low_rank.svd import leading_svd

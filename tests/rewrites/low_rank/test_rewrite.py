@@ -14,16 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.companions import (
-    LowRank,
-    LowRankLinear,
-    LowRankReport,
-    merge_adapters,
-    merge_low_rank,
-)
 from rfcompile.errors import NonFiniteError, OptionError, RFCompileWarning, StateError
+from rfcompile.low_rank import LowRankLinear, LowRankReport
 from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.rewrites.adapters.rewrite import merge_adapters
 from rfcompile.rewrites.low_rank.factors import drawn, fitted, omega_for
+from rfcompile.rewrites.low_rank.linear import merge_low_rank
+from rfcompile.rewrites.low_rank.rewrite import LowRank
 from tests.rewrites.models import WIDTH, graph_of, made, moved, tokens
 
 UP, DOWN = "blocks.0.up", "blocks.1.down"
@@ -57,10 +54,10 @@ def test_the_formula_element_by_element() -> None:
 
 def test_the_sine_has_the_rank_that_the_product_has_not() -> None:
     new = drawn(torch.ones(64, 64), 4, omega_for(2.5, 64, 4), None, torch.Generator())
-    stable, numerical = rf.companions.effective_ranks(
+    stable, numerical = rf.low_rank.effective_ranks(
         low_rank_weight(new.left, new.right, new.omega, new.gain)
     )
-    plain_stable, plain = rf.companions.effective_ranks(new.left @ new.right)
+    plain_stable, plain = rf.low_rank.effective_ranks(new.left @ new.right)
     assert plain == 4
     assert numerical > 32
     assert stable > plain_stable
@@ -68,7 +65,7 @@ def test_the_sine_has_the_rank_that_the_product_has_not() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_becomes_no_number(bad: float) -> None:
-    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
+    model = rf.transform(made(), LowRank(4, start="fresh"))
     with torch.no_grad():
         low(model).left[0, 0] = bad
     assert model(tokens()).isnan().any()
@@ -76,7 +73,7 @@ def test_what_is_not_finite_becomes_no_number(bad: float) -> None:
     with torch.no_grad():
         weights.blocks[0].up.weight[1, 1] = bad  # type: ignore[union-attr]
     with pytest.raises(NonFiniteError):
-        rf.transform(weights, low_rank=4)
+        rf.transform(weights, rf.LowRank(4))
 
 
 def test_bfloat16_is_off_by_no_more_than_stated() -> None:
@@ -111,7 +108,7 @@ def test_zeros_start_at_zero_and_learn() -> None:
     model = made()
     nn.init.zeros_(model.get_submodule(DOWN).weight)  # type: ignore[arg-type]
     for start in ("fresh", "fit"):
-        new = rf.transform(model, low_rank=LowRank(4, start=start))  # type: ignore[arg-type]
+        new = rf.transform(model, LowRank(4, start=start))  # type: ignore[arg-type]
         assert not low(new, DOWN).weight.any()
         new(tokens()).sum().backward()
         gradient = low(new, DOWN).left.grad
@@ -123,7 +120,7 @@ def test_seeds_and_the_original() -> None:
     model = made()
     before = copy.deepcopy(model.state_dict())
     first, again, other = (
-        rf.transform(model, low_rank=LowRank(4, start="fresh", seed=seed)) for seed in (0, 0, 1)
+        rf.transform(model, LowRank(4, start="fresh", seed=seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(low(first).left, low(again).left)
     assert not torch.equal(low(first).left, low(other).left)
@@ -182,7 +179,7 @@ def test_a_weight_that_is_a_sine_of_low_rank_is_found_again() -> None:
 
 
 def test_the_new_model_is_an_ordinary_one() -> None:
-    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
+    model = rf.transform(made(), LowRank(4, start="fresh"))
     x = tokens()
     expected = model(x)
     expected.sum().backward()
@@ -204,15 +201,15 @@ def test_the_new_model_is_an_ordinary_one() -> None:
 
 def test_a_state_dict_says_omega_and_gain() -> None:
     fit = LowRank(2, fit_steps=0)
-    model, other = (rf.transform(made(seed=seed), low_rank=fit) for seed in (0, 1))
+    model, other = (rf.transform(made(seed=seed), fit) for seed in (0, 1))
     assert low(model).gain != low(other).gain  # each fit chose its own
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file))
     assert torch.equal(other(tokens()), model(tokens()))
-    plain = rf.add_adapters(made(), rank=2, alpha=1.0)
-    sine = moved(rf.add_adapters(made(), rank=2, sine=True))
+    plain = rf.transform(made(), rf.Adapters(rank=2, alpha=1.0))
+    sine = moved(rf.transform(made(), rf.Adapters(rank=2, sine=True)))
     plain.load_state_dict(sine.state_dict())
     assert torch.equal(plain(tokens()), sine(tokens()))
     for bad in ([1.0], [math.nan, 1.0], [1.0, 0.0]):
@@ -221,7 +218,7 @@ def test_a_state_dict_says_omega_and_gain() -> None:
 
 
 def test_compiled_in_one_graph_and_trained() -> None:
-    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
+    model = rf.transform(made(), LowRank(4, start="fresh"))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, fullgraph=True)
     model(tokens()).square().sum().backward()
@@ -233,7 +230,7 @@ def test_compiled_in_one_graph_and_trained() -> None:
 
 
 def test_merging_gives_the_dense_model_back() -> None:
-    model = rf.transform(made(), low_rank=LowRank(4, start="fresh"))
+    model = rf.transform(made(), LowRank(4, start="fresh"))
     expected = model(tokens())
     paths = merge_low_rank(model)
     assert len(paths) == 4
@@ -252,8 +249,8 @@ def test_merging_what_was_compiled_returns_its_own_paths(whole: bool) -> None:
         model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
     rank = LowRank(2, start="fresh", modules=["up"])
     paths = ("blocks.0.up", "blocks.1.up")
-    assert merge_low_rank(rf.transform(model, low_rank=rank)) == paths
-    assert merge_adapters(rf.add_adapters(model, 2, modules=["up"])) == paths
+    assert merge_low_rank(rf.transform(model, rank)) == paths
+    assert merge_adapters(rf.transform(model, rf.Adapters(2, modules=["up"]))) == paths
 
 
 def test_hooks_and_shared_modules_stay() -> None:
@@ -261,7 +258,7 @@ def test_hooks_and_shared_modules_stay() -> None:
     model.blocks[1] = model.blocks[0]
     seen = []
     model.blocks[0].up.register_forward_hook(lambda *_: seen.append(1))  # type: ignore[union-attr]
-    new = rf.transform(model, low_rank=LowRank(4, start="fresh"))
+    new = rf.transform(model, LowRank(4, start="fresh"))
     assert len(report_of(new).sites) == 2
     assert new.get_submodule("blocks.0.up") is new.get_submodule("blocks.1.up")
     new(tokens())
@@ -270,7 +267,7 @@ def test_hooks_and_shared_modules_stay() -> None:
 
 def test_a_weight_that_others_read_is_the_computed_one() -> None:
     attention = nn.ModuleDict({"a": nn.MultiheadAttention(WIDTH, 2, batch_first=True)})
-    new = rf.transform(attention, low_rank=LowRank(4, start="fresh"), modules="out_proj")
+    new = rf.transform(attention, LowRank(4, start="fresh", modules="out_proj"))
     x = torch.randn(2, 3, WIDTH)
     expected, _ = new["a"](x, x, x)  # type: ignore[index]
     merge_low_rank(new)
@@ -282,9 +279,9 @@ def test_conv1d_of_transformers() -> None:
     config = transformers.GPT2Config(n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=11)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config).eval()  # its head is tied, and stays
-    rank = LowRank(WIDTH, sine=False)
+    rank = LowRank(WIDTH, sine=False, modules=["c_fc", "attn.c_attn"])
     with pytest.warns(RFCompileWarning, match="saves nothing"):
-        full = rf.transform(model, low_rank=rank, modules=["c_fc", "attn.c_attn"])
+        full = rf.transform(model, rank)
     expected, got = model(tokens()).logits, full(tokens()).logits
     # rank 16 of 16: the product of the factors is the weight, but for float32 roundings
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -299,11 +296,7 @@ def test_conv1d_of_transformers() -> None:
 
 def test_with_everything_else_in_one_call() -> None:
     model = rf.transform(
-        made(),
-        bits=4,
-        residual="free",
-        low_rank=LowRank(4, start="fresh"),
-        example_inputs=(tokens(),),
+        made(), LowRank(4, start="fresh"), residual="free", bits=4, example_inputs=(tokens(),)
     )
     assert [type(report).__name__ for report in rf.rewrites_of(model)] == [
         "ResidualReport", "LowRankReport",
@@ -317,12 +310,12 @@ def test_with_everything_else_in_one_call() -> None:
 
 def test_compiled_models() -> None:
     compiled = torch.compile(made(), backend="eager")
-    new = rf.transform(compiled, low_rank=LowRank(4, start="fresh"))
+    new = rf.transform(compiled, LowRank(4, start="fresh"))
     assert isinstance(low(new, f"_orig_mod.{UP}"), LowRankLinear)
     inner = made()
     compiled_block: Any = torch.compile(inner.blocks[0], backend="eager")
     inner.blocks[0] = compiled_block
-    sites = report_of(rf.transform(inner, low_rank=LowRank(4, start="fresh"))).sites
+    sites = report_of(rf.transform(inner, LowRank(4, start="fresh"))).sites
     assert [site.path for site in sites][:2] == ["blocks.0.up", "blocks.0.down"]
 
 
@@ -335,7 +328,7 @@ def test_a_graph_computes_what_the_module_does(how: str) -> None:
     x = tokens()
     gm = graph_of(model, how)
     rank = LowRank(4, fit_steps=5)
-    graph, module = rf.transform(gm, low_rank=rank), rf.transform(model, low_rank=rank)
+    graph, module = rf.transform(gm, rank), rf.transform(model, rank)
     assert torch.equal(graph(x), module(x))
     assert [s.path for s in report_of(graph).sites] == [s.path for s in report_of(module).sites]
     graph(x).sum().backward()
@@ -347,7 +340,7 @@ def test_a_graph_computes_what_the_module_does(how: str) -> None:
 
 
 def test_the_report_counts() -> None:
-    model = rf.transform(made(), low_rank=LowRank(4))
+    model = rf.transform(made(), LowRank(4))
     report = report_of(model)
     assert [site.path for site in report.sites] == [
         "blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down",
@@ -371,7 +364,7 @@ def test_the_report_counts() -> None:
 def test_matrices_that_are_no_linears_are_named() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2)
-    new = rf.transform(model, low_rank=LowRank(4, start="fresh"))
+    new = rf.transform(model, LowRank(4, start="fresh"))
     assert "layers.0.self_attn.in_proj_weight" in report_of(new).left
     assert "in_proj_weight" in str(report_of(new))
     x = torch.randn(2, 3, WIDTH)
@@ -387,34 +380,34 @@ def test_matrices_that_are_no_linears_are_named() -> None:
 
 def test_a_rank_larger_than_the_matrix() -> None:
     with pytest.raises(OptionError, match=r"rank=17 .* blocks\.0\.up is 32 x 16: .* at most 16"):
-        rf.transform(made(), low_rank=17)
+        rf.transform(made(), rf.LowRank(17))
 
 
 def test_a_rank_that_saves_nothing_warns_with_the_figures() -> None:
     with pytest.warns(RFCompileWarning, match=r"rank 11 takes 528 parameters in place of 512"):
-        rf.transform(made(), low_rank=LowRank(11, start="fresh"))
+        rf.transform(made(), LowRank(11, start="fresh"))
 
 
 def test_modules_that_match_nothing() -> None:
     with pytest.raises(OptionError, match=r"'blocks\.\*\.upp' .* Linears here are .*blocks\.0\.up"):
-        rf.transform(made(), low_rank=4, modules=["blocks.*.upp"])
+        rf.transform(made(), rf.LowRank(4, modules=["blocks.*.upp"]))
     with pytest.raises(OptionError, match="chooses no linear"):
-        rf.transform(made(), low_rank=4, modules=lambda *_: False)
+        rf.transform(made(), rf.LowRank(4, modules=lambda *_: False))
     for odd in (3, [3]):
         with pytest.raises(OptionError, match="paths or patterns as texts"):
-            rf.transform(made(), low_rank=4, modules=odd)  # type: ignore[arg-type]
+            rf.transform(made(), rf.LowRank(4, modules=odd))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no repeated blocks"):
-        rf.transform(nn.Sequential(nn.Linear(4, 4)), low_rank=2)
+        rf.transform(nn.Sequential(nn.Linear(4, 4)), rf.LowRank(2))
     with pytest.raises(OptionError, match="give it with one of low_rank and adapters"):
-        rf.transform(made(), bits=4, modules=["up"])
+        rf.transform(made(), bits=4)
     gm = torch.export.export(made(), (tokens(),)).module()
     with pytest.raises(OptionError, match="no linear has this path"):
-        rf.transform(gm, low_rank=4, modules=["nope"])
+        rf.transform(gm, rf.LowRank(4, modules=["nope"]))
 
 
 @pytest.mark.parametrize("modules", [["up"], ["blocks.*.up"], lambda path, _: path.endswith("up")])
 def test_ways_to_choose(modules: object) -> None:
-    new = rf.transform(made(), low_rank=LowRank(2, start="fresh"), modules=modules)  # type: ignore[arg-type]
+    new = rf.transform(made(), LowRank(2, start="fresh", modules=modules))  # type: ignore[arg-type]
     assert [site.path for site in report_of(new).sites] == ["blocks.0.up", "blocks.1.up"]
 
 
@@ -426,26 +419,26 @@ class Tripled(nn.Linear):
 def test_a_linear_with_a_forward_of_its_own_stays() -> None:
     model = made()
     model.blocks[0].up = Tripled(WIDTH, 2 * WIDTH)
-    new = rf.add_adapters(model, rank=2)
+    new = rf.transform(model, rf.Adapters(rank=2))
     assert torch.equal(new(tokens()), model(tokens()))
     assert "blocks.0.up.weight" in str(rf.rewrites_of(new)[-1])
     with pytest.raises(OptionError, match=r"'blocks\.0\.up' .* Tripled: its forward is its own"):
-        rf.transform(model, low_rank=2, modules=["up"])
-    fresh = rf.transform(made(), low_rank=LowRank(2, start="fresh"), modules=["up"])
+        rf.transform(model, rf.LowRank(2, modules=["up"]))
+    fresh = rf.transform(made(), LowRank(2, start="fresh", modules=["up"]))
     with pytest.raises(OptionError, match=r"LowRankLinear: .* changed already \(merge it first\)"):
-        rf.add_adapters(fresh, rank=2, modules=["up"])
+        rf.transform(fresh, rf.Adapters(rank=2, modules=["up"]))
 
 
 def test_tied_meta_and_sharded_weights() -> None:
     tied = made(tied=True)
-    rf.transform(tied, low_rank=LowRank(4, start="fresh"))  # the blocks are not tied
+    rf.transform(tied, LowRank(4, start="fresh"))  # the blocks are not tied
     with pytest.raises(OptionError, match=r"tied, embedding\.weight = head\.weight"):
-        rf.transform(tied, low_rank=4, modules=["head"])
+        rf.transform(tied, rf.LowRank(4, modules=["head"]))
     gm = torch.export.export(tied, (tokens(),)).module()
     with pytest.raises(OptionError, match="tied"):
-        rf.transform(gm, low_rank=4, modules=["head"])
+        rf.transform(gm, rf.LowRank(4, modules=["head"]))
     with pytest.raises(OptionError, match="meta device"):
-        rf.transform(made().to("meta"), low_rank=4)
+        rf.transform(made().to("meta"), rf.LowRank(4))
 
 
 @pytest.mark.parametrize(
@@ -469,7 +462,7 @@ def test_options_outside_their_rule(options: dict[str, object], message: str) ->
 
 def test_an_empty_batch() -> None:
     rank = LowRank(2, start="fresh", modules="0")
-    layer = rf.transform(nn.Sequential(nn.Linear(8, 6)), low_rank=rank)
+    layer = rf.transform(nn.Sequential(nn.Linear(8, 6)), rank)
     assert layer(torch.empty(0, 8)).shape == (0, 6)
     x = torch.randn(4, 8)
     inner = low(layer, "0")

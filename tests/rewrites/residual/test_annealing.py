@@ -84,7 +84,7 @@ def test_finalize_leaves_the_branches() -> None:
     assert finalize(model) is model
     assert torch.equal(model(X), faded)
     assert model.state_dict().keys() == original.state_dict().keys()
-    assert rf.find_residuals(model, (X,)) == ()
+    assert rf.find_residuals(model, example_inputs=(X,)) == ()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def kinds(found: Iterable[ResidualAdd]) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", ZOO)
 def test_every_residual_add_of(name: str) -> None:
-    found = find_residuals(build(name), kwargs=ZOO[name].inputs())
+    found = find_residuals(build(name), example_inputs=ZOO[name].inputs())
     assert kinds(found) == ZOO[name].kinds
     assert [add.order for add in found] == list(range(len(found)))
     for add in found:
@@ -66,12 +66,12 @@ def test_training_and_evaluation(name: str) -> None:
     model = build(name)
     for mode in (True, False):
         model.train(mode)
-        assert kinds(find_residuals(model, kwargs=ZOO[name].inputs())) == ZOO[name].kinds
+        assert kinds(find_residuals(model, example_inputs=ZOO[name].inputs())) == ZOO[name].kinds
         assert model.training is mode
 
 
 def test_parallel_blocks_name_both_branches() -> None:
-    found = find_residuals(build("gpt-neox"), kwargs=ZOO["gpt-neox"].inputs())
+    found = find_residuals(build("gpt-neox"), example_inputs=ZOO["gpt-neox"].inputs())
     assert kinds(found) == PARALLEL
     for layer, add in enumerate(found):
         assert add.module == f"gpt_neox.layers.{layer}"
@@ -87,7 +87,7 @@ def test_torchs_own_transformer_in_both_modes() -> None:
     x = torch.randn(1, 3, 16)
     fast = torch.backends.mha.get_fastpath_enabled()
     for mode in (True, False):
-        assert kinds(find_residuals(model.train(mode), (x, x))) == {"block": 10}
+        assert kinds(find_residuals(model.train(mode), example_inputs=(x, x))) == {"block": 10}
     assert torch.backends.mha.get_fastpath_enabled() is fast
 
 
@@ -104,12 +104,12 @@ def test_a_model_whose_output_torch_export_does_not_know() -> None:
     def raise_if_it_runs(x: Tensor) -> None:
         assert torch.compiler.is_compiling()
 
-    found = find_residuals(Caching(16), (torch.randn(1, 3, 16),))
+    found = find_residuals(Caching(16), example_inputs=(torch.randn(1, 3, 16),))
     assert kinds(found) == {"block": 2}
 
 
 def test_a_compiled_model_is_the_model() -> None:
-    found = find_residuals(torch.compile(NanoGPT()), kwargs=tokens())
+    found = find_residuals(torch.compile(NanoGPT()), example_inputs=tokens())
     assert [add.module for add in found] == ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
 
 
@@ -137,7 +137,7 @@ def test_a_graph_is_read_as_it_is() -> None:
     model = Two()
     gm = fx.GraphModule(model, Leaves().trace(model))
     plain = find_residuals(gm)
-    shaped = find_residuals(gm, (torch.randn(2, 4),))
+    shaped = find_residuals(gm, example_inputs=(torch.randn(2, 4),))
     assert [(a.node, a.skip) for a in plain] == [("add", "x"), ("add_1", "add")]
     assert [(a.node, a.skip) for a in shaped] == [("add", "x"), ("add_1", "add")]
     assert [a.shape for a in plain] == [(), ()]
@@ -146,7 +146,12 @@ def test_a_graph_is_read_as_it_is() -> None:
 
 
 def test_a_model_without_residual_adds_is_no_error() -> None:
-    assert find_residuals(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), (torch.randn(2, 4),)) == ()
+    assert (
+        find_residuals(
+            nn.Sequential(nn.Linear(4, 4), nn.ReLU()), example_inputs=(torch.randn(2, 4),)
+        )
+        == ()
+    )
 
 
 def test_the_model_stays_as_it_is() -> None:
@@ -154,7 +159,7 @@ def test_the_model_stays_as_it_is() -> None:
     x = torch.randn(2, 3, 16, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    find_residuals(model, (x,))
+    find_residuals(model, example_inputs=(x,))
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in model.state_dict().items():
@@ -177,23 +182,25 @@ def test_what_cannot_be_captured_keeps_its_cause() -> None:
             return x if x.sum() > 0 else -x
 
     with pytest.raises(CaptureError, match="Branching cannot be captured as one graph") as caught:
-        find_residuals(Branching(), (torch.randn(2),))
+        find_residuals(Branching(), example_inputs=(torch.randn(2),))
     assert caught.value.__cause__ is not None
     assert "eval mode" in str(caught.value)
     with pytest.raises(CaptureError, match="NanoGPT cannot be captured"):
-        find_residuals(NanoGPT(), kwargs={"input_ids": torch.full((1, 4), VOCABULARY), "z": 1})
+        find_residuals(
+            NanoGPT(), example_inputs={"input_ids": torch.full((1, 4), VOCABULARY), "z": 1}
+        )
 
 
 def test_not_a_model() -> None:
     with pytest.raises(OptionError, match=r"give a torch\.nn\.Module"):
-        find_residuals(lambda x: x, (torch.randn(2),))
+        find_residuals(lambda x: x, example_inputs=(torch.randn(2),))
 
 
 # ---- text and JSON -----------------------------------------------------------------------------
 
 
 def test_text_and_json() -> None:
-    found = find_residuals(ZOO["resnet"].build(), kwargs=ZOO["resnet"].inputs())
+    found = find_residuals(ZOO["resnet"].build(), example_inputs=ZOO["resnet"].inputs())
     lines = as_text(found).splitlines()
     assert lines[0] == "6 residual adds: 4 block, 2 projection"
     assert lines[1].split() == ["kind", "module", "source", "sum", "branch", "through"]

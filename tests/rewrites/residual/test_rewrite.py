@@ -83,7 +83,7 @@ def test_every_mode(name: str, mode: str) -> None:
         assert torch.equal(first(new(**inputs)), expected)
     else:
         assert storages(model).isdisjoint(storages(new))
-        assert not rf.find_residuals(new, kwargs=inputs)
+        assert not rf.find_residuals(new, example_inputs=inputs)
     # The names of the state are the old ones, and documented new ones.
     added = [key for key in new.state_dict() if key not in state]
     assert {key for key in new.state_dict() if key not in added} == state.keys()
@@ -151,7 +151,7 @@ def test_free_after_anneal() -> None:
     assert [site.mode for site in sites_of(new)] == ["free"] * 4
     assert [site.mode for site in sites_of(annealed)] == ["gain"] * 4
     assert not [key for key in new.state_dict() if "gain" in key]
-    assert not rf.find_residuals(new, kwargs=tokens())
+    assert not rf.find_residuals(new, example_inputs=tokens())
 
 
 @pytest.mark.parametrize("mode", ["free", "mix"])
@@ -309,7 +309,7 @@ def test_with_a_wire() -> None:
     exact = rf.transform(NanoGPT(), residual="free", example_inputs=((), tokens())).eval()
     exact.load_state_dict(new.state_dict())
     assert not torch.equal(new(**tokens_again()), exact(**tokens_again()))
-    assert not rf.find_residuals(new, kwargs=tokens_again())
+    assert not rf.find_residuals(new, example_inputs=tokens_again())
 
 
 def test_a_compiled_model_stays_compiled() -> None:
@@ -472,6 +472,6 @@ def test_a_site_knows_its_modes(option: str, value: Any) -> None:
 
 def test_a_block_of_the_zoo_is_residual_free() -> None:
     block = Block(16).eval()
-    new = rf.transform(block, residual=ResidualFree(temperature=None), example_inputs=(X,))
+    new = rf.transform(block, ResidualFree(temperature=None), example_inputs=(X,))
     expected = new.mlp(new.norm_2(new.attention(new.norm_1(X))))
     assert torch.equal(new(X), expected)

@@ -26,7 +26,7 @@ def sites_of(model: nn.Module) -> list[ResidualSite]:
 
 
 def roles(model: nn.Module) -> dict[str, str]:
-    return {item.parameter: item.rule for item in rf.residual_report(model).initialized}
+    return {item.parameter: item.rule for item in rf.training.residual_report(model).initialized}
 
 
 class Two(nn.Module):
@@ -107,7 +107,7 @@ class WithoutGradients(Two):
 def test_regions(cls: type[nn.Module], mode: str) -> None:
     model = cls().eval()
     new = rf.transform(model, residual=mode, example_inputs=(X,))
-    report = rf.residual_report(new)
+    report = rf.training.residual_report(new)
     assert len(report.sites) == 4
     assert report.notes == ()
     if mode == "anneal":
@@ -134,7 +134,7 @@ def test_a_weight_under_two_names_is_initialized_once() -> None:
         "first.mlp.0.weight",
         "first.mlp.2.weight",
     }
-    assert rf.residual_report(new).notes == ()
+    assert rf.training.residual_report(new).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_computed_weights_are_told_and_tempered(parametrize: Callable[..., nn.Mo
     model = Two()
     parametrize(model.get_submodule("first.attention.qkv"))
     new = rf.transform(model, residual="free", example_inputs=(X,))
-    report = rf.residual_report(new)
+    report = rf.training.residual_report(new)
     assert report.temperatures[0].name == "first.attention.qkv.temperature"
     assert "first.attention.qkv.weight" not in roles(new)
     (note,) = report.notes
