@@ -43,7 +43,7 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-autodoc_type_aliases = {"Formatish": "Formatish", "Policyish": "Policyish"}
+autodoc_type_aliases = {name: name for name in ("Formatish", "Policyish", "Modules")}
 
 nitpicky = True
 nitpick_ignore_regex = [
@@ -53,7 +53,14 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|TracebackType)"),
 ]
 
-PUBLIC = ("rfcompile", "rfcompile.distributed", "rfcompile.training", "rfcompile.companions")
+PUBLIC = (
+    "rfcompile",
+    "rfcompile.distributed",
+    "rfcompile.training",
+    "rfcompile.adapters",
+    "rfcompile.low_rank",
+    "rfcompile.experimental",
+)
 """The modules that users import from; the first that has a name documents it."""
 
 

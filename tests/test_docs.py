@@ -14,7 +14,14 @@ from tests.pages import PAGES, ROOT, Session, check_output, run_session, session
 from tests.test_layers import ROOMS
 
 ALONE = [s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks == 1]
-DOORS = ("rfcompile", "rfcompile.distributed", "rfcompile.training", "rfcompile.companions")
+DOORS = (
+    "rfcompile",
+    "rfcompile.distributed",
+    "rfcompile.training",
+    "rfcompile.adapters",
+    "rfcompile.low_rank",
+    "rfcompile.experimental",
+)
 MAX_README_LINES = 200
 
 

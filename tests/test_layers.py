@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("training",),
     # The doors; "" is rfcompile/__init__.py, which lists the public names.
-    ("companions", "analyze", "api", "explain", "cli", ""),
+    ("adapters", "low_rank", "experimental", "analyze", "api", "explain", "cli", ""),
 )
 INDUCTOR = ("torch._inductor", "torch._functorch")
 MAX_LINES = 480  # a file is as long as its one idea; functions are what must be short

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -135,32 +136,21 @@ def test_the_public_names_of_distributed_are_exactly_these() -> None:
     assert all(hasattr(distributed, name) for name in distributed.__all__)
 
 
-def test_the_public_names_of_companions_are_exactly_these() -> None:
-    from rfcompile import companions
-
-    assert sorted(companions.__all__) == [
-        "AdaptedLinear",
-        "AdapterReport",
-        "Adapters",
-        "GrayingReport",
-        "LowRankLinear",
-        "LowRankReport",
-        "PolynomialAttention",
-        "PolynomialReport",
-        "QuantizedReport",
-        "Rank",
-        "TokenGraying",
-        "add_adapters",
-        "broadcast_adapters",
-        "effective_ranks",
-        "load_adapters",
-        "merge_adapters",
-        "merge_low_rank",
-        "quantize_adapters",
-        "save_adapters",
-        "stable_rank_bounds",
-    ]
-    assert all(hasattr(companions, name) for name in companions.__all__)
+@pytest.mark.parametrize(
+    ("door", "names"),
+    [
+        (
+            "adapters",
+            "AdaptedLinear AdapterReport QuantizedReport broadcast load merge quantize save",
+        ),
+        ("low_rank", "LowRankLinear LowRankReport effective_ranks merge stable_rank_bounds"),
+        ("experimental", "GrayingReport PolynomialAttention PolynomialReport TokenGraying"),
+    ],
+)
+def test_the_public_names_of_a_namespace_are_exactly_these(door: str, names: str) -> None:
+    module = importlib.import_module(f"rfcompile.{door}")
+    assert module.__all__ == names.split()
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_importing_the_package_loads_next_to_nothing() -> None:
@@ -189,7 +179,7 @@ def test_operators_are_defined_when_one_is_asked_for() -> None:
 def test_the_codec_does_not_load_the_compiler() -> None:
     # Seconds of start-up. (Dynamo comes along with torch.compiler's decorators.)
     heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.inductor.backend"}
-    heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.companions"}
+    heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.adapters"}
     code = (
         "import sys, torch, rfcompile as rf; rf.dequantize(rf.quantize(torch.ones(3), 4), 4, (3,));"
         f"print(sorted({heavy!r} & set(sys.modules)))"

@@ -28,7 +28,7 @@ def split_at_boundaries(
     """Cut a model into ``n`` modules to call one after another, for as many pipeline stages.
 
     Where it may be cut is what :func:`rfcompile.transform` marks: the boundaries of the model that
-    it returned, or for any other model those of ``boundaries="auto"``, its repeated blocks. The
+    it returned, or for any other model those of ``Wire(modules="auto")``, its repeated blocks. The
     cuts leave each stage as many blocks as the others, or earlier ones one more. The fake wires
     themselves are left out.
 
@@ -80,7 +80,7 @@ def _cuts(marks: list[fx.Node], n: int, model: str) -> list[fx.Node]:
     if len(marks) < n - 1:
         raise BoundaryError(
             f"{model} has {len(marks)} boundaries: too few for {n} stages, which need {n - 1}. Ask "
-            "for fewer stages, or mark more with rfcompile.transform(model, boundaries=[...])."
+            "for fewer stages, or mark more: rf.transform(model, rf.Wire('exact', modules=[...]))."
         )
     return [marks[-(-i * len(marks) // n) - 1] for i in range(1, n)]
 

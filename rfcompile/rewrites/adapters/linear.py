@@ -181,7 +181,9 @@ def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
     found = adapted(model)
     if not found:
         name = type(uncompiled(model)).__name__
-        raise OptionError("model", name, "it has no adapters: add_adapters(model) first.")
+        raise OptionError(
+            "model", name, "it has no adapters: rf.transform(model, rf.Adapters(8)) first."
+        )
     for path, module in found.items():
         if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
             rule = "the adapter is sharded: do this before, or gather its full_tensor() first."

@@ -94,14 +94,14 @@ def _peft_config(found: Mapping[str, AdaptedLinear]) -> dict[str, Any]:
 
 def load_adapters(model: nn.Module, folder: str | Path) -> nn.Module:
     """A model like ``model`` with the adapters that :func:`save_adapters`, or PEFT for plain
-    adapters, wrote to a folder; as :func:`~rfcompile.add_adapters` otherwise.
+    adapters, wrote to a folder; as :class:`~rfcompile.Adapters` otherwise.
 
     They compute in the dtype of the weights that they are added to.
 
     Raises:
         StateError: a damaged file; tensors that fit no linear of the model, are of another shape or
         dtype, are missing or too many. OptionError: a configuration of PEFT that is not plain LoRA
-        or DoRA with one rank; a graph; as :func:`~rfcompile.add_adapters`. MissingPackageError:
+        or DoRA with one rank; a graph; as :class:`~rfcompile.Adapters`. MissingPackageError:
         safetensors is not installed. FileNotFoundError.
     """
     safetensors = _safetensors()

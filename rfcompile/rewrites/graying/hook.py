@@ -53,7 +53,7 @@ class TokenHook:
             raise GrayingError(
                 f"{self.module} is called with is_causal=True: graying mixes the tokens of a "
                 "sequence, so that each would know those after it. Call it without, or transform "
-                "the model without token_graying."
+                "the model without TokenGraying."
             )
         is_turned = tokens.dim() == 3 and _has_batch_second(module)
         x = tokens.transpose(0, 1) if is_turned else tokens
