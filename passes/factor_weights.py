@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile.graph.pipeline import PassResult
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import low_rank_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class FactoredWeight:
     """The weight of the module at ``path``, and the factors that it, or what is added to it, has.
 
     Args:
-        left, right, omega, gain: as :func:`~rfcompile.nn.low_rank_weight.low_rank_weight` takes
+        left, right, omega, gain: as :func:`~rfcompile.nn.low_rank.low_rank_weight` takes
             them.
         is_transposed: the weight is [in, out].
         is_added: the weight stays, and the product is added to it: an adapter.

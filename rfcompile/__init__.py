@@ -20,9 +20,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
     from rfcompile.report.journal import reports
-    from rfcompile.report.measure import measure_step
     from rfcompile.report.report import Report, Site
-    from rfcompile.report.step import merge_reports
+    from rfcompile.report.step import measure_step, merge_reports
     from rfcompile.rewrites.adapters.rewrite import Adapters
     from rfcompile.rewrites.low_rank.rewrite import LowRank
     from rfcompile.rewrites.protocol import rewrites_of
@@ -48,9 +47,8 @@ _HOMES = {
     "codec.functions": "dequantize quantize",
     "explain": "explain",
     "report.journal": "reports",
-    "report.measure": "measure_step",
     "report.report": "Report Site",
-    "report.step": "merge_reports",
+    "report.step": "measure_step merge_reports",
     "rewrites.adapters.rewrite": "Adapters",
     "rewrites.low_rank.rewrite": "LowRank",
     "rewrites.protocol": "rewrites_of",

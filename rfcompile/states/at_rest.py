@@ -15,6 +15,7 @@ from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import StateError
 from rfcompile.report.handle import Handle
 from rfcompile.report.report import Report, Site
+from rfcompile.states.composite import parts_of
 from rfcompile.states.copies import carry, drop, handle_of
 from rfcompile.states.loading import to_load
 from rfcompile.states.moments import (
@@ -28,7 +29,6 @@ from rfcompile.states.moments import (
 from rfcompile.states.packed_checks import is_packed
 from rfcompile.states.packing import Packed, converted, pack, require_finite, sealed, unpack
 from rfcompile.states.report import made, names_before, site_of
-from rfcompile.states.wrapped import parts_of
 from rfcompile.wire.policy import Decision, Policy, Policyish, as_policy, exact
 
 

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from rfcompile.errors import OptionError, StateError
 from rfcompile.report.report import Report
 from rfcompile.states.at_rest import takes_packed
+from rfcompile.states.composite import parts_of
 from rfcompile.states.packing import pack_state_dict, unpack_state_dict
 from rfcompile.states.report import report_of
 from rfcompile.states.sharded_payloads import is_sharded
-from rfcompile.states.wrapped import parts_of
 from rfcompile.wire.policy import Policy, Policyish, as_policy
 from rfcompile.wire.process_groups import require_same, transport
 from rfcompile.wire.together import resolved, together

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from rfcompile.errors import ResidualError
 from rfcompile.graph.capture import capture, inputs_of
 from rfcompile.graph.models import uncompiled, without_wrappers
-from rfcompile.nn.factored_linear import FactoredLinear
+from rfcompile.nn.low_rank import FactoredLinear
 from rfcompile.nn.residual_site import ResidualSite
 from rfcompile.passes.find_residuals import find_residuals
 from rfcompile.rewrites.attention.anatomy import anatomy

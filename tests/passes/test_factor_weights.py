@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from rfcompile.graph.pipeline import run
 from rfcompile.graph.text import graph_text
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
 
 

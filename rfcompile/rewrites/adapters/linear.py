@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from rfcompile.errors import OptionError
 from rfcompile.graph.models import uncompiled, without_wrappers
-from rfcompile.nn.factored_linear import FactoredLinear
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import FactoredLinear, low_rank_weight
 from rfcompile.rewrites.adapters.factor import AnyFactor, Factor
 from rfcompile.rewrites.low_rank.targets import is_conv1d
 

@@ -19,8 +19,8 @@ from rfcompile.graph.models import without_nested_tensors, without_wrappers
 from rfcompile.graph.pipeline import run
 from rfcompile.graph.places import module_of
 from rfcompile.nn.attention_operators import GAIN
+from rfcompile.nn.multihead import PolynomialMultiheadAttention, become_polynomial
 from rfcompile.nn.polynomial import Form, Scale
-from rfcompile.nn.polynomial_multihead import PolynomialMultiheadAttention, become_polynomial
 from rfcompile.passes.replace_softmax import ReplacedAttention, ReplaceSoftmax
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.attention.forward import PolynomialForward

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rfcompile.errors import NonFiniteError
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.rewrites.low_rank.svd import leading_svd
 
 

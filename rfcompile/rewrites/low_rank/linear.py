@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfcompile.graph.models import uncompiled, without_wrappers
-from rfcompile.nn.factored_linear import FactoredLinear
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import FactoredLinear, low_rank_weight
 from rfcompile.rewrites.low_rank.targets import is_conv1d
 
 

@@ -16,7 +16,7 @@ from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.modules import Modules
 from rfcompile.graph.pipeline import run
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.low_rank.factors import Factors, drawn, fitted, omega_for

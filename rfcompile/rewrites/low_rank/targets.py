@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from rfcompile.errors import BoundaryError, OptionError
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.modules import Modules, matching, matching_any, patterns_of
-from rfcompile.nn.factored_linear import FactoredLinear
+from rfcompile.nn.low_rank import FactoredLinear
 from rfcompile.nn.rebinding import runs_its_class
 
 _WHY = "its forward is its own, its weight computed or integer, or changed already (merge it first)"

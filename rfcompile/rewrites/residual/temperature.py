@@ -17,7 +17,7 @@ from rfcompile.find.attention_cores import Core, cores_of
 from rfcompile.find.linears import Linear
 from rfcompile.graph.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
 from rfcompile.graph.places import ModuleCall, module_calls, module_of
-from rfcompile.nn.tempered_attention import NAME, TemperedAttention
+from rfcompile.nn.multihead import TEMPERATURE, TemperedAttention
 from rfcompile.rewrites.attention.anatomy import Attention, anatomy
 from rfcompile.rewrites.attention.matrices import matrix_of
 
@@ -64,7 +64,7 @@ class ScaleQueries:
         self.features = None if features is None else sorted(features)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        temperature: Tensor = getattr(module, NAME)
+        temperature: Tensor = getattr(module, TEMPERATURE)
         scale = temperature.reciprocal().to(output.dtype)
         if self.features is None:
             return output * scale
@@ -100,7 +100,7 @@ def temper(
             owner = model.get_submodule(place.path)
             values[place.path] = _install(owner, rule, run.found[core].value, features)
     return tuple(
-        replace(run.found[core], name=f"{place.path}.{NAME}", value=values[place.path])
+        replace(run.found[core], name=f"{place.path}.{TEMPERATURE}", value=values[place.path])
         for core, place in places.items()
     )
 
@@ -110,8 +110,8 @@ def _install(
 ) -> float:
     is_hooked = any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values())
     if is_hooked or isinstance(owner, TemperedAttention):  # it was tempered before
-        value = getattr(owner, NAME).detach() * factor
-        delattr(owner, NAME)
+        value = getattr(owner, TEMPERATURE).detach() * factor
+        delattr(owner, TEMPERATURE)
     else:
         value = torch.full((1,), factor, device=next(iter(owner.parameters())).device)
         if isinstance(owner, nn.MultiheadAttention):
@@ -119,9 +119,9 @@ def _install(
         else:
             owner.register_forward_hook(ScaleQueries(features))
     if rule.learnable:
-        owner.register_parameter(NAME, nn.Parameter(value))
+        owner.register_parameter(TEMPERATURE, nn.Parameter(value))
     else:
-        owner.register_buffer(NAME, value)
+        owner.register_buffer(TEMPERATURE, value)
     return float(value)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import rfcompile as rf
 from rfcompile.errors import NonFiniteError, OptionError, RFCompileWarning, StateError
 from rfcompile.low_rank import LowRankLinear, LowRankReport
-from rfcompile.nn.low_rank_weight import low_rank_weight
+from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.rewrites.adapters.rewrite import merge_adapters
 from rfcompile.rewrites.low_rank.factors import drawn, fitted, omega_for
 from rfcompile.rewrites.low_rank.linear import merge_low_rank
