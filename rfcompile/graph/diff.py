@@ -31,7 +31,7 @@ class GraphDiff:
 
     ``removed`` and ``added`` count the calls of each operator that the second graph has fewer or
     more of. ``wire_bytes_before`` and ``wire_bytes_after`` are what one rank sends in all
-    collectives; see :func:`~rfcompile.wire.cost.wire_bytes`, also for when they are None.
+    collectives; see :func:`~rfcompile.graph.wire_bytes.wire_bytes`, also for when they are None.
     """
 
     before: str
