@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.pages import PAGES, ROOT, Session, check_output, run_session, sessions_of
-from tests.test_layers import ROOMS
+from tests.test_layers import ROOMS, private_names
 
 ALONE = [s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks == 1]
 DOORS = (
@@ -86,22 +86,6 @@ def test_the_page_on_passes_has_every_file_of_the_folder() -> None:
 
 # ---- private torch -------------------------------------------------------------------------------
 
-IN_MANY_FILES = re.compile(r"torch\.(_ops(\.[A-Z]\w+)?|utils\._pytree(\.\w+)?|ops(\..+)?)")
-
-
-def private_names(tree: ast.AST) -> set[str]:
-    """What a source names of torch that has a part with an underscore."""
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Attribute):
-            names.add(ast.unparse(node))
-    private = re.compile(r"torch\.([\w.]*\.)?_[a-zA-Z][\w.]*")
-    return {n for n in names if private.fullmatch(n) and not IN_MANY_FILES.fullmatch(n)}
-
 
 def test_the_page_on_private_torch_has_every_module_that_uses_it() -> None:
     table = (ROOT / "docs" / "internals" / "private-torch.md").read_text()
@@ -124,19 +108,6 @@ def test_links_to_files_lead_somewhere(page: str) -> None:
 
 
 # ---- the checks above can fail -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("source", "found"),
-    [
-        ("from torch._dynamo import config", {"torch._dynamo.config"}),
-        ("import torch\ntorch._C.x", {"torch._C.x", "torch._C"}),
-        ("from torch._ops import OpOverload\nfrom torch import nn", set()),
-        ("from torch._ops import _OpNamespace", {"torch._ops._OpNamespace"}),
-    ],
-)
-def test_private_names_are_seen(source: str, found: set[str]) -> None:
-    assert private_names(ast.parse(source)) == found
 
 
 def test_blocks_of_a_session_share_names_and_others_do_not(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ that imports inside functions count too.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,26 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     # The doors; "" is rfcompile/__init__.py, which lists the public names.
     ("adapters", "low_rank", "experimental", "analyze", "api", "explain", "cli", ""),
 )
-INDUCTOR = ("torch._inductor", "torch._functorch")
+PRIVATE_TORCH: dict[str, tuple[str, ...]] = {
+    "torch_versions": ("distributed._functional_collectives",),
+    "codec": ("_ops",),
+    "wire": ("_C", "_dispatch", "testing._internal"),
+    "nn": ("utils._python_dispatch",),
+    "graph": (
+        *("_C", "_dynamo", "_logging", "_subclasses"),
+        "distributed.distributed_c10d._resolve_process_group",
+    ),
+    "find": ("distributed._functional_collectives",),
+    "report": ("_dynamo", "_guards"),
+    "rewrites": ("_dynamo",),
+    "inductor": ("_functorch", "_inductor", "utils._python_dispatch"),
+    "distributed": (
+        "distributed.fsdp._fully_shard",
+        "distributed.pipelining.stage._PipelineStageBase",
+        "distributed.pipelining.stage._normalize_model_output_as_tuple",
+    ),
+}
+"""Which room may use which private parts of torch; docs/internals/private-torch.md says why."""
 MAX_LINES = 480  # a file is as long as its one idea; functions are what must be short
 
 
@@ -52,8 +72,12 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+def top_of(module: str) -> str:
+    return module.removeprefix("rfcompile").lstrip(".").split(".")[0]
+
+
 def room_of(module: str) -> int:
-    top = module.removeprefix("rfcompile").lstrip(".").split(".")[0]
+    top = top_of(module)
     for room, names in enumerate(ROOMS):
         if top in names:
             return room
@@ -77,7 +101,7 @@ def imported_names(tree: ast.AST, module: str, is_package: bool) -> Iterator[str
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Attribute):
             chain = ast.unparse(node)
-            if chain.startswith(INDUCTOR):
+            if chain.startswith("torch._"):
                 yield chain
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
             strings = (a.value for a in node.args if isinstance(a, ast.Constant))
@@ -121,15 +145,49 @@ def test_imports_have_no_cycle() -> None:
     assert not cycles, f"modules import one another in a circle: {cycles}"
 
 
-def test_only_one_room_uses_inductor() -> None:
-    users = {
-        module
+IN_MANY_FILES = re.compile(r"torch\.(_ops(\.[A-Z]\w+)?|utils\._pytree(\.\w+)?|ops(\..+)?)")
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """What a source names of torch that has a part with an underscore."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute):
+            names.add(ast.unparse(node))
+    private = re.compile(r"torch\.([\w.]*\.)?_[a-zA-Z][\w.]*")
+    return {n for n in names if private.fullmatch(n) and not IN_MANY_FILES.fullmatch(n)}
+
+
+def is_allowed(room: str, name: str) -> bool:
+    parts = tuple(f"torch.{part}" for part in PRIVATE_TORCH.get(room, ()))
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
+def test_rooms_use_their_own_private_parts_of_torch() -> None:
+    wrong = [
+        f"{module} uses {name}"
         for module, path in MODULES.items()
-        for name in imported_names(ast.parse(path.read_text()), module, False)
-        if name.startswith(INDUCTOR)
-    }
-    wrong = sorted(m for m in users if not m.startswith("rfcompile.inductor."))
-    assert not wrong, f"{wrong} use {INDUCTOR}; only rfcompile/inductor/ may"
+        for name in sorted(private_names(ast.parse(path.read_text())))
+        if not is_allowed(top_of(module), name)
+    ]
+    assert not wrong, f"{wrong}: use a public part, or add it to PRIVATE_TORCH and to the page"
+
+
+def test_what_a_room_no_longer_uses_is_no_longer_allowed() -> None:
+    used: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        used.setdefault(top_of(module), set()).update(private_names(ast.parse(path.read_text())))
+    idle = [
+        f"{part} of {room}"
+        for room, parts in PRIVATE_TORCH.items()
+        for part in parts
+        if not any(f"{name}.".startswith(f"torch.{part}.") for name in used.get(room, ()))
+    ]
+    assert not idle
 
 
 def test_modules_stay_short() -> None:
@@ -162,6 +220,19 @@ def test_an_unknown_module_is_told_its_place() -> None:
 )
 def test_every_way_to_import_is_seen(source: str, expected: str) -> None:
     assert expected in set(imported_names(ast.parse(source), "rfcompile.api", False))
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from torch._dynamo import config", {"torch._dynamo.config"}),
+        ("import torch\ntorch._C.x", {"torch._C.x", "torch._C"}),
+        ("from torch._ops import OpOverload\nfrom torch import nn", set()),
+        ("from torch._ops import _OpNamespace", {"torch._ops._OpNamespace"}),
+    ],
+)
+def test_private_names_are_seen(source: str, found: set[str]) -> None:
+    assert private_names(ast.parse(source)) == found
 
 
 def test_backwards_means_a_later_room() -> None:
