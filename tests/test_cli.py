@@ -132,7 +132,7 @@ def test_analyze(run: Run) -> None:
     assert result.code == 0
     assert "layers.1" in result.out
     assert "excess kurtosis" in result.out
-    found = json.loads(run("analyze", "net", "--json", "--boundaries", "layers.*.up").out)
+    found = json.loads(run("analyze", "net", "--json", "--modules", "layers.*.up").out)
     assert [block["module"] for block in found["blocks"]] == ["layers.0.up", "layers.1.up"]
     assert found["attentions"] == []
 
@@ -156,7 +156,7 @@ def test_explain(run: Run, target: str) -> None:
 def test_formats_and_other_options(run: Run) -> None:
     out = run("explain", "net", "--bits", "2b:g64:h32").out
     assert "2b:g64:rise:h32" in out
-    result = run("explain", "net", "--boundaries", "layers.*.up,layers.1")
+    result = run("explain", "net", "--modules", "layers.*.up,layers.1")
     assert result.code == 0
     assert "6 of 6 sites quantized" in result.out
     result = run("explain", "net", "--min-bytes", "4097")
@@ -273,7 +273,7 @@ def test_simulated_ranks(run: Run) -> None:
 
 @pytest.mark.slow
 def test_simulated_ranks_of_a_model_that_needs_none(run: Run) -> None:
-    result = run("diff", "no_blocks", "--world-size", "2", "--boundaries", "")
+    result = run("diff", "no_blocks", "--world-size", "2", "--modules", "")
     assert result.code == 0
     assert "+fake_wire" in result.out
 
@@ -311,7 +311,7 @@ def test_bad_targets(run: Run, folder: Path, target: str, message: str) -> None:
 
 
 def test_boundaries_that_the_model_has_not(run: Run) -> None:
-    result = run("explain", "net", "--boundaries=layers.7")
+    result = run("explain", "net", "--modules=layers.7")
     assert (result.code, result.out) == (3, "")
     assert "no module that is called matches 'layers.7'" in result.err
 

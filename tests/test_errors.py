@@ -18,6 +18,7 @@ from rfcompile.errors import (
     FormatError,
     HookError,
     NonFiniteError,
+    OptionError,
     PayloadError,
     PolicyError,
     RankMismatchError,
@@ -40,6 +41,12 @@ CASES: dict[str, Case] = {
     ),
     "PolicyError": (
         lambda: PolicyError("bitz", 4, "did you mean 'bits'?"),
+        ValueError,
+        "bitz=4 is not supported: did you mean 'bits'?",
+        {"option": "bitz", "value": 4, "rule": "did you mean 'bits'?"},
+    ),
+    "OptionError": (
+        lambda: OptionError("bitz", 4, "did you mean 'bits'?"),
         ValueError,
         "bitz=4 is not supported: did you mean 'bits'?",
         {"option": "bitz", "value": 4, "rule": "did you mean 'bits'?"},

@@ -161,7 +161,7 @@ def test_no_blocks_is_an_error_that_says_what_to_do(model: nn.Module) -> None:
         BoundaryError, match=rf"^{type(model).__name__} has no repeated blocks"
     ) as e:
         find_boundaries(model)
-    assert "boundaries=['path.of.module', ...]" in str(e.value)
+    assert "modules=['path.of.module', ...]" in str(e.value)
     assert isinstance(e.value, ValueError)
     with pytest.raises(BoundaryError, match="has no repeated blocks"):
         find_boundaries(model, "branches")
@@ -214,7 +214,9 @@ def test_a_list_with_a_forward_is_a_module_like_others() -> None:
 
 def test_errors() -> None:
     model = Holder(layers=nn.ModuleList(blocks(2)))
-    with pytest.raises(BoundaryError, match=r"boundaries='towers' is not known: use 'auto', 'b"):
+    with pytest.raises(
+        BoundaryError, match=r"no module that is called matches 'towers'.* The words are 'auto', 'b"
+    ):
         find_boundaries(model, "towers")
     for path in ("layers.2", "layers", "Layers.0"):
         with pytest.raises(BoundaryError, match=f"no module that is called matches '{path}'") as e:

@@ -1,0 +1,82 @@
+"""One dialect for modules: paths, patterns, the last parts of paths, and a function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rfcompile as rf
+from rfcompile.errors import BoundaryError, OptionError
+from rfcompile.graph.modules import matching, matching_any, patterns_of
+
+PATHS = ["", "up", "blocks.0", "blocks.0.up", "blocks.1", "blocks.1.up", "blocks.10.up"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("", [""]),
+        ("up", ["up"]),  # there is such a path: that module, and no other
+        ("blocks.1", ["blocks.1"]),
+        ("1.up", ["blocks.1.up"]),
+        ("*.up", ["blocks.0.up", "blocks.1.up", "blocks.10.up"]),
+        ("blocks.?", ["blocks.0", "blocks.1"]),
+        ("[01].up", ["blocks.0.up", "blocks.1.up"]),
+        ("down", []),
+        ("p", []),
+    ],
+)
+def test_what_a_pattern_means(pattern: str, meant: list[str]) -> None:
+    assert matching(pattern, PATHS) == meant
+
+
+def test_several_patterns_give_each_path_once_and_in_order() -> None:
+    assert matching_any(["*.up", "blocks.0.up", ""], PATHS) == ["", *PATHS[3::2], "blocks.10.up"]
+
+
+@pytest.mark.parametrize("modules", [3, [3], ["up", None]])
+def test_what_is_no_text_is_an_error(modules: object) -> None:
+    with pytest.raises(OptionError, match="give paths or patterns as texts"):
+        patterns_of(modules)  # type: ignore[arg-type]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.up(x)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(Block(), Block())
+
+
+X = (torch.randn(2, 8),)
+SPELLINGS = ["up", "*.up", ["0.up", "1.up"], lambda path, _: path.endswith("up")]
+
+
+@pytest.mark.parametrize("modules", SPELLINGS)
+def test_every_door_reads_modules_alike(modules: rf.Wire) -> None:
+    found = {
+        "wire": {s.module for s in rf.explain(net(), rf.Wire(4, modules), example_inputs=X).sites},
+        "analyze": {b.module for b in rf.analyze(net(), modules=modules, example_inputs=X).blocks},
+        **{
+            type(how).__name__: {s.path for s in rf.rewrites_of(rf.transform(net(), how))[-1].sites}
+            for how in (
+                rf.LowRank(2, fit_steps=0, modules=modules),
+                rf.Adapters(2, modules=modules),
+            )
+        },
+    }
+    assert found == dict.fromkeys(found, {"0.up", "1.up"})
+
+
+def test_every_door_refuses_a_path_that_there_is_not() -> None:
+    for how in (rf.Wire(4, "down"), rf.LowRank(2, modules="down"), rf.Adapters(2, modules="down")):
+        with pytest.raises((BoundaryError, OptionError), match="'down'"):
+            rf.transform(net(), how)
+    with pytest.raises(BoundaryError, match="'down'"):
+        rf.analyze(net(), modules="down", example_inputs=X)
