@@ -19,8 +19,11 @@ PINS := pyproject.toml constraints.txt
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark'
+# Lint and types run beside the tests; what they say comes at the end.
+test: $(VENV)/dev.stamp
+	@mkdir -p .cache; $(MAKE) --no-print-directory lint > .cache/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark'; tests=$$?; \
+	wait $$lint; lint=$$?; cat .cache/lint.log; exit $$((tests || lint))
 
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
