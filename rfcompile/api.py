@@ -11,8 +11,6 @@ from torch import fx, nn
 
 from rfcompile.errors import CaptureError, OptionError, RFCompileWarning
 from rfcompile.graph.capture import capture
-from rfcompile.graph.diff import Graph, GraphDiff
-from rfcompile.graph.diff import diff as diff_graphs
 from rfcompile.graph.models import (
     NO_COLLECTIVES,
     check_module,
@@ -21,6 +19,8 @@ from rfcompile.graph.models import (
     uncompiled,
 )
 from rfcompile.report import journal
+from rfcompile.report.diff import Graph, GraphDiff
+from rfcompile.report.diff import diff as diff_graphs
 from rfcompile.report.report import Report
 from rfcompile.rewrites.protocol import Rewrite, is_rewrite, rewritten
 from rfcompile.rewrites.residual.rewrite import Change as ResidualMode

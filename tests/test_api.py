@@ -37,8 +37,8 @@ from rfcompile.errors import (
     RFCompileError,
     RFCompileWarning,
 )
-from rfcompile.graph.diff import GraphDiff
 from rfcompile.graph.text import graph_text
+from rfcompile.report.diff import GraphDiff
 from rfcompile.wire.fake import FakeWire
 from rfcompile.wire.process_groups import simulated
 

@@ -1,1 +1,1 @@
-"""What was done: reports as data, as text and as JSON."""
+"""What was done: reports as data, as text, as JSON and as a page."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +14,7 @@ class TableReport:
     take :meth:`to_dict` or :meth:`json`.
     """
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Iterable[str]:
         """The text, line by line."""
         raise NotImplementedError
 

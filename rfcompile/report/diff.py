@@ -6,7 +6,6 @@ All of it is read from graph texts, so a stored text compares as well as a graph
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +20,13 @@ from rfcompile.errors import CaptureError
 from rfcompile.graph.pipeline import Record
 from rfcompile.graph.text import graph_text, read_statement, read_statements
 from rfcompile.graph.wire_bytes import wire_bytes
+from rfcompile.report.table import TableReport
 
 Graph = fx.GraphModule | ExportedProgram | Record | str
 
 
 @dataclass(frozen=True)
-class GraphDiff:
+class GraphDiff(TableReport):
     """Two graphs and what differs; printing it gives :meth:`text`.
 
     ``removed`` and ``added`` count the calls of each operator that the second graph has fewer or
@@ -44,9 +44,6 @@ class GraphDiff:
     @property
     def changed(self) -> bool:
         return self.before != self.after
-
-    def __str__(self) -> str:
-        return self.text()
 
     def text(self) -> str:
         """The unified diff, the operators whose number of calls changed, and the bytes sent."""
@@ -86,10 +83,6 @@ class GraphDiff:
         less = before > after
         ratio = before / after if less else after / before
         return f"{text} ({ratio:.1f}x {'less' if less else 'more'})"
-
-    def json(self) -> str:
-        """:meth:`to_dict` as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ``changed``, and the lines of the diff, as plain data."""

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from rfcompile.errors import CaptureError, RFCompileError
-from rfcompile.graph.diff import GraphDiff, diff, op_counts, with_names_of
 from rfcompile.graph.pipeline import PassResult, run
 from rfcompile.graph.text import graph_text
+from rfcompile.report.diff import GraphDiff, diff, op_counts, with_names_of
 
 aten = torch.ops.aten
 X = torch.randn(8, 16)
