@@ -96,6 +96,15 @@ def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     return _without_regions(module)
 
 
+def without_regions(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph on the same parameters, to be read: what a ``torch.autocast`` or
+    ``torch.no_grad`` region computes stands among the rest.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return _without_regions(fx.GraphModule(gm, graph))
+
+
 def _without_einsum(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     einsum = torch.ops.aten.einsum.default
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule)]
@@ -125,7 +134,7 @@ def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         settings, (graph, *operands) = call.args[:place], call.args[place:]
         inner: Any = gm.get_submodule(graph.target)
-        body = _without_regions(inner)
+        body = without_regions(inner)
         nodes = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
         with gm.graph.inserting_before(call):
             results: Any = gm.graph.graph_copy(body.graph, nodes)
