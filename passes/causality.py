@@ -177,8 +177,10 @@ class _Masks:
             return torch.randn(_sizes(meta), generator=generator).to(meta.device, meta.dtype)
         if node is self.core.scores:
             ones = torch.ones(_sizes(meta), device=meta.device, dtype=meta.dtype)
-            added = run.env[node.all_input_nodes[0]] if name == "baddbmm" else 0
-            return ones + added * node.kwargs.get("beta", 1)
+            if name != "baddbmm":
+                return ones
+            beta: Any = node.kwargs.get("beta", 1)
+            return ones + run.env[node.all_input_nodes[0]] * beta
         if node is self.core.weights:
             scores = run.env[node.all_input_nodes[0]]
             return (scores > HIDDEN).to(scores.dtype)

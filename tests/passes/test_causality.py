@@ -173,10 +173,11 @@ class Model(nn.Module):
 
 
 def inputs_for(name: str) -> tuple[Tensor, ...]:
-    return (torch.randn(2, N, WIDTH), MASK) if name in GIVEN else (torch.randn(2, N, WIDTH),)
+    x = torch.randn(2, N, WIDTH)
+    return (x, MASK) if name in GIVEN else (x,)
 
 
-def both(model: nn.Module, args: Any, where: Any = "input", **kwargs: Any) -> list[Any]:
+def both(model: nn.Module, args: Any, where: Any = "input", **kwargs: Any) -> Any:
     """What the module and its graph say: the report's rows, or the error's text."""
     graph = exported(model, (args, kwargs)).module()
     said = []
@@ -269,7 +270,7 @@ def test_padding_given_to_a_public_model() -> None:
 @pytest.mark.parametrize(("name", "answer"), [("boolean", "causal"), ("alibi", "open")])
 def test_symbolic_sizes_are_taken_for_their_hints(name: str, answer: str) -> None:
     model = Model((CAUSAL | OPEN)[name])
-    auto = ({1: torch.export.Dim.AUTO}, ())
+    auto = ({1: torch.export.Dim.AUTO},)
     graph = torch.export.export(model, inputs_for(name), dynamic_shapes=auto).module()
     assert [causality(core) for core in all_cores(graph)] == [answer, answer]  # type: ignore[arg-type]
 
@@ -297,7 +298,9 @@ def test_masks_of_buffers_are_read_and_stay_as_they_are() -> None:
 
 
 def test_random_numbers_stay_as_they_are() -> None:
-    graph: Any = torch.export.export(Model(OPEN["padding of inputs"]), inputs_for("input")).module()
+    graph: Any = torch.export.export(
+        Model(OPEN["padding of inputs"]), inputs_for("padding of inputs")
+    ).module()
     state = torch.get_rng_state()
     assert {causality(core) for core in all_cores(graph)} == {"open"}
     assert torch.equal(torch.get_rng_state(), state)
