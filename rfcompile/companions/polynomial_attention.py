@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from rfcompile.attention_matrix import AttentionMatrix, attention_matrices
-from rfcompile.capture import Inputs, in_mode, plain_graph
+from rfcompile.capture import Inputs, flat_graph, in_mode
 from rfcompile.companions.forwards import PolynomialForward
 from rfcompile.companions.torch_attention import PolynomialMultiheadAttention, become_polynomial
 from rfcompile.errors import AttentionError, CaptureError, PolicyError
@@ -98,7 +98,7 @@ class PolynomialAttention:
                 after = attention_matrices(model, inputs())
         pairs = zip(before, after, strict=True)
         rows = tuple(Frobenius.of(old, new) for old, new in pairs if old.kind == "softmax")
-        replaced = tuple(ReplacedAttention(a.module, "", a.spelling) for a in places)
+        replaced = tuple(ReplacedAttention(a.module, a.source, a.spelling) for a in places)
         return PolynomialReport(self.power, self.scale, replaced, rows)
 
     def _install(self, module: nn.Module) -> None:
@@ -143,7 +143,7 @@ def _match(
 def _softmaxes(model: nn.Module, inputs: Inputs) -> Counter[str]:
     """How many softmaxes and fused attentions each module has, attention or not."""
     with torch.no_grad(), in_mode(model, training=False):
-        graph = plain_graph(model, inputs).graph
+        graph = flat_graph(model, inputs).graph
     names = SOFTMAX | {"scaled_dot_product_attention"}
     return Counter(module_of(node) for node in graph.nodes if operator_name(node) in names)
 
@@ -152,7 +152,7 @@ def _check_training(model: nn.Module, inputs: Inputs) -> None:
     """Nor is there any in training mode, if the model can be captured so."""
     try:
         with torch.no_grad(), in_mode(model, training=True):
-            graph = plain_graph(model, inputs).graph
+            graph = flat_graph(model, inputs).graph
     except CaptureError:
         return
     left = [module_of(core.weights) for core in cores_of(graph) if core.kind == "softmax"]
