@@ -15,7 +15,10 @@ from rfcompile.passes.dataflow import changes_its_input, is_contraction, operato
 Causality = Literal["open", "causal", "unknown", "one token"]
 
 HIDDEN = -64.0
-"""A score that a mask brings to this or below is hidden: softmax gives it the weight e^-64."""
+"""A score that a mask brings to this or below is hidden: softmax gives it the weight e^-64.
+
+Polynomial attention has another bound, :data:`~rfcompile.polynomial.MASKED`: it asks which scores
+it has to leave out. There a finite bias must not pass for a mask; here that only refuses more."""
 
 
 def causality(core: Core) -> Causality:

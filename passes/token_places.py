@@ -14,9 +14,10 @@ from rfcompile.errors import BoundaryError, GrayingError
 from rfcompile.graph import module_calls, module_of
 from rfcompile.passes.attention_cores import Core, all_cores
 from rfcompile.passes.causality import Causality, causality
+from rfcompile.passes.dataflow import operator_name
 
 CAUSAL = "its attention is causal"
-UNKNOWN = "its attention may be causal: an input, or what the graph does not tell, hides tokens"
+UNKNOWN = "its attention may be causal, by an input or by what the graph does not tell"
 NO_ATTENTION = "there is no attention, which would show whether it is causal"
 CROSSING = "it attends to other tokens"
 _WHY: dict[Causality, str] = {"causal": CAUSAL, "unknown": UNKNOWN}
@@ -39,7 +40,8 @@ def token_places(
     Graying mixes the tokens of a sequence, so it must not reach a causal attention. A place reaches
     the attentions of the list of blocks that it is in; elsewhere those of the module that holds it.
     A place that reaches an attention which is causal, or may be
-    (:func:`~rfcompile.passes.causality.causality`), is left.
+    (:func:`~rfcompile.passes.causality.causality`), is left. A kernel or a called module with
+    "attention" or "attn" in its name may be causal.
 
     Args:
         gm: a graph with shapes and the modules' names, of a whole model.
@@ -57,6 +59,9 @@ def token_places(
     gm = without_regions(gm)
     cores = list(all_cores(gm))
     answers = [(module_of(core.result), causality(core)) for core in cores]
+    read = {core.weights for core in cores}
+    kernels = [n for n in gm.graph.nodes if n not in read and _is_kernel(n)]
+    answers += [(module_of(node), "unknown") for node in kernels]
     if any(answer == "one token" for _, answer in answers):
         raise GrayingError(
             "the model has one token on the example inputs, where a causal attention looks like "
@@ -100,6 +105,15 @@ def _places(
     for path in blocks:
         first.setdefault(path.rpartition(".")[0], path)
     return list(first.values()), []
+
+
+def _is_kernel(node: fx.Node) -> bool:
+    """It calls an attention of which the graph does not show the masks."""
+    names = [operator_name(node)]
+    if node.op == "call_module" and node.graph.owning_module is not None:
+        called = node.graph.owning_module.get_submodule(str(node.target))
+        names += [type(module).__name__ for module in called.modules()]
+    return any(word in name.lower() for name in names for word in ("attention", "attn"))
 
 
 def _is_square(core: Core) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import rfcompile as rf
 from rfcompile.capture import exported
 from rfcompile.companions import GrayingReport
-from rfcompile.errors import RFCompileError
+from rfcompile.errors import GrayingError, RFCompileError
 from rfcompile.passes.attention_cores import all_cores
 from rfcompile.passes.causality import causality
 from tests.zoo import ZOO, NanoGPT, tokens
@@ -236,6 +236,27 @@ def test_a_place_reaches_the_attentions_of_its_list() -> None:
     model.blocks[1] = Attention(CAUSAL["is_causal"])
     for where in ("input", "attention", ("blocks.0",)):
         assert "its attention is causal" in both(model, inputs_for(""), where)
+
+
+class Called(nn.Module):
+    """A layer of torch, which torch.fx calls as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_an_attention_without_masks_to_read_may_be_causal() -> None:
+    model = nn.Sequential(Called(), Called())
+    assert both(model, inputs_for("")) == (["0"], ())
+    traced = torch.fx.symbolic_trace(model)
+    for where in ("input", ("1",)):
+        how = rf.TokenGraying(where=where)  # type: ignore[arg-type]
+        with pytest.raises(GrayingError, match="its attention may be causal"):
+            rf.transform(traced, token_graying=how, example_inputs=inputs_for(""))
 
 
 def test_one_token_tells_nothing() -> None:
