@@ -75,6 +75,9 @@ class PolynomialAttention:
     def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> PolynomialReport:
         """Rewrite ``model`` in place: each attention's module computes in a mode of its own.
 
+        The graph says where attentions are, as for :meth:`on_graph`. Only a module runs, so only
+        here the norms are measured and the rewrite is checked to change nothing else.
+
         Raises:
             AttentionError: there is no attention, or one is out of reach. CaptureError.
         """

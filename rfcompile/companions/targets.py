@@ -51,6 +51,9 @@ def matrix_of(module: nn.Module) -> Tensor:
 def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     """The chosen linears by path; one that has several paths by the first.
 
+    The rules are those of graphs (:func:`choose_linears`, :func:`check_weight`). The list of all
+    linears is not: modules need no example inputs, and only they have classes and shared paths.
+
     Raises:
         PolicyError: a pattern matches no linear, or one that has a forward of its own, a computed
             or integer weight, or is changed already; or one that matches has a weight that is tied

@@ -59,6 +59,14 @@ def test_polynomial_attention_has_the_same_rows() -> None:
         assert len(module.attentions) > 1
 
 
+def test_an_attention_by_einsum_becomes_polynomial_on_both_routes() -> None:
+    model = Mixed().eval()
+    graph: Any = torch.export.export(model, (X,)).module()
+    new = [rf.transform(m, attention="polynomial", example_inputs=(X,)) for m in (model, graph)]
+    torch.testing.assert_close(new[0](X), new[1](X))
+    assert not torch.allclose(new[0](X), model(X))
+
+
 @pytest.mark.parametrize("options", [{"low_rank": Rank(2, fit_steps=2)}, {"adapters": 2}])
 def test_low_rank_and_adapters_have_the_same_rows(options: dict[str, Any]) -> None:
     module, graph = reports(made(), (ids(),), None, **options)
