@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from rfcompile.find.attention_cores import Core, argument, cores_of
+from rfcompile.find.attention_cores import Core, all_cores, argument
 from rfcompile.graph.pipeline import PassResult
 from rfcompile.graph.places import module_of, source_of
 from rfcompile.graph.text import target_text
@@ -23,6 +23,11 @@ class ReplacedAttention:
     module: str
     source: str
     spelling: str
+
+    @staticmethod
+    def of(core: Core) -> ReplacedAttention:
+        node = core.weights
+        return ReplacedAttention(module_of(node), source_of(node), target_text(node))
 
 
 @dataclass(frozen=True)
@@ -46,18 +51,15 @@ class ReplaceSoftmax:
     tier: Literal["model"] = "model"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        facts = [
-            self._replace(gm, graph, core)
-            for graph in gm.modules()
-            if isinstance(graph, fx.GraphModule)
-            for core in list(cores_of(graph.graph))
-            if core.kind == "softmax"
-        ]
+        cores = [core for core in all_cores(gm) if core.kind == "softmax"]
+        facts = [self._replace(core) for core in cores]
         return PassResult(gm, len(facts), tuple(facts))
 
-    def _replace(self, gm: fx.GraphModule, owner: fx.GraphModule, core: Core) -> ReplacedAttention:
-        node, graph = core.weights, owner.graph
-        fact = ReplacedAttention(module_of(node), source_of(node), target_text(node))
+    def _replace(self, core: Core) -> ReplacedAttention:
+        node, graph = core.weights, core.weights.graph
+        owner = graph.owning_module
+        assert owner is not None
+        fact = ReplacedAttention.of(core)
         with graph.inserting_before(node):
             gain = self._gain(owner, graph) if self.scale == "learned" else None
             if core.is_fused:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
-from rfcompile.find.dataflow import operator_name, words
+from rfcompile.find.dataflow import bodies, operator_name, words
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Core:
     """The nodes of an attention: its operands [.., head, token, feature], and the result.
 
     ``weights`` is where weights are made of scores: the fused attention or the softmax. The key may
-    be transposed: ``key_axes`` are those of its tokens and features.
+    be transposed: ``key_axes`` are those of its tokens and features. ``scores`` is the product of
+    query and key, None in a fused attention.
     """
 
     weights: fx.Node
@@ -26,6 +28,7 @@ class Core:
     value: fx.Node
     result: fx.Node
     key_axes: tuple[int, int] = (-2, -1)
+    scores: fx.Node | None = None
 
     @property
     def is_fused(self) -> bool:
@@ -59,7 +62,23 @@ def cores_of(graph: fx.Graph) -> Iterator[Core]:
             result = _nearest_product(node, lambda n: n.users)
             if scores is not None and result is not None:
                 q, k = _nodes(scores)[-2:]
-                yield Core(node, q, k, _nodes(result)[-1], result, key_axes=(-1, -2))
+                yield Core(node, q, k, _nodes(result)[-1], result, (-1, -2), scores)
+
+
+def all_cores(gm: fx.GraphModule) -> Iterator[Core]:
+    """The attentions of a graph and of the graphs that it calls, each once, in order."""
+    yield from _all_cores(gm.graph, set())
+
+
+def _all_cores(graph: fx.Graph, known: set[fx.Graph]) -> Iterator[Core]:
+    known.add(graph)
+    cores = {core.weights: core for core in cores_of(graph)}
+    for node in graph.nodes:
+        if node in cores:
+            yield cores[node]
+        for _, body, _ in bodies(node):
+            if body.graph not in known:
+                yield from _all_cores(body.graph, known)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -70,7 +89,8 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
 
 
 def _nodes(call: fx.Node) -> list[fx.Node]:
-    return [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, fx.Node)]
+    given = tree_leaves((call.args, call.kwargs))  # an einsum has its operands in a list
+    return [argument for argument in given if isinstance(argument, fx.Node)]
 
 
 def _nearest_product(

@@ -207,7 +207,7 @@ class Dataflow:
                 returned[node] = results[0]
             if results:
                 value = self._joined(value, itertools.chain(*results))
-            if _changes_its_input(node) and source in scope:
+            if changes_its_input(node) and source in scope:
                 tensors[node] = tensor = tensors[source]
                 scope.update((name, value) for name in scope if tensors[name] is tensor)
             elif not results:
@@ -254,7 +254,8 @@ def _may_be_tensor(node: fx.Node) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(meta))
 
 
-def _changes_its_input(node: fx.Node) -> bool:
+def changes_its_input(node: fx.Node) -> bool:
+    """It changes its first argument in place."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable and target._schema.name.endswith("_")

@@ -117,7 +117,8 @@ def _is_block_class(cls: str) -> bool:
 
 
 def find_blocks(classes: Mapping[str, str]) -> list[str]:
-    """The "auto" boundaries where only paths and class names are known: those of a graph.
+    """The "auto" boundaries where only paths and class names are known: those of a graph. Of
+    blocks within blocks these are the outermost.
 
     Args:
         classes: the name of the class, as "package.module.Class", of each module that was called.
@@ -134,6 +135,7 @@ def find_blocks(classes: Mapping[str, str]) -> list[str]:
             if len(paths) > 1 and is_block_class(cls)
             for path in paths
         }
+        inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
         if found:
-            return [path for path in classes if path in found]
+            return [path for path in classes if path in found - inner]
     return []

@@ -83,17 +83,36 @@ def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             config.use_cache = use_cache
 
 
-def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def flat_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     """The model as one flat graph that an :class:`Interpreter` can run on its own parameters.
 
-    Einsums are the batched products that they are, and what a ``torch.autocast`` or
-    ``torch.no_grad`` region computes stands among the rest.
+    What a ``torch.autocast`` or ``torch.no_grad`` region computes stands among the rest.
+
+    Raises:
+        CaptureError: as :func:`exported`.
+    """
+    module: Any = exported(model, inputs).module()
+    return _without_regions(module)
+
+
+def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """As :func:`flat_graph`; and einsums are the batched products that they are. Where a model has
+    an einsum, composite operators of rfcompile are taken apart too.
 
     Raises:
         CaptureError: as :func:`exported`.
     """
     module: Any = _without_einsum(exported(model, inputs)).module()
     return _without_regions(module)
+
+
+def without_regions(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph on the same parameters, to be read: what a ``torch.autocast`` or
+    ``torch.no_grad`` region computes stands among the rest.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return _without_regions(fx.GraphModule(gm, graph))
 
 
 def _without_einsum(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -125,7 +144,7 @@ def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
             continue
         settings, (graph, *operands) = call.args[:place], call.args[place:]
         inner: Any = gm.get_submodule(graph.target)
-        body = _without_regions(inner)
+        body = without_regions(inner)
         nodes = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
         with gm.graph.inserting_before(call):
             results: Any = gm.graph.graph_copy(body.graph, nodes)
@@ -142,7 +161,7 @@ def _without_regions(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 class Interpreter(fx.Interpreter):
-    """Runs a graph of :func:`plain_graph` and keeps every value."""
+    """Runs a graph of :func:`flat_graph` and keeps every value."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)

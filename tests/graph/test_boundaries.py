@@ -253,6 +253,8 @@ def test_blocks_by_class_name() -> None:
     sequential = "torch.nn.modules.container.Sequential"
     assert find_blocks({"h.0": block, "h.1": block, "h.2": "my.Other"}) == ["h.0", "h.1"]
     assert find_blocks({"": sequential, "a": block, "b": block}) == ["a", "b"]
+    nested = dict.fromkeys(("h.0", "h.0.experts.0", "h.0.experts.1", "h.1"), block)
+    assert find_blocks(nested) == ["h.0", "h.1"]
     for without in (
         {},
         {"": block},

@@ -19,9 +19,14 @@ from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.adapters.factor import AnyFactor, Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapted
-from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
+from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears, graph_blocks
 from rfcompile.rewrites.low_rank.rewrite import check_positive_integer, check_rank, check_scale
-from rfcompile.rewrites.low_rank.targets import find_linears, matrices_left, matrix_of
+from rfcompile.rewrites.low_rank.targets import (
+    blocks_of,
+    find_linears,
+    matrices_left,
+    matrix_of,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,8 @@ class Adapters:
         with without_wrappers(model), torch.no_grad():
             refuse_adapted(model)
             found = find_linears(model, self.modules)
-            left = tuple(matrices_left(model, found)) if self.modules == "auto" else ()
+            is_auto = self.modules == "auto"
+            left = matrices_left(model, found, blocks_of(model)) if is_auto else ()
             new = {}
             for place, (path, module) in enumerate(found.items()):
                 matrix = matrix_of(module)
@@ -140,9 +146,13 @@ class Adapters:
         """
         if self.dora:
             raise OptionError("dora", True, "a graph takes no magnitude: transform the module.")
+        refuse_adapted(gm)
         sites, weights = [], []
         with torch.no_grad():
-            for place, linear in enumerate(find_graph_linears(gm, self.modules)):
+            found = find_graph_linears(gm, self.modules)
+            paths, is_auto = [linear.path for linear in found], self.modules == "auto"
+            left = matrices_left(gm, paths, graph_blocks(gm)) if is_auto else ()
+            for place, linear in enumerate(found):
                 matrix, path = linear.matrix, linear.path
                 omega, gain = self.scale(path, matrix)
                 parameters = self.rank * sum(matrix.shape)
@@ -153,7 +163,7 @@ class Adapters:
                 weights.append(FactoredWeight(path, b, a, omega, gain, turned, True, names))
             number = _freeze(gm)
         run(gm, [SineLowRank(tuple(weights))])
-        return AdapterReport(tuple(sites), number)
+        return AdapterReport(tuple(sites), number, left)
 
     def scale(self, path: str, matrix: Tensor) -> tuple[float | None, float]:
         """Omega, and what the sine or the product is divided by."""
@@ -189,7 +199,9 @@ def refuse_adapted(model: nn.Module) -> None:
     Raises:
         OptionError: the model has adapters.
     """
-    if adapted(model):
+    is_graph = isinstance(model, fx.GraphModule)
+    names = (name for parameter, _ in model.named_parameters() for name in parameter.split("."))
+    if adapted(model) or (is_graph and "lora_A" in names):
         name = type(model).__name__
         raise OptionError("model", name, "it has adapters: merge them first (merge_adapters).")
 

@@ -11,32 +11,27 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from rfcompile.find.attention_cores import Core, cores_of
-from rfcompile.graph.capture import Inputs, Interpreter, buffers_kept, copied, in_mode, plain_graph
-from rfcompile.graph.places import module_of
+from rfcompile.graph.capture import Inputs, Interpreter, buffers_kept, copied, flat_graph, in_mode
+from rfcompile.passes.replace_softmax import ReplacedAttention
 
 
 @dataclass(frozen=True)
 class AttentionMatrix:
     """One attention of a model: its module's path, "softmax" or "polynomial", how it is spelled
-    in the graph, and its weights ``[.., queries, keys]`` in float32.
+    in the graph, its weights ``[.., queries, keys]`` in float32, and its line.
     """
 
     module: str
     kind: str
     spelling: str
     weights: Tensor
+    source: str = ""
 
     @property
     def frobenius(self) -> float:
         """Frobenius norm, the mean over batch and heads."""
         norms = torch.linalg.matrix_norm(self.weights)
         return float(norms.double().mean())
-
-    @property
-    def is_causal(self) -> bool:
-        """No query sees a later key, and there are some."""
-        later = self.weights.triu(1)
-        return self.weights.shape[-1] > 1 and not bool(later.any())
 
 
 def attention_matrices(model: nn.Module, inputs: Inputs) -> tuple[AttentionMatrix, ...]:
@@ -46,7 +41,7 @@ def attention_matrices(model: nn.Module, inputs: Inputs) -> tuple[AttentionMatri
         CaptureError: it cannot be captured.
     """
     with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
-        module = plain_graph(model, inputs)
+        module = flat_graph(model, inputs)
         run = Interpreter(module)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         return tuple(_matrices(module.graph, run.env))
@@ -54,8 +49,9 @@ def attention_matrices(model: nn.Module, inputs: Inputs) -> tuple[AttentionMatri
 
 def _matrices(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> Iterator[AttentionMatrix]:
     for core in cores_of(graph):
-        spelling = str(core.weights.target)
-        yield AttentionMatrix(module_of(core.weights), core.kind, spelling, matrix_of(core, values))
+        matrix = matrix_of(core, values)
+        found = ReplacedAttention.of(core)
+        yield AttentionMatrix(found.module, core.kind, found.spelling, matrix, found.source)
 
 
 def matrix_of(core: Core, values: Mapping[fx.Node, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from rfcompile.errors import AttentionError, CaptureError, OptionError
 from rfcompile.find.attention_cores import SOFTMAX, cores_of
 from rfcompile.find.dataflow import operator_name
-from rfcompile.graph.capture import Inputs, in_mode, plain_graph
+from rfcompile.graph.capture import Inputs, flat_graph, in_mode
 from rfcompile.graph.models import without_nested_tensors, without_wrappers
 from rfcompile.graph.pipeline import run
 from rfcompile.graph.places import module_of
@@ -79,6 +79,9 @@ class PolynomialAttention:
     def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> PolynomialReport:
         """Rewrite ``model`` in place: each attention's module computes in a mode of its own.
 
+        The graph says where attentions are, as for :meth:`on_graph`. Only a module runs, so only
+        here the norms are measured and the rewrite is checked to change nothing else.
+
         Raises:
             AttentionError: there is no attention, or one is out of reach. CaptureError.
         """
@@ -102,7 +105,7 @@ class PolynomialAttention:
                 after = attention_matrices(model, inputs())
         pairs = zip(before, after, strict=True)
         rows = tuple(Frobenius.of(old, new) for old, new in pairs if old.kind == "softmax")
-        replaced = tuple(ReplacedAttention(a.module, "", a.spelling) for a in places)
+        replaced = tuple(ReplacedAttention(a.module, a.source, a.spelling) for a in places)
         return PolynomialReport(self.power, self.scale, replaced, rows)
 
     def _install(self, module: nn.Module) -> None:
@@ -147,7 +150,7 @@ def _match(
 def _softmaxes(model: nn.Module, inputs: Inputs) -> Counter[str]:
     """How many softmaxes and fused attentions each module has, attention or not."""
     with torch.no_grad(), in_mode(model, training=False):
-        graph = plain_graph(model, inputs).graph
+        graph = flat_graph(model, inputs).graph
     names = SOFTMAX | {"scaled_dot_product_attention"}
     return Counter(module_of(node) for node in graph.nodes if operator_name(node) in names)
 
@@ -156,7 +159,7 @@ def _check_training(model: nn.Module, inputs: Inputs) -> None:
     """Nor is there any in training mode, if the model can be captured so."""
     try:
         with torch.no_grad(), in_mode(model, training=True):
-            graph = plain_graph(model, inputs).graph
+            graph = flat_graph(model, inputs).graph
     except CaptureError:
         return
     left = [module_of(core.weights) for core in cores_of(graph) if core.kind == "softmax"]

@@ -47,7 +47,7 @@ class TokenHook:
                 f"the first argument of {self.module} ({type(tokens).__name__})",
                 shape,
                 "Token Graying takes [batch, tokens, features] there: name other modules, "
-                "TokenGraying(where=('path', ...)).",
+                "TokenGraying(modules=('path', ...)).",
             )
         if given.get("is_causal") is True:
             raise GrayingError(

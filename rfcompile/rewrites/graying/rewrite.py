@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile.errors import GrayingError, OptionError
+from rfcompile.find.token_places import TokenPlaces, token_places
 from rfcompile.graph.boundaries import find_boundaries
-from rfcompile.graph.capture import Inputs, buffers_kept, copied, in_mode
+from rfcompile.graph.capture import Inputs, buffers_kept, copied, flat_graph, in_mode
 from rfcompile.graph.models import without_nested_tensors, without_wrappers
+from rfcompile.graph.modules import Modules, patterns_of
 from rfcompile.graph.pipeline import run
-from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens, Where
+from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens
 from rfcompile.report.measures import condition_number
 from rfcompile.report.table import TableReport, table
-from rfcompile.rewrites.attention.matrices import AttentionMatrix, attention_matrices
 from rfcompile.rewrites.graying.hook import TokenHook
 
 GrayingForm = Literal["dct", "svd"]
@@ -38,19 +39,20 @@ class TokenGraying:
     padding and sources: :func:`~rfcompile.nn.graying.gray_tokens_formula`.
 
     It mixes tokens along the sequence: in a causal model each token would know later ones. So the
-    blocks of a causal attention are never grayed; a model that has no others is an error. (The rule
-    is ours; the paper has vision models only.)
+    blocks of an attention that is causal, or may be, are never grayed; a model that has no others
+    is an error. The rule is :func:`~rfcompile.find.causality.causality`, for modules and graphs.
 
     Args:
         epsilon: in (0, 1]; 1 changes nothing but rounding. The paper's: 0.95 for "dct", 0.6 to 0.7
             for "svd". Left out: 0.95 and 0.7.
-        where: "input": before the first block of each list of blocks. "attention": before each
-            attention. Or paths of modules (shell patterns): before each of these.
+        modules: "input": before the first block of each list of blocks. "attention": before each
+            attention. Or any modules, as :data:`~rfcompile.graph.modules.Modules` says: before each
+            of these.
     """
 
     form: GrayingForm = "dct"
     epsilon: float | None = None
-    where: Where = "input"
+    modules: Modules = "input"
 
     def __post_init__(self) -> None:
         if self.form not in get_args(GrayingForm):
@@ -59,12 +61,9 @@ class TokenGraying:
             object.__setattr__(self, "epsilon", 0.95 if self.form == "dct" else 0.7)
         if not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon <= 1:
             raise OptionError("epsilon", self.epsilon, "give a number above 0 and at most 1.")
-        if isinstance(self.where, str):
-            if self.where not in ("input", "attention"):
-                rule = "choose 'input' or 'attention', or give a tuple of module paths."
-                raise OptionError("where", self.where, rule)
-        else:
-            object.__setattr__(self, "where", tuple(self.where))
+        is_word = isinstance(self.modules, str) and self.modules in ("input", "attention")
+        if not is_word and not callable(self.modules):
+            object.__setattr__(self, "modules", patterns_of(self.modules))
 
     @property
     def keeps_parameters(self) -> bool:
@@ -74,16 +73,17 @@ class TokenGraying:
         """Give modules of ``model`` a forward pre-hook, in place of those of an earlier graying.
 
         Raises:
-            GrayingError: every place is causal, none is called with tokens, or the inputs do not
-            tell which is causal. BoundaryError: a path matches nothing. CaptureError.
+            GrayingError: no place may be grayed
+            (:func:`~rfcompile.find.token_places.token_places`), or none is called. BoundaryError:
+            a path matches nothing, or there are no blocks. CaptureError.
         """
         TokenHook.remove_all(model)
         with without_wrappers(model):
-            matrices = attention_matrices(model, inputs())
-            _check_length(model, matrices)
-            places, left = self._places(model, matrices)
-            if not places:
-                raise GrayingError(_why_none(model, left), [module for module, _ in left])
+            named = self.modules
+            if not isinstance(named, str):  # a module has names also where a graph has no node
+                named = tuple(find_boundaries(model, named))
+            found = token_places(_graph_of(model, inputs()), named)
+            places, left = found.paths, found.left
             grayed = {model.get_submodule(path) for path in places}
             without_nested_tensors(model, grayed.__contains__)
             conditions = _install(model, places, self, inputs())
@@ -94,73 +94,26 @@ class TokenGraying:
             raise GrayingError(f"the model calls none of {listing} on the example inputs.", places)
         return GrayingReport(self.form, float(self.epsilon or 1), rows, (*left, *idle))
 
-    def _places(
-        self, model: nn.Module, matrices: Sequence[AttentionMatrix]
-    ) -> tuple[list[str], list[tuple[str, str]]]:
-        """Paths to gray, and those to leave with why."""
-        causal = [a.module for a in matrices if a.is_causal]
-        if self.where == "attention":
-            squares = [a.module for a in matrices if _is_square(a)]
-            scopes = {path: path for path in squares}
-            crossing = {a.module: "it attends to other tokens" for a in matrices}
-            left = [(path, why) for path, why in crossing.items() if path not in scopes]
-        else:
-            found = find_boundaries(model, "auto" if self.where == "input" else self.where)
-            scopes = {path: path.rpartition(".")[0] for path in found}
-            if self.where == "input":  # the first of each list
-                scopes = {path: scope for scope, path in _first(scopes).items()}
-            left = []
-        for path, scope in scopes.items():
-            if any(_is_in(module, scope) for module in causal):
-                left.append((path, "its attention is causal"))
-        refused = {path for path, _ in left}
-        return [path for path in scopes if path not in refused], left
-
     def on_graph(self, gm: fx.GraphModule) -> GrayingReport:
         """Rewrite a graph in place; see :class:`~rfcompile.passes.gray_tokens.GrayTokens`."""
-        epsilon = float(self.epsilon or 1)
-        facts = run(gm, [GrayTokens(self.form, epsilon, self.where)]).facts
+        epsilon, named = float(self.epsilon or 1), self.modules
+        if callable(named):
+            raise OptionError("modules", named, "a graph has no modules to ask: give their paths.")
+        named = named if isinstance(named, str) else patterns_of(named)
+        facts = run(gm, [GrayTokens(self.form, epsilon, named)]).facts
         rows = tuple(
             Conditioned(fact.module, math.nan, math.nan)
             for fact in facts
             if isinstance(fact, GrayedInput)
         )
+        left = tuple(pair for fact in facts if isinstance(fact, TokenPlaces) for pair in fact.left)
         note = "a graph: not run, so no condition numbers; its padding is grayed like any token"
-        return GrayingReport(self.form, epsilon, rows, notes=(note,))
+        return GrayingReport(self.form, epsilon, rows, left, (note,))
 
 
-def _check_length(model: nn.Module, matrices: Sequence[AttentionMatrix]) -> None:
-    if any(a.weights.shape[-2:] == (1, 1) for a in matrices):
-        raise GrayingError(
-            f"{type(model).__name__} has one token on the example inputs, where a causal attention "
-            "looks like any other: give more."
-        )
-
-
-def _is_square(attention: AttentionMatrix) -> bool:
-    return attention.weights.shape[-1] == attention.weights.shape[-2]
-
-
-def _first(scopes: dict[str, str]) -> dict[str, str]:
-    first: dict[str, str] = {}
-    for path, scope in scopes.items():
-        first.setdefault(scope, path)
-    return first
-
-
-def _is_in(module: str, scope: str) -> bool:
-    return not scope or module == scope or module.startswith(f"{scope}.")
-
-
-def _why_none(model: nn.Module, left: Sequence[tuple[str, str]]) -> str:
-    name = type(model).__name__
-    if any("causal" in why for _, why in left):
-        places = ", ".join(path or "(the model)" for path, _ in left)
-        return (
-            f"{name} is causal at {places}: graying mixes the tokens of a sequence, so that each "
-            "would know those after it, and the model could not generate."
-        )
-    return f"{name} has no self-attention: name the modules, TokenGraying(where=('path', ...))."
+def _graph_of(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
+        return flat_graph(model, inputs)
 
 
 def _install(

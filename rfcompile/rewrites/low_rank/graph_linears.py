@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from rfcompile.errors import OptionError
 from rfcompile.find.linears import linears_in
-from rfcompile.graph.modules import Modules, patterns_of
-from rfcompile.rewrites.low_rank.targets import is_conv1d, is_linear, match_linears
+from rfcompile.graph.boundaries import find_blocks
+from rfcompile.graph.modules import Modules
+from rfcompile.graph.places import module_calls
+from rfcompile.rewrites.low_rank.targets import (
+    check_weight,
+    choose_linears,
+    is_conv1d,
+    is_linear,
+)
 
 
 @dataclass(frozen=True)
@@ -28,27 +33,26 @@ class GraphLinear:
 
 
 def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinear, ...]:
-    """The chosen linears of a graph. "auto": those whose path has a number, as in a list of blocks.
+    """The chosen linears of a graph, by the rules of
+    :func:`~rfcompile.rewrites.low_rank.targets.find_linears`.
+
+    A graph shows multiplications and weights, not modules. So a linear that is never called is not
+    here, one whose class has a forward of its own is, and a module with two paths looks tied.
 
     Raises:
-        OptionError: nothing is chosen, a pattern matches nothing, or a weight is tied.
+        OptionError: as :func:`~rfcompile.rewrites.low_rank.targets.find_linears`.
     """
     every = _linears(gm)
-    if modules == "auto":
-        chosen = [path for path in every if re.search(r"(^|\.)\d+\.", path)]
-    elif callable(modules):
-        chosen = [path for path in every if modules(path, gm.get_submodule(path))]
-    else:
-        chosen = match_linears(patterns_of(modules), list(every))
-    if not chosen:
-        rule = f"it chooses no linear of the graph; its linears are {', '.join(every) or '(none)'}."
-        raise OptionError("modules", modules, rule)
+    chosen = choose_linears(gm, modules, every, lambda: graph_blocks(gm))
     for path in chosen:
-        names = _names(gm, every[path].weight)
-        if len(names) > 1:
-            rule = f"the weight is tied, {' = '.join(names)}: leave it out, or untie it first."
-            raise OptionError("modules", path, rule)
+        check_weight(path, every[path].weight, _names(gm, every[path].weight))
     return tuple(every[path] for path in chosen)
+
+
+def graph_blocks(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The paths of the repeated blocks that a graph was traced in; none: ()."""
+    calls = (call for node in gm.graph.nodes for call in module_calls(node))
+    return tuple(find_blocks({call.path: call.cls for call in calls}))
 
 
 def _linears(gm: fx.GraphModule) -> dict[str, GraphLinear]:
@@ -68,7 +72,10 @@ def _linears(gm: fx.GraphModule) -> dict[str, GraphLinear]:
             for alias in _names(gm, weight):
                 path = alias.rpartition(".")[0]
                 found[path] = GraphLinear(path, weight, linear.is_transposed)
-    return found
+    # In the order of the modules, as far as the graph's parameters have kept it.
+    order = {name: i for i, (name, _) in enumerate(gm.named_parameters(remove_duplicate=False))}
+    place = {path: order[f"{path}.weight".lstrip(".")] for path in found}
+    return {path: found[path] for path in sorted(found, key=place.__getitem__)}
 
 
 def _names(gm: fx.GraphModule, weight: Tensor) -> list[str]:

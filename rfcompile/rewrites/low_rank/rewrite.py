@@ -20,10 +20,15 @@ from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.low_rank.factors import Factors, drawn, fitted, omega_for
-from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
+from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears, graph_blocks
 from rfcompile.rewrites.low_rank.linear import LowRankLinear
 from rfcompile.rewrites.low_rank.ranks import effective_ranks
-from rfcompile.rewrites.low_rank.targets import find_linears, matrices_left, matrix_of
+from rfcompile.rewrites.low_rank.targets import (
+    blocks_of,
+    find_linears,
+    matrices_left,
+    matrix_of,
+)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ class LowRank:
             found = find_linears(model, self.modules)
             # All are made before one is changed.
             made = {p: self._factors(p, matrix_of(m), i) for i, (p, m) in enumerate(found.items())}
-            left = tuple(matrices_left(model, found)) if self.modules == "auto" else ()
+            is_auto = self.modules == "auto"
+            left = matrices_left(model, found, blocks_of(model)) if is_auto else ()
             sites = [_site(path, matrix_of(found[path]), made[path]) for path in found]
             for path, module in found.items():
                 new = made[path]
@@ -163,7 +169,10 @@ class LowRank:
         """Rewrite a graph in place, as :meth:`on_module`."""
         sites, weights = [], []
         with torch.no_grad():
-            for number, linear in enumerate(find_graph_linears(gm, self.modules)):
+            found = find_graph_linears(gm, self.modules)
+            paths, is_auto = [linear.path for linear in found], self.modules == "auto"
+            dense = matrices_left(gm, paths, graph_blocks(gm)) if is_auto else ()
+            for number, linear in enumerate(found):
                 matrix, path = linear.matrix, linear.path
                 new = self._factors(path, matrix, number)
                 sites.append(_site(path, matrix, new))
@@ -171,7 +180,7 @@ class LowRank:
                 turned = linear.is_transposed
                 weights.append(FactoredWeight(path, left, right, new.omega, new.gain, turned))
         run(gm, [SineLowRank(tuple(weights))])
-        return LowRankReport(tuple(sites))
+        return LowRankReport(tuple(sites), dense)
 
     def _factors(self, path: str, weight: Tensor, number: int) -> Factors:
         check_rank(self.rank, path, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -47,16 +47,18 @@ def matrix_of(module: nn.Module) -> Tensor:
 def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     """The chosen linears by path; one that has several paths by the first.
 
+    The rules are those of graphs (:func:`choose_linears`, :func:`check_weight`). The list of all
+    linears is not: modules need no example inputs, and only they have classes and shared paths.
+
     Raises:
         OptionError: a pattern matches no linear, or one that has a forward of its own, a computed
             or integer weight, or is changed already; or one that matches has a weight that is tied
             to another parameter, sharded, or without values.
     """
     paths = {p: m for p, m in model.named_modules(remove_duplicate=False) if is_linear(m)}
-    chosen = _matched(model, modules, paths)
-    if not chosen:
-        rule = f"it chooses no linear of {type(model).__name__}. {_some(paths)}"
-        raise OptionError("modules", modules, rule)
+    if not callable(modules) and modules != "auto":
+        _refuse_odd(model, patterns_of(modules), paths)
+    chosen = choose_linears(model, modules, paths, lambda: blocks_of(model))
     first: dict[int, str] = {}
     for path in chosen:
         first.setdefault(id(paths[path]), path)
@@ -65,23 +67,56 @@ def find_linears(model: nn.Module, modules: Modules) -> dict[str, nn.Module]:
     return found
 
 
-def _matched(model: nn.Module, modules: Modules, paths: dict[str, nn.Module]) -> list[str]:
-    if isinstance(modules, str) and modules == "auto":
-        try:
-            blocks = find_boundaries(model, "auto")
-        except BoundaryError as error:
-            rule = f"{type(model).__name__} has no repeated blocks: name them, modules=['*.up']. "
-            raise OptionError("modules", modules, rule + _some(paths)) from error
-        return [path for path in paths if any(path.startswith(f"{block}.") for block in blocks)]
-    if callable(modules):
-        return [path for path in paths if modules(path, paths[path])]
-    patterns = patterns_of(modules)
+def choose_linears(
+    model: nn.Module,
+    modules: Modules,
+    paths: Collection[str],
+    blocks: Callable[[], Collection[str]],
+) -> list[str]:
+    """The paths of linears that ``modules`` means, in a module or a graph.
+
+    Args:
+        paths: of every linear there is. blocks: of the repeated blocks, which "auto" asks for.
+
+    Raises:
+        OptionError: there are no such linears.
+    """
+    name = type(model).__name__
+    if modules == "auto":
+        within = blocks()
+        if not within:
+            rule = f"{name} has no repeated blocks: name them, modules=['*.up']. "
+            raise OptionError("modules", modules, rule + _some(paths))
+        chosen = [path for path in paths if any(path.startswith(f"{b}.") for b in within)]
+    elif callable(modules):
+        chosen = [path for path in paths if modules(path, model.get_submodule(path))]
+    else:
+        chosen = match_linears(patterns_of(modules), paths)
+    if not chosen:
+        raise OptionError("modules", modules, f"it chooses no linear of {name}. {_some(paths)}")
+    return chosen
+
+
+def blocks_of(model: nn.Module) -> tuple[str, ...]:
+    """The paths of a module's repeated blocks; none: ()."""
+    try:
+        return tuple(find_boundaries(model, "auto"))
+    except BoundaryError:
+        return ()
+
+
+def _refuse_odd(
+    model: nn.Module, patterns: Collection[str], paths: Mapping[str, nn.Module]
+) -> None:
     for path, module in model.named_modules():
         is_odd = isinstance(module, (nn.Linear, FactoredLinear))
-        if path not in paths and is_odd and any(matching(p, [path]) for p in patterns):
+        if (
+            path not in paths
+            and is_odd
+            and any(path in matching(p, [*paths, path]) for p in patterns)
+        ):
             rule = f"it is a {type(module).__name__}: {_WHY}, so it stays: leave it out."
             raise OptionError("modules", path, rule)
-    return match_linears(patterns, paths)
 
 
 def match_linears(patterns: Collection[str], paths: Collection[str]) -> list[str]:
@@ -116,22 +151,35 @@ def _check(model: nn.Module, found: dict[str, nn.Module]) -> None:
                 names.setdefault(id(parameter), []).append(f"{places[key]}.{name}".lstrip("."))
     for path, module in found.items():
         weight = module.get_parameter("weight")
-        shared = names[id(weight)]
-        if len(shared) > 1:
-            rule = f"the weight is tied, {' = '.join(shared)}: leave it out, or untie it first."
-            raise OptionError("modules", path, rule)
-        if isinstance(weight, DTensor):
-            rule = "the weight is a DTensor: rewrite the model first, then parallelize or shard it."
-            raise OptionError("modules", path, rule)
-        if is_lazy(weight) or weight.is_meta:
-            rule = "the weight is on the meta device or lazy: give the model values first."
-            raise OptionError("modules", path, rule)
+        check_weight(path, weight, names[id(weight)])
 
 
-def matrices_left(model: nn.Module, found: Collection[str]) -> Iterator[str]:
-    """The matrices in the repeated blocks that are in none of these modules."""
-    for block, module in find_boundaries(model, "auto").items():
-        for name, parameter in module.named_parameters():
-            path = f"{block}.{name}"
-            if parameter.dim() > 1 and path.rpartition(".")[0] not in found:
-                yield path
+def check_weight(path: str, weight: Tensor, names: Collection[str]) -> None:
+    """Refuse a weight that cannot be changed; ``names`` are all that it has.
+
+    Raises:
+        OptionError: it is tied, sharded or without values.
+    """
+    if len(names) > 1:
+        rule = f"the weight is tied, {' = '.join(names)}: leave it out, or untie it first."
+        raise OptionError("modules", path, rule)
+    if isinstance(weight, DTensor):
+        rule = "the weight is a DTensor: rewrite the model first, then parallelize or shard it."
+        raise OptionError("modules", path, rule)
+    if is_lazy(weight) or weight.is_meta:
+        rule = "the weight is on the meta device or lazy: give the model values first."
+        raise OptionError("modules", path, rule)
+
+
+def matrices_left(
+    model: nn.Module, found: Collection[str], blocks: Collection[str]
+) -> tuple[str, ...]:
+    """The matrices in these blocks that are in none of the modules found, in a module or graph."""
+    left: list[str] = []
+    for block in blocks:
+        own: dict[Tensor, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name.startswith(f"{block}.") and parameter.dim() > 1:
+                own.setdefault(parameter, name)
+        left += [name for name in own.values() if name.rpartition(".")[0] not in found]
+    return tuple(left)

@@ -63,6 +63,9 @@ class ResidualFree:
     def on_module(self, model: nn.Module, inputs: Callable[[], Inputs]) -> ResidualReport:
         """Rewrite ``model`` in place.
 
+        The graph says which adds are residual, as for :meth:`on_graph`. Only a module has sources,
+        so only here the rewrite looks for the add in them.
+
         Raises:
             ResidualError: there is nothing to rewrite, or something that cannot be. SourceError,
             CaptureError.

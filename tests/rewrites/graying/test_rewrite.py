@@ -1,4 +1,4 @@
-"""transform(token_graying=...): where it goes, padding, causal models, errors."""
+"""TokenGraying: where it goes, padding, causal models, errors."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def test_the_first_block_gets_grayed_tokens(encoder: Encoder, form: str) -> None
 
 
 def test_other_places(encoder: Encoder) -> None:
-    new = grayed(encoder, rf.experimental.TokenGraying("dct", 0.7, where="attention"))
+    new = grayed(encoder, rf.experimental.TokenGraying("dct", 0.7, modules="attention"))
     assert [p.module for p in report_of(new).places] == ["blocks.0.attention", "blocks.1.attention"]
     x = X
     for block in encoder.blocks:
         x = x + block.attention(gray_tokens(block.norm(x), None, 0.7, "dct"))
     assert torch.equal(new(X), x)
-    named = grayed(encoder, rf.experimental.TokenGraying("svd", where=("blocks.1",)))
+    named = grayed(encoder, rf.experimental.TokenGraying("svd", modules=("blocks.1",)))
     between = gray_tokens(encoder.blocks[0](X), None, 0.7, "svd")
     assert torch.equal(named(X), encoder.blocks[1](between))
 
@@ -155,7 +155,7 @@ def test_inductor_computes_the_same(encoder: Encoder) -> None:
     new: Any = rf.transform(
         encoder,
         rf.experimental.PolynomialAttention(),
-        rf.experimental.TokenGraying(where=("blocks.0",)),
+        rf.experimental.TokenGraying(modules=("blocks.0",)),
         example_inputs=(X.double(),),
     )
     compiled = torch.compile(new, fullgraph=True, dynamic=True)
@@ -190,11 +190,11 @@ def test_as_a_graph_it_is_the_module(encoder: Encoder) -> None:
 
 
 def test_causal_models_are_refused() -> None:
-    with pytest.raises(GrayingError, match=r"NanoGPT is causal at blocks\.0") as caught:
+    with pytest.raises(GrayingError, match=r"at blocks\.0: its attention is causal") as caught:
         grayed(NanoGPT(), inputs=tokens())
     assert caught.value.modules == ("blocks.0",)
     graph = torch.export.export(NanoGPT(), (), tokens()).module()
-    with pytest.raises(GrayingError, match="the graph has causal attention"):
+    with pytest.raises(GrayingError, match=r"at blocks\.0: its attention is causal"):
         grayed(graph)
 
 
@@ -205,7 +205,7 @@ def test_a_model_that_turns_causal_later_is_refused(encoder: Encoder) -> None:
     with pytest.raises(GrayingError, match=r"layers\.0 is called with is_causal=True"):
         new(X, mask=mask)  # torch sees what the mask is
     one = {"input_ids": tokens()["input_ids"][:, :1]}
-    with pytest.raises(GrayingError, match=r"NanoGPT has one token .*: give more"):
+    with pytest.raises(GrayingError, match=r"the model has one token .*: give more"):
         grayed(NanoGPT(), inputs=one)
 
 
@@ -218,11 +218,11 @@ def test_a_causal_mask_in_a_graph_is_seen() -> None:
 
 def test_places_that_match_nothing(encoder: Encoder) -> None:
     with pytest.raises(BoundaryError, match="no module that is called matches 'layers"):
-        grayed(encoder, rf.experimental.TokenGraying(where=("layers.*",)))
+        grayed(encoder, rf.experimental.TokenGraying(modules=("layers.*",)))
     with pytest.raises(BoundaryError, match="no repeated blocks"):
         grayed(nn.Linear(16, 16))
     with pytest.raises(GrayingError, match="has no self-attention"):
-        grayed(nn.Linear(16, 16), rf.experimental.TokenGraying(where="attention"))
+        grayed(nn.Linear(16, 16), rf.experimental.TokenGraying(modules="attention"))
 
 
 def test_masks_of_odd_shape_and_other_arguments(encoder: Encoder) -> None:
@@ -240,7 +240,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"form": 3}, "form=3 is not supported"),
     ({"epsilon": 0.0}, "epsilon=0.0 is not supported: give a number above"),
     ({"form": "svd", "epsilon": 1.5}, r"epsilon=1\.5"),
-    ({"where": "output"}, "where='output' is not supported"),
+    ({"modules": 3}, "modules=3 is not supported: give paths or patterns"),
 ]
 
 
