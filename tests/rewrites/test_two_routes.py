@@ -21,7 +21,7 @@ def reports(model: nn.Module, how: Any, args: Any = (), kwargs: Any = None) -> l
     graph = torch.export.export(model, args, kwargs).module()
     inputs = (args, kwargs or {})
     return [
-        rf.rewrites_of(rf.transform(route, how, example_inputs=inputs))[-1]
+        rf.rewrites_of(rf.transform(route, bits=how, example_inputs=inputs))[-1]
         for route in (model, graph)
     ]
 
@@ -93,7 +93,7 @@ def test_both_refuse_a_model_without_blocks_and_one_with_adapters() -> None:
     whole: Any = torch.export.export(made(), (ids(),)).module()
     for route in (whole, made()):
         with pytest.raises(OptionError, match="it has adapters: merge them first"):
-            rf.transform(rf.add_adapters(route, 2), rf.Adapters(2))
+            rf.transform(rf.transform(route, rf.Adapters(2)), rf.Adapters(2))
 
 
 def test_residual_adds_have_the_same_rows() -> None:

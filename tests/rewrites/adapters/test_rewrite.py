@@ -219,14 +219,7 @@ def test_a_graph_gets_the_same_adapters(how: str) -> None:
 
 
 def test_with_everything_else_in_one_call() -> None:
-    model = rf.transform(
-        made(),
-        rank_of_up(),
-        Adapters(2, sine=True, modules=["down"]),
-        residual="free",
-        bits=4,
-        example_inputs=(tokens(),),
-    )
+    model = rf.transform(made(), residual="free", bits=rank_of_up(), example_inputs=(tokens(),))
     names = [type(report).__name__ for report in rf.rewrites_of(model)]
     assert names == ["ResidualReport", "LowRankReport", "AdapterReport"]
     model(tokens()).sum().backward()
@@ -267,7 +260,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(OptionError, match="tied"):
         rf.transform(made(tied=True), rf.Adapters(2, modules=["head"]))
     with pytest.raises(OptionError, match="merge them first"):
-        rf.transform(rf.add_adapters(made(), 2), rf.Adapters(2))
+        rf.transform(rf.transform(made(), rf.Adapters(2)), rf.Adapters(2))
     with pytest.raises(OptionError, match="without sine=True"):
         rf.transform(made(), rf.Adapters(2, omega=3.0))
     with pytest.raises(OptionError, match=r"alpha=-1"):

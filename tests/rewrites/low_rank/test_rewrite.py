@@ -398,8 +398,6 @@ def test_modules_that_match_nothing() -> None:
             rf.transform(made(), rf.LowRank(4, modules=odd))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no repeated blocks"):
         rf.transform(nn.Sequential(nn.Linear(4, 4)), rf.LowRank(2))
-    with pytest.raises(OptionError, match="give it with one of low_rank and adapters"):
-        rf.transform(made(), bits=4)
     gm = torch.export.export(made(), (tokens(),)).module()
     with pytest.raises(OptionError, match="no linear has this path"):
         rf.transform(gm, rf.LowRank(4, modules=["nope"]))
