@@ -23,6 +23,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 from common import RESULTS, machine
 from residual_study import rate
@@ -34,6 +35,14 @@ import rfcompile as rf
 from rfcompile.training import SkipAnnealer, finalize, optimizers
 
 ARMS = ("kept", "annealed", "dropped", "fresh")
+
+MEANINGS = {
+    "kept": ("its skips stay", pictures.BLUE),
+    "annealed": ("skips fade out", pictures.GREEN),
+    "dropped": ("skips dropped at once", pictures.PURPLE),
+    "fresh": ("a new residual-free model", pictures.VERMILLION),
+}
+"""In the picture."""
 
 
 def run(arm: str, config: GPTConfig, options: argparse.Namespace) -> dict[str, Any]:
@@ -82,19 +91,20 @@ def run(arm: str, config: GPTConfig, options: argparse.Namespace) -> dict[str, A
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    """The loss against the further step; a model with fading skips is as in the study green."""
+    figure, axes = pictures.panels(1, 1, 4.6)
+    axis = axes[0][0]
     for row in rows:
-        axis.plot(*zip(*row["course"], strict=True), marker=".", label=row["arm"])
-    axis.set(title="Taking the skips of a trained model away", xlabel="further step")
+        label, color = MEANINGS[row["arm"]]
+        if row["arm"] == "annealed":
+            label += f" within {round(row['share'] * row['steps'])} steps"
+        axis.plot(*zip(*row["course"], strict=True), marker=".", label=label, color=color)
+    axis.set(
+        title="Taking the skips of a trained GPT away, one seed", xlabel="further training step"
+    )
     axis.set(ylabel="validation loss, nats a byte")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
+    pictures.legend_below(figure, 2)
+    pictures.save(figure, path)
 
 
 def main() -> None:

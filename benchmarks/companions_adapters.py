@@ -27,6 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pictures
 import torch
 from common import RESULTS, machine, write
 from study_measures import validation_loss
@@ -205,6 +206,8 @@ def curve(rows: Rows, method: str, bits: int | None) -> list[tuple[float, float]
 
 # ---- table and picture --------------------------------------------------------------------------
 
+COLORS = {"LoRA": pictures.BLUE, "Sine-LoRA": pictures.VERMILLION, "DoRA": pictures.GREEN}
+
 
 def table(rows: Rows) -> str:
     lines = []
@@ -229,38 +232,37 @@ def table(rows: Rows) -> str:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """Validation loss against bytes, and against bits at two ranks."""
     main = [row for row in rows if row["kind"] == "main" and row["codebook"] in ("none", "kmeans")]
-    figure, (by_bytes, by_bits) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, axes = pictures.panels(1, 2, 4.6, sharey=True)
+    by_bytes, by_bits = axes[0]
     ranks = sorted({row["rank"] for row in main})
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in main)):
-        color = f"C{number}"
+    shown = {ranks[len(ranks) // 2]: "o-", ranks[-1]: "s--"}
+    for method in dict.fromkeys(row["method"] for row in main):
+        color = COLORS.get(method, pictures.BLACK)
         points = curve(main, method, None)
         by_bytes.scatter(*zip(*points, strict=True), s=8, color=color, alpha=0.4)
-        by_bytes.plot(*zip(*front(points), strict=True), color=color, label=method)
-        for rank, style in ((ranks[len(ranks) // 2], "-"), (ranks[-1], "--")):
+        by_bytes.plot(*zip(*front(points), strict=True), color=color)
+        for rank, style in shown.items():
             mine = [r for r in main if (r["method"], r["rank"]) == (method, rank)]
-            mine = [r for r in mine if r["bits"] < 32]
-            bits = sorted({r["bits"] for r in mine})
-            losses = [mean(r["loss"] for r in mine if r["bits"] == b) for b in bits]
+            bits = sorted({r["bits"] for r in mine if r["bits"] < 32})
+            values = [[r["loss"] for r in mine if r["bits"] == b] for b in bits]
+            means, below, above = zip(*map(pictures.range_of, values), strict=True)
             label = f"{method}, rank {rank}"
-            by_bits.plot(bits, losses, style, marker="o", ms=4, color=color, label=label)
-    title = "Every rank and width of codes, and the best of each size"
-    by_bytes.set(title=title, xlabel="bytes", xscale="log")
-    by_bits.set(title="k-means codebooks", xlabel="bits")
+            by_bits.plot(bits, means, style, ms=4, color=color, label=label)
+            by_bits.errorbar(bits, means, [below, above], fmt="none", ecolor=color, elinewidth=1)
+    title = "Dots: every rank and number of bits;\nlines: the best for so many bytes"
+    by_bytes.set(title=title, xlabel="bytes of the adapter, without header", xscale="log")
+    by_bits.set(title="By bits, k-means codebooks\n(bars: lowest to highest seed)")
+    by_bits.set(xlabel="bits a value")
+    by_bits.set_xticks(sorted({r["bits"] for r in main if r["bits"] < 32}))
     for axis in (by_bytes, by_bits):
-        axis.set_ylabel("validation loss, nats")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    low, high = min(r["loss"] for r in main), max(r["loss"] for r in main if r["bits"] > 1)
-    for axis in (by_bytes, by_bits):
-        axis.set_ylim(low - 0.02, min(high, low + 1.5))
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+        axis.set_ylabel("validation loss, nats a byte")
+        axis.tick_params(labelleft=True)
+    low, high = min(r["loss"] for r in main), max(r["loss"] for r in main)
+    by_bytes.set_ylim(low - 0.03, min(high, low + 1.5) + 0.03)
+    pictures.legend_below(figure, 3)
+    pictures.save(figure, path)
 
 
 def main() -> None:

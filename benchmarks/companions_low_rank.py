@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import pictures
 import torch
 import torch.nn.functional as F
 from common import RESULTS, alternate, machine, write
@@ -213,7 +214,12 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], object]:
 
 # ---- table and picture -------------------------------------------------------------------------
 
-UNITS = {"language": "validation loss, nats", "digits": "accuracy, %", "picture": "PSNR, dB"}
+TITLES = {
+    "language": "A GPT on Shakespeare\n(lower is better)",
+    "digits": "A ViT on digits\n(higher is better)",
+    "picture": "A photograph\n(higher is better)",
+}
+UNITS = {"language": "validation loss, nats a byte", "digits": "accuracy, %", "picture": "PSNR, dB"}
 
 
 def table(rows: Rows) -> str:
@@ -247,31 +253,35 @@ def table(rows: Rows) -> str:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = sorted({row["task"] for row in rows} & UNITS.keys())
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4.2), layout="constrained")
-    for axis, name in zip(axes if len(names) > 1 else [axes], names, strict=True):
+    """Quality against the number of parameters, a panel a task."""
+    names = [name for name in TITLES if any(row["task"] == name for row in rows)]
+    figure, axes = pictures.panels(1, len(names), 3.6)
+    styles = {"plain": ("s", pictures.BLUE, 0.98), "sine": ("o", pictures.VERMILLION, 1.02)}
+    for axis, name in zip(axes[0], names, strict=True):
         main = [r for r in rows if r["task"] == name and r["kind"] == "main"]
-        for kind, marker in (("plain", "s"), ("sine", "o")):
+        dense = [r["quality"] for r in main if r["arm"] == "dense"]
+        label = "dense weights (more parameters)"
+        axis.axhline(mean(dense), color=pictures.BLACK, ls="--", lw=1.3, label=label)
+        axis.axhspan(min(dense), max(dense), color=pictures.BLACK, alpha=0.1, lw=0)
+        for kind, (marker, color, aside) in styles.items():
             runs = [r for r in main if r["arm"].startswith(kind)]
             ranks = sorted({r["rank"] for r in runs})
             groups = [[r for r in runs if r["rank"] == rank] for rank in ranks]
-            means = [mean(r["quality"] for r in group) for group in groups]
             sizes = [group[0]["parameters"] for group in groups]
-            axis.plot(sizes, means, marker=marker, label=f"{kind} low rank")
-            points = [(r["parameters"], r["quality"]) for r in runs]
-            axis.scatter(*zip(*points, strict=True), s=8, color=axis.lines[-1].get_color())
-        dense = [r["quality"] for r in main if r["arm"] == "dense"]
-        axis.axhline(mean(dense), color="gray", ls="--", label="dense")
-        axis.set(title=name, xlabel="parameters of the model", ylabel=UNITS[name], xscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+            values = [pictures.range_of([r["quality"] for r in group]) for group in groups]
+            means, below, above = zip(*values, strict=True)
+            label = "low rank, plain" if kind == "plain" else "low rank with a sine"
+            xs = [size * aside for size in sizes]
+            axis.plot(xs, means, marker=marker, color=color, label=label)
+            axis.errorbar(xs, means, [below, above], fmt="none", ecolor=color, elinewidth=1.2)
+        axis.set(title=TITLES[name], xlabel="parameters of the model", ylabel=UNITS[name])
+        axis.set(xscale="log")
+        text = [f"{size:,}\n(rank {rank})" for size, rank in zip(sizes, ranks, strict=True)]
+        axis.set_xticks(sizes, text)
+        axis.minorticks_off()
+        axis.margins(x=0.3)
+    pictures.legend_below(figure, 3)
+    pictures.save(figure, path)
 
 
 def main() -> None:

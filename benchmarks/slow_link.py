@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -169,38 +170,39 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the median times, with the interquartile range, one panel a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    wires = ["exact", "bf16", "int8", "int4", "int2"]
-    colors = ("0.25", "0.65", "tab:blue", "tab:green", "tab:orange")
-    figure, panels = pyplot.subplots(1, len(tasks), figsize=(6.5 * len(tasks), 4.5), squeeze=False)
-    titles = {"all-reduce": "One all-reduce of 16 MB", "step": "One training step"}
-    for axes, task in zip(panels[0], tasks, strict=True):
+    wires = {
+        "exact": "float32", "bf16": "bfloat16", "int8": "8 bits", "int4": "4 bits",
+        "int2": "2 bits",
+    }  # fmt: skip
+    rates = {"none": "no limit", "1gbit": "1 Gbit/s", "200mbit": "200 Mbit/s"}
+    figure, panels = pictures.panels(len(tasks), 1, 0.6 + 3.2 * len(tasks))
+    titles = {
+        "all-reduce": "One all-reduce of 16 MB",
+        "step": "One step of training a small GPT, tensor parallel",
+    }
+    for axes, task in zip(panels[:, 0], tasks, strict=True):
         mine = [row for row in rows if row["task"] == task]
         groups = list(dict.fromkeys((row["ranks"], row["rate"]) for row in mine))
-        for i, (wire, color) in enumerate(zip(wires, colors, strict=True)):
+        for i, (wire, label) in enumerate(wires.items()):
             bars = [r for r in mine if r["wire"] == wire]
             drawn = axes.bar(
                 [groups.index((r["ranks"], r["rate"])) + 0.16 * (i - 2) for r in bars],
                 [r["median_ms"] for r in bars],
                 width=0.16,
-                color=color,
-                label=wire,
+                color=pictures.WIRES[label],
+                label=label,
                 yerr=[r["iqr_ms"] / 2 for r in bars],
-                error_kw={"ecolor": "0.5"},
+                error_kw={"ecolor": "0.6"},
             )
-            axes.bar_label(drawn, fmt=" %.0f", rotation=90, fontsize="x-small")
-        labels = [f"{ranks} ranks\n{rate.replace('none', 'no limit')}" for ranks, rate in groups]
+            axes.bar_label(drawn, fmt=" %.0f", rotation=90, fontsize=8)
+        labels = [f"{ranks} ranks\n{rates.get(rate, rate)}" for ranks, rate in groups]
         axes.set_xticks(range(len(groups)), labels)
         axes.set(title=titles[task], ylabel="median time, ms")
-        axes.legend(loc="upper left")
-        axes.margins(y=0.15)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+        axes.grid(visible=False, axis="x")
+        axes.margins(x=0.01, y=0.17)
+    pictures.legend_below(figure, 5)
+    pictures.save(figure, path)
 
 
 def main() -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pictures
+
 Row = dict[str, Any]
 
 
@@ -59,49 +61,109 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+KINDS = {
+    "ddp": "DDP", "fsdp": "FSDP2", "pipeline narrow": "pipeline,\nnarrow",
+    "pipeline": "pipeline,\nGPT", "states adamw": "states,\nAdamW", "states muon": "states,\nMuon",
+}  # fmt: skip
+Styles = dict[str, tuple[str, str]]
+MAIN: Styles = {
+    "float32": ("float32", pictures.WIRES["float32"]),
+    "bf16": ("bfloat16", pictures.WIRES["bfloat16"]),
+    "int8": ("8 bits", pictures.WIRES["8 bits"]),
+    "int4": ("4 bits", pictures.WIRES["4 bits"]),
+    "int4 delta": ("4 bits, weight differences too", pictures.PURPLE),
+}
+"""By wire: what it means, and its colour. The others are for the appendix picture."""
+VARIANTS: Styles = {
+    "int4": MAIN["int4"],
+    "int4 feedback": ("4 bits, error feedback", pictures.ORANGE),
+    "int4 stochastic": ("4 bits, stochastic rounding", pictures.SKY),
+    "int4 eager": ("4 bits, codec not compiled", pictures.VERMILLION),
+    "powersgd": ("torch's PowerSGD", pictures.WINE),
+}
+
+
 def plot(rows: list[Row], path: Path) -> None:
-    """Time against loss: a row of panels a number of ranks, a column a kind."""
-    import matplotlib
+    """Times and losses of the wires; beside them a picture of the other ways to send 4 bits."""
+    _draw(rows, MAIN, path)
+    only = VARIANTS.keys() - MAIN.keys()
+    having = {(row["kind"], row["task"]) for row in rows if row["wire"] in only}
+    mine = [row for row in rows if (row["kind"], row["task"]) in having]
+    _draw(mine, VARIANTS, pictures.beside(path, "variants"))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    drawn = [
-        (kind, world) for kind, world in places(rows)
-        if results(rows, kind, world, "time") and results(rows, kind, world, "loss")
-    ]  # fmt: skip
-    if not drawn:
+def _draw(rows: list[Row], styles: Styles, path: Path) -> None:
+    groups = {task: _places(rows, task) for task in ("time", "loss")}
+    tasks = [task for task, places in groups.items() if places]
+    if not tasks:
         return
-    kinds = list(dict.fromkeys(kind for kind, _ in drawn))
-    worlds = sorted({world for _, world in drawn})
-    figure, panels = pyplot.subplots(
-        len(worlds), len(kinds), figsize=(4.2 * len(kinds), 3.6 * len(worlds)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for i, world in enumerate(worlds):
-        for j, kind in enumerate(kinds):
-            if (kind, world) in drawn:
-                _panel(panels[i][j], rows, kind, world)
-            else:
-                panels[i][j].set_visible(False)
-    figure.savefig(path, dpi=100)
-    print(f"written: {path}")
+    figure, axes = pictures.panels(len(tasks), 1, 0.5 + 3.2 * len(tasks))
+    for axis, task in zip(axes[:, 0], tasks, strict=True):
+        draw = _times if task == "time" else _losses
+        axis.set_xticks(*draw(axis, rows, groups[task], styles))
+        axis.grid(visible=False, axis="x")
+        axis.set_xlim(-0.6, len(groups[task]) - 0.4)
+    pictures.legend_below(figure, 3, first=True)
+    pictures.save(figure, path)
 
 
-def _panel(axis: Any, rows: list[Row], kind: str, world: int) -> None:
-    losses, times = (results(rows, kind, world, task) for task in ("loss", "time"))
-    for wire, row in times.items():
-        difference = change(losses, wire)
-        if "error" in row or difference is None:
-            continue
-        color = "tab:green" if wire.startswith("int") else "0.4"
-        axis.errorbar(row["median_ms"], difference, xerr=row["iqr_ms"] / 2, fmt="o", color=color)
-        place = (row["median_ms"], difference)
-        axis.annotate(wire, place, (4, 4), textcoords="offset points", fontsize="small")
-    what = "broadcast" if kind.startswith("states") else "step"
-    axis.set(title=f"{kind}, {world} ranks", xlabel=f"{what} over the slow link, ms")
-    axis.set(ylabel="validation loss to float32, %")
-    axis.axhline(0, color="0.8", zorder=0)
-    axis.margins(x=0.2, y=0.15)
-    axis.set_xlim(left=0)
-    axis.grid(alpha=0.3, which="both")
+def _places(rows: list[Row], task: str) -> list[tuple[str, int]]:
+    """In the order of KINDS; times need those of float32 to be compared with, and so do losses."""
+    known = {"time": "median_ms", "loss": "loss"}[task]
+    found = {(r["kind"], r["world"]) for r in rows if r["task"] == task and known in r}
+    found = {place for place in found if "float32" in results(rows, *place, task)}
+    return sorted(found, key=lambda place: ([*KINDS].index(place[0]), place[1]))
+
+
+def _times(
+    axis: Any, rows: list[Row], places: list[tuple[str, int]], styles: Styles
+) -> tuple[range, list[str]]:
+    """Bars: how many times faster than float32. The labels of the groups say its milliseconds."""
+    drawn = [wire for wire in styles if wire != "float32"]
+    ticks = []
+    for place, (kind, world) in enumerate(places):
+        mine = results(rows, kind, world, "time")
+        base = mine["float32"]["median_ms"]
+        wires = [wire for wire in drawn if "median_ms" in mine.get(wire, {})]
+        width = min(0.28, 0.88 / max(1, len(wires)))
+        for i, wire in enumerate(wires):
+            label, color = styles[wire]
+            median, half = mine[wire]["median_ms"], mine[wire]["iqr_ms"] / 2
+            faster = base / median
+            error = [[faster - base / (median + half)], [base / max(median - half, 1e-9) - faster]]
+            x = place + width * (i - (len(wires) - 1) / 2)
+            bar = axis.bar(
+                x, faster, width, yerr=error, color=color, label=label, error_kw={"ecolor": "0.6"}
+            )
+            axis.bar_label(bar, fmt="%.1f", fontsize=7.5, padding=1)
+        number = f"{world} stages" if kind.startswith("pipeline") else f"{world} ranks"
+        ticks.append(f"{KINDS[kind]}\n{number}\n{base:.0f} ms")
+    axis.axhline(1, color=pictures.BLACK, lw=1, label="float32")
+    rates = {r["rate"] for r in rows if r["task"] == "time"}
+    rate = ", ".join(sorted(rates)).replace("mbit", " Mbit/s").replace("gbit", " Gbit/s")
+    what = " (states: a broadcast)" if any(k.startswith("states") for k, _ in places) else ""
+    axis.set_title(f"A step{what} over links of {rate}; the ms are float32's")
+    axis.set_ylabel("times faster than float32")
+    axis.margins(y=0.1)
+    return range(len(places)), ticks
+
+
+def _losses(
+    axis: Any, rows: list[Row], places: list[tuple[str, int]], styles: Styles
+) -> tuple[range, list[str]]:
+    """Points: the change of the validation loss to that of float32."""
+    ticks = []
+    for place, (kind, world) in enumerate(places):
+        mine = results(rows, kind, world, "loss")
+        wires = [w for w in styles if w != "float32" and change(mine, w) is not None]
+        for i, wire in enumerate(wires):
+            label, color = styles[wire]
+            x = place + 0.16 * (i - (len(wires) - 1) / 2)
+            axis.plot(x, change(mine, wire), "o", ms=7, color=color, label=label)
+        number = f"{world} stages" if kind.startswith("pipeline") else f"{world} ranks"
+        ticks.append(f"{KINDS[kind]}\n{'at rest' if world == 1 else number}")
+    axis.axhline(0, color=pictures.BLACK, lw=1, label="float32", zorder=1)
+    axis.set_title("Validation loss of a small GPT after training, one seed")
+    axis.set_ylabel("above float32, %")
+    axis.margins(y=0.12)
+    return range(len(places)), ticks

@@ -232,36 +232,43 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[Result], path: Path) -> None:
+COLORS = {None: "#000000", 8: "#0072B2", 4: "#009E73", 3: "#E69F00", 2: "#D55E00"}
+"""By bits; colour-blind people can tell them apart."""
+
+
+def plot(results: list[Result], path: Path, ranks: int) -> None:
     """Draw the training loss of every run, and its distance to the exact run, against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    colors = ("black", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 4), layout="constrained")
     exact = next((r for r in results if r.bits is None), None)
-    for result, color in zip(results, colors, strict=False):
-        label = result.label + (f" ({result.ratio:.1f}x fewer bytes)" if result.bits else "")
-        left.plot(range(1, len(result.losses) + 1), result.losses, color=color, lw=1, label=label)
+    for result in results:
+        label = f"{result.bits} bits ({result.ratio:.1f}x)" if result.bits else "float32"
+        color = COLORS.get(result.bits, "#CC79A7")
+        left.plot(range(1, len(result.losses) + 1), result.losses, color=color, lw=1.2, label=label)
         if exact and result is not exact:
             gap = torch.tensor(result.losses) - torch.tensor(exact.losses)
             width = min(10, len(gap))
             mean = gap.unfold(0, width, 1).mean(-1)
-            right.plot(range(width, len(gap) + 1), mean, color=color, label=label)
-    left.set(title="Training loss", xscale="log", yscale="log")
+            right.plot(range(width, len(gap) + 1), mean, color=color)
+    left.set(title="Training loss", xscale="log", yscale="log", ylabel="loss, nats a byte")
     left.xaxis.set_major_formatter("{x:.0f}")
     left.yaxis.set_major_formatter("{x:.1f}")
     left.yaxis.set_minor_formatter("{x:.1f}")
-    right.set(title="Loss above the exact run (mean of 10 steps)")
-    right.axhline(0, color="black", lw=1, label="exact")
+    right.set(title="Above float32 (mean of 10 steps)")
+    right.set(ylabel="loss above float32, nats a byte")
+    right.axhline(0, color="black", lw=1.2)
     for axes in (left, right):
-        axes.set(xlabel="step", ylabel="nats a byte")
+        axes.set_xlabel("training step")
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    figure.suptitle(f"Tensor-parallel GPT on {dist.get_world_size()} ranks, quantized all-reduces")
-    figure.savefig(path, dpi=120)
+    title = "on the wire (how many times fewer bytes than float32)"
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, title=title)
+    figure.suptitle(f"Tensor-parallel GPT on {ranks} ranks, quantized all-reduces")
+    figure.savefig(path, dpi=125)
+    pyplot.close(figure)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -320,7 +327,7 @@ def write(results: list[Result], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rows = [{**vars(result), "torch": torch.__version__} for result in results]
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plot(results, out / "loss.png")
+    plot(results, out / "loss.png", dist.get_world_size())
     print(f"written: {out / 'results.jsonl'}, {out / 'loss.png'}")
 
 
