@@ -67,6 +67,32 @@ def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_pictures_are_drawn_again_from_the_results(root: Path, tmp_path: Path) -> None:
+    names = "demo", "residual_study", "traffic"
+    command = [sys.executable, "benchmarks/pictures.py", *names, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pictures = {path.stem: path.stat().st_size for path in tmp_path.glob("*.png")}
+    appendix = "residual_study_kurtosis", "residual_study_recipe", "traffic_variants"
+    assert pictures.keys() == {*names, *appendix}
+    assert all(10_000 < size < 250_000 for size in pictures.values())
+
+
+def test_the_arms_of_the_study_in_plain_words(root: Path) -> None:
+    code = """
+import sys; sys.path.insert(0, "benchmarks")
+from study_plots import meaning
+assert meaning("free+muon+annealed") == "residual-free, skips annealed, Muon"
+assert meaning("free+muon-rotary") == "residual-free, Muon, learned positions"
+assert meaning("free+adamw 0.001") == "residual-free, AdamW, rate 0.001"
+assert meaning("free+muon, decay 0.1") == "residual-free, Muon, decay 0.1"
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_companions_low_rank(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "companions.jsonl"
     command = ["benchmarks/companions.py", "low_rank", "--tiny", "--steps", "2", "--ranks", "2"]
