@@ -27,34 +27,27 @@ from rfcompile.training import Initialization, optimizers
 __all__ = ["plot", "rows", "table"]
 
 
-def poly(power: int, scale: str) -> dict[str, Any]:
-    return {"attention": "polynomial", "power": power, "scale": scale}
+poly, gray = rf.experimental.PolynomialAttention, rf.experimental.TokenGraying
+FREE = rf.ResidualFree()
 
-
-def gray(form: str, epsilon: float) -> dict[str, Any]:
-    return {"token_graying": form, "epsilon": epsilon}
-
-
-FREE = {"residual": "free"}
-
-ARMS: dict[str, dict[str, dict[str, Any]]] = {
+ARMS: dict[str, dict[str, list[Any]]] = {
     "language": {
-        "softmax": {},
-        "s^3, row": poly(3, "row"),
-        "s^3, learned": poly(3, "learned"),
-        "s^2, row": poly(2, "row"),
+        "softmax": [],
+        "s^3, row": [poly(3, "row")],
+        "s^3, learned": [poly(3, "learned")],
+        "s^2, row": [poly(2, "row")],
     },
     "digits": {
-        "softmax": {},
-        "s^3, row": poly(3, "row"),
-        "s^3, learned": poly(3, "learned"),
-        "s^2, row": poly(2, "row"),
-        "dct 0.95": gray("dct", 0.95),
-        "svd 0.7": gray("svd", 0.7),
-        "free": FREE,
-        "free, dct 0.95": FREE | gray("dct", 0.95),
-        "free, svd 0.7": FREE | gray("svd", 0.7),
-        "free, s^3, learned": FREE | poly(3, "learned"),
+        "softmax": [],
+        "s^3, row": [poly(3, "row")],
+        "s^3, learned": [poly(3, "learned")],
+        "s^2, row": [poly(2, "row")],
+        "dct 0.95": [gray("dct", 0.95)],
+        "svd 0.7": [gray("svd", 0.7)],
+        "free": [FREE],
+        "free, dct 0.95": [FREE, gray("dct", 0.95)],
+        "free, svd 0.7": [FREE, gray("svd", 0.7)],
+        "free, s^3, learned": [FREE, poly(3, "learned")],
     },
 }
 SIZES = {
@@ -89,13 +82,12 @@ def _train(name: str, arm: str, seed: int, options: argparse.Namespace) -> dict[
     torch.manual_seed(seed)
     task: Task = TASKS[name](config, batch, seed)
     example = (next(iter(task.validation(4)))[0],)
-    asked = dict(ARMS[name][arm])
-    if "residual" in asked:
-        asked["residual"] = rf.ResidualFree(initialization=Initialization(seed=seed))
+    seeded = rf.ResidualFree(initialization=Initialization(seed=seed))
+    asked = [seeded if change is FREE else change for change in ARMS[name][arm]]
     model = task.model()
     if asked:
-        model = rf.transform(model, example_inputs=example, **asked)
-    is_free = "residual" in asked
+        model = rf.transform(model, *asked, example_inputs=example)
+    is_free = seeded in asked
     optimizer = optimizers(
         model, lr=2e-3, matrix_lr=0.01 if is_free else 0.02, example_inputs=example
     )
@@ -155,8 +147,8 @@ def _step_times(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         x = torch.randn(batch, channels, image, image)
         plain = ViTForImageClassification(config)
         models = {"none": plain} | {
-            arm: rf.transform(plain, example_inputs=(x,), **asked)
-            for arm, asked in {
+            arm: rf.transform(plain, change, example_inputs=(x,))
+            for arm, change in {
                 "dct": gray("dct", 0.95), "svd": gray("svd", 0.7), "s^3": poly(3, "row"),
                 "s^2": poly(2, "row"),
             }.items()

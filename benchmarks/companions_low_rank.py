@@ -3,7 +3,7 @@
     python benchmarks/companions_low_rank.py
 
 Three tasks, trained from scratch, their repeated linears dense, of low rank, and of low rank with a
-sine (``rfcompile.transform(model, Rank(..., start="fresh"))``): a GPT on Shakespeare's
+sine (``rfcompile.transform(model, LowRank(..., start="fresh"))``): a GPT on Shakespeare's
 bytes, the transformers package's ViT on scikit-learn's digits, and a network from pixel coordinates
 to colors, which learns one photograph that scikit-learn ships. Every arm is run at each of some
 learning rates with the first seed, then with the other seeds at its best one, because omega acts

@@ -107,7 +107,7 @@ def build(task: Task, arm: Arm) -> nn.Module:
         temperature=arm.temperature,
     )
     example = next(iter(task.validation(1)))[0]
-    rewritten = rf.transform(model, residual=how, example_inputs=(example,))
+    rewritten = rf.transform(model, how, example_inputs=(example,))
     if arm.skips == "kept":  # the same start with skips: their sum is to keep its size
         sites = rf.training.residual_report(rewritten).sites
         for site in sites:

@@ -219,7 +219,14 @@ def test_a_graph_gets_the_same_adapters(how: str) -> None:
 
 
 def test_with_everything_else_in_one_call() -> None:
-    model = rf.transform(made(), residual="free", bits=rank_of_up(), example_inputs=(tokens(),))
+    model = rf.transform(
+        made(),
+        rank_of_up(),
+        rf.Adapters(2, sine=True, modules=["down"]),
+        residual="free",
+        bits=4,
+        example_inputs=(tokens(),),
+    )
     names = [type(report).__name__ for report in rf.rewrites_of(model)]
     assert names == ["ResidualReport", "LowRankReport", "AdapterReport"]
     model(tokens()).sum().backward()
