@@ -1,4 +1,4 @@
-"""What users call on whole models: transform and diff."""
+"""The public functions transform and diff, which take whole models."""
 
 from __future__ import annotations
 

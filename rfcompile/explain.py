@@ -1,4 +1,4 @@
-"""explain: what the wire would carry, where, why not the rest, and what it saves."""
+"""The public function explain: a report on what the wire would quantize in a model."""
 
 from __future__ import annotations
 

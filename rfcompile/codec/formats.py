@@ -1,4 +1,4 @@
-"""QuantFormat: how a tensor is coded for the wire, and how many bytes that takes.
+"""QuantFormat: how a tensor is coded for the wire, and how many bytes its payload takes.
 
 Open this file to see what a format means; ``arithmetic.py`` holds the arithmetic.
 """

@@ -1,4 +1,4 @@
-"""Quantized gradients for DistributedDataParallel: a communication hook on its buckets.
+"""quantize_ddp: a DDP communication hook that quantizes the gradients of each bucket.
 
 Private torch symbols used here, tried on torch 2.13: ``_use_python_reducer`` of a DDP module, and
 its ``_get_ddp_logging_data``, which names the hook it has.

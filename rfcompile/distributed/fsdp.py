@@ -1,4 +1,4 @@
-"""Quantized weights and gradients for FSDP2, ``torch.distributed.fsdp.fully_shard``."""
+"""quantize_fsdp: quantized weights and gradients for FSDP2 (``fully_shard``)."""
 
 from __future__ import annotations
 

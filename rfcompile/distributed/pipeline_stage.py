@@ -1,14 +1,15 @@
-"""Pipeline stages that send quantized activations and gradients, under torch's own schedules.
+"""Pipeline stages that send quantized activations and gradients, under torch's schedules.
 
-A schedule asks its stage for P2P operations and posts them itself; here the tensor of such an
-operation becomes a payload, which is decoded when the stage retrieves what it received. All of
-torch.distributed.pipelining that is overridden or read, private parts included, is in this file,
-tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_fwd_recv_ops``,
-``get_bwd_recv_ops``, ``_retrieve_recv_activations``, ``_retrieve_recv_grads``,
-``set_local_fwd_input``, ``get_local_bwd_output``, ``clear_runtime_states``;
-``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``; ``args_recv_info``,
-``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage, and where it keeps its
-outputs (``torch_versions.py``). All are looked for when a stage is made.
+A schedule of torch asks its stage for P2P operations and posts these operations. A stage of this
+file replaces the tensor of each operation by a payload. The stage decodes a received payload when
+the schedule retrieves it. This file overrides or reads these parts of torch.distributed.pipelining,
+private ones included, tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_bwd_send_ops``,
+``get_fwd_recv_ops``, ``get_bwd_recv_ops``, ``_retrieve_recv_activations``,
+``_retrieve_recv_grads``, ``set_local_fwd_input``, ``get_local_bwd_output``,
+``clear_runtime_states``; ``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``;
+``args_recv_info``, ``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage,
+and where it keeps its outputs (``torch_versions.py``). A new stage checks that all of them are
+there.
 """
 
 from __future__ import annotations

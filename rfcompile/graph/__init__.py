@@ -1,1 +1,1 @@
-"""A model as a graph: captured, printed, compared; where its nodes come from; how passes run."""
+"""A model as a graph: how it is captured, printed, compared, and rewritten by passes."""

@@ -1,1 +1,1 @@
-"""What was done: reports as data, as text and as JSON."""
+"""Reports on what was done: as data, as text and as JSON."""

@@ -1,8 +1,8 @@
-"""Where the wire stands in a model: fake wires at a module's boundaries, codes in a graph.
+"""Wire: puts fake wires at the ends of modules, and quantizes traffic in graphs.
 
-A forward hook sends what ``module(x)`` returns. Some models call ``module.forward(x)``, which runs
-no hook: where a model's code does that, its wires stand in ``forward`` itself. The first call of
-the model tells which wires did not run all the same.
+A fake wire is a forward hook that quantizes and dequantizes what ``module(x)`` returns. Some models
+call ``module.forward(x)``, which runs no hook. In such a model the fake wires stand in ``forward``
+itself. If some wires still do not run in the first call of the model, a warning names them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Optimizer states that are quantized whenever the optimizer is not stepping."""
+"""quantize_states: keeps optimizer states quantized between the steps."""
 
 from __future__ import annotations
 

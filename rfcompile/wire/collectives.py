@@ -1,7 +1,8 @@
-"""Quantized collectives as differentiable functions; the gradient's collective is quantized too.
+"""The public collectives (all_reduce, ...): quantized, differentiable, with their operators.
 
-``exchanges.py`` says what travels; here that becomes operators (``rfcompile::all_reduce`` and so
-on) with fake kernels and gradients, and the public functions around them.
+``exchanges.py`` says what each collective sends. This file turns the exchanges into operators
+(``rfcompile::all_reduce``, ...) with fake kernels and gradients, and into public functions. The
+collective of a gradient is quantized too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Policy: which traffic travels in which format; open this file to see what the options mean."""
+"""Policy: which kind of traffic travels in which format, and what its options mean."""
 
 from __future__ import annotations
 
