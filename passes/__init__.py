@@ -1,4 +1,4 @@
-"""Graph rewrites, one a file; open this file to see which run and in what order."""
+"""The graph rewrites, one in each file, and the pipelines that run them in order."""
 
 if __name__ != "rfcompile.passes":
     # A second copy under another name would hold other objects than the first: its rewrites

@@ -1,4 +1,4 @@
-"""Compute weights of a graph from two factors of low rank, with a sine between."""
+"""A pass that computes a weight of a graph from two low-rank factors with a sine between."""
 
 from __future__ import annotations
 

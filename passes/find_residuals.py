@@ -1,4 +1,4 @@
-"""Where a model adds what it skipped: every residual add of a graph, by data flow alone."""
+"""A pass that finds every residual add of a graph by its data flow and changes nothing."""
 
 from __future__ import annotations
 

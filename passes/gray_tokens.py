@@ -1,4 +1,4 @@
-"""Gray the tokens that enter a graph's blocks or attentions."""
+"""A pass that applies Token Graying to the tokens that enter blocks or attentions of a graph."""
 
 from __future__ import annotations
 

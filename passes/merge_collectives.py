@@ -1,4 +1,4 @@
-"""Rewrite ``reduce(a) + reduce(b)`` to ``reduce(a + b)``: the same sum for half the traffic."""
+"""A pass that rewrites ``reduce(a) + reduce(b)`` to ``reduce(a + b)``: half the traffic."""
 
 from __future__ import annotations
 

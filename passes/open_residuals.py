@@ -1,4 +1,4 @@
-"""Make the residual adds of a graph into calls of ResidualSite modules."""
+"""A pass that replaces the residual adds of a graph by calls of ResidualSite modules."""
 
 from __future__ import annotations
 

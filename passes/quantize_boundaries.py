@@ -1,4 +1,4 @@
-"""Put a fake wire where a graph crosses from one repeated block to the next."""
+"""A pass that puts a fake wire between the repeated blocks of a graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewrite collectives to their quantized form: the pass this package is about."""
+"""The main pass: rewrites the collectives of a graph to quantized collectives."""
 
 from __future__ import annotations
 

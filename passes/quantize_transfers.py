@@ -1,4 +1,4 @@
-"""Rewrite sends and receives between two ranks to their quantized form."""
+"""A pass that makes sends and receives between two ranks carry payloads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put polynomial attention where a graph has softmax attention."""
+"""A pass that replaces the softmax attention of a graph by polynomial attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantized collectives inserted by the compiler into unmodified PyTorch models.
+"""Quantized collectives for PyTorch: the public names of the package.
 
 Importing this package loads next to nothing: a public name is loaded when it is first used.
 """

@@ -1,6 +1,7 @@
-"""Adapters of low rank, with a sine or without: added, trained, quantized, sent, stored.
+"""Public functions for low-rank adapters: merge, quantize, send, save and load them.
 
-``rf.transform(model, rf.Adapters(8))`` adds them; here is what comes after.
+``rf.transform(model, rf.Adapters(8))`` adds adapters to a model. The functions here take such a
+model.
 """
 
 from rfcompile.rewrites.adapters.exchange import broadcast_adapters as broadcast

@@ -1,4 +1,4 @@
-"""analyze: how a model's blocks condition their tokens, how heavy its tails are, its attentions."""
+"""The public function analyze: measures of a model's blocks, activations and attentions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users call on whole models: transform and diff."""
+"""The public functions transform and diff, which take whole models."""
 
 from __future__ import annotations
 
@@ -36,52 +36,60 @@ def transform(
     residual: ResidualMode | None = None,
     example_inputs: Any = None,
 ) -> nn.Module:
-    """A model like ``model``, its traffic quantized or its functions rewritten; ``model`` itself
-    stays as it is.
+    """Return a new model with quantized traffic, rewritten modules, or both.
 
     ::
 
         rf.transform(model, bits=4)
         rf.transform(model, rf.ResidualFree("anneal"), rf.LowRank(8), rf.Wire("4b:g64"))
 
-    The new model has the same state_dict names, but for those that a rewrite adds, and trains,
-    copies, compiles and exports like the old one. It shares every parameter and buffer with it,
-    unless a rewrite makes some anew (``ResidualFree``, ``LowRank``).
+    ``model`` itself stays as it is. The new model trains, copies, compiles and exports like
+    ``model``. The new state_dict has the names of ``model`` and the names that a rewrite adds. The
+    new model shares every parameter and buffer with ``model``, unless a rewrite makes new ones
+    (``ResidualFree``, except "anneal", and ``LowRank``).
 
-    The wire:
+    The wire has three cases:
 
-    - A model with collectives gets them quantized when it is called: one with DTensor parameters,
-      and, unless ``Wire(modules=...)`` is given, any in a process group of several ranks. It is
-      compiled with backend "rfquant"; if its first call finds no collective, the model is exact,
-      and a warning says so. (A copy of it is not compiled: torch drops what ``Module.compile``
-      sets. Transform the copy.)
-    - Any other gets a fake wire at its boundaries: what leaves a boundary is quantized and
-      dequantized at once, and so is the gradient that comes back. It shows on one machine what the
-      wire would do. It quantizes tensors of any size unless the policy names ``min_bytes``.
+    - A model with collectives is compiled with backend "rfquant". Its collectives are quantized
+      when the new model is called. A model counts as one with collectives if it has DTensor
+      parameters. In a process group of several ranks every model counts, unless
+      ``Wire(modules=...)`` is given. If the first call finds no collective, the model is exact, and
+      a warning says so. (A copy of the new model is not compiled, because torch drops what
+      ``Module.compile`` sets: transform the copy.)
+    - Any other model gets a fake wire at its boundaries. A fake wire quantizes the output of a
+      module and dequantizes it at once, and does the same with the gradient that comes back. So one
+      machine shows what the wire would do. A fake wire quantizes tensors of any size, unless the
+      policy names ``min_bytes``.
     - An ``fx.GraphModule`` is rewritten as a graph, in the same two ways.
 
     Args:
-        changes: what to change, applied in this order: :class:`~rfcompile.ResidualFree`,
-            :class:`~rfcompile.LowRank`, :class:`~rfcompile.Adapters`, those of
-            :mod:`rfcompile.experimental`, and, as the last one, :class:`~rfcompile.Wire`. None, and
-            no shorthand: ``Wire()``, the default policy.
-        bits: short for ``Wire(bits)``, the last change.
-        residual: short for ``ResidualFree(residual)``, the first change: "free" drops every skip,
+        changes: rewrites and the wire, applied in the order in which they are given. A rewrite is
+            :class:`~rfcompile.ResidualFree`, :class:`~rfcompile.LowRank`,
+            :class:`~rfcompile.Adapters`, or a class of :mod:`rfcompile.experimental`. The last
+            change may be a :class:`~rfcompile.Wire`. Without a ``Wire`` and without ``bits`` the
+            rewritten model has no wire. Without any change, ``bits`` or ``residual``, the change is
+            ``Wire()``, which takes the default policy.
+        bits: short for ``Wire(bits)`` as the last change.
+        residual: short for ``ResidualFree(residual)`` as the first change: "free" drops every skip,
             "mix" puts a trainable orthogonal matrix in its place, "anneal" gives each skip a gain
             that starts at 1.
-        example_inputs: a tuple of arguments or an (args, kwargs) pair, real tensors; left out,
-            ``model.dummy_inputs``. Used by every rewrite, and for an ``fx.GraphModule`` without
-            shapes in its metadata.
+        example_inputs: a tuple of arguments or an (args, kwargs) pair, with real tensors. If left
+            out, ``model.dummy_inputs``. Every rewrite uses these inputs. The wire uses them only
+            for an ``fx.GraphModule`` without shapes in its metadata.
 
-    :func:`~rfcompile.rewrites_of` says what the rewrites did.
+    Returns:
+        A new module. :func:`~rfcompile.rewrites_of` returns the reports of the rewrites.
 
     Raises:
-        OptionError: a change is none, the wire is not the last one, or a change is given twice.
-        PolicyError, FormatError: the policy. BoundaryError: nowhere to put the wire. CaptureError:
-        the model cannot be copied or captured, or the graph has no shapes. ResidualError: there is
-        no residual connection, or one cannot be rewritten. AttentionError, GrayingError: likewise
-        for these. And when the new model is called, DtypeError: what leaves a boundary is neither
-        float32, bfloat16 nor float16.
+        OptionError: an argument is no change, the wire is not the last change, or a ``Wire`` or a
+            ``ResidualFree`` is given twice.
+        PolicyError, FormatError: the policy is not understood.
+        BoundaryError: the model has no place for the wire.
+        CaptureError: the model cannot be copied or captured, or the graph has no shapes.
+        ResidualError: there is no residual connection, or one cannot be rewritten.
+        AttentionError, GrayingError: the same for attentions and for Token Graying.
+        DtypeError: when the new model is called: the output at a boundary is neither float32,
+            bfloat16 nor float16.
     """
     check_module(model)
     rewrites, wire = _in_order(changes, bits, residual)
@@ -187,15 +195,17 @@ def diff(
     *,
     example_inputs: Any = None,
 ) -> GraphDiff:
-    """What changed between two graphs; ``print`` it, or take ``.html()`` or ``.json()``.
+    """Compare two graphs; ``print`` the result, or call its ``.html()`` or ``.json()``.
 
     Args:
-        before, after: modules (captured with ``torch.export``), graphs, graph texts; or one
-            :class:`~rfcompile.Report` of a compiled model, which holds both sides.
-        example_inputs: for modules, as in :func:`~rfcompile.graph.capture.inputs_of`.
+        before, after: two modules (captured with ``torch.export``), graphs or graph texts. Or
+            ``before`` alone: a :class:`~rfcompile.Report` of a compiled model, which holds the
+            graphs from before and after the rewrite.
+        example_inputs: inputs for modules, as in :func:`~rfcompile.graph.capture.inputs_of`.
 
     Raises:
-        CaptureError: a module cannot be captured.
+        CaptureError: a module cannot be captured, a second graph is missing, or the report holds no
+            graphs.
     """
     if isinstance(before, Report):
         if after is not None or not before.graphs:

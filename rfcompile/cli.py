@@ -1,4 +1,4 @@
-"""The command line: ``rfcompile explain``, ``diff``, ``residuals``, ``analyze`` on MODULE:FACTORY.
+"""The command line ``rfcompile``: explain, diff, residuals and analyze on MODULE:FACTORY.
 
 Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 

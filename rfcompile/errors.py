@@ -1,4 +1,4 @@
-"""Every error this package raises; open this file to see what can go wrong and what it carries.
+"""Every error that this package raises, and the facts that each error carries.
 
 Each message gives the value, the rule and the way out. Each class also derives from the builtin it
 resembles, so ``except ValueError`` works, and keeps its facts as fields.

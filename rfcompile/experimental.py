@@ -1,5 +1,6 @@
-"""Methods that our own study does not recommend by default. They are complete and tested, and they
-may change or go.
+"""Methods that our own study does not recommend by default.
+
+They are complete and tested, and they may change or go.
 
 The study (``benchmarks/companions.md``; small models, three seeds) found:
 

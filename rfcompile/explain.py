@@ -1,4 +1,4 @@
-"""explain: what the wire would carry, where, why not the rest, and what it saves."""
+"""The public function explain: a report on what the wire would quantize in a model."""
 
 from __future__ import annotations
 
@@ -38,22 +38,26 @@ def explain(
     bits: Policyish = None,
     example_inputs: Any = None,
 ) -> Report:
-    """What would be quantized, where, why not the rest, and what it saves; ``print`` the result.
+    """Report what the wire would quantize in a model, why not the rest, and what that saves.
 
-    The model runs once on the given inputs, forward and (if it has trainable parameters) backward.
-    Gradients, buffers, random state and the model itself stay as they are. A model with collectives
-    is compiled with backend "rfquant" and the report lists them; any other is reported as
-    :func:`transform` would change it, with SQNR and excess kurtosis measured at each boundary. An
-    ``fx.GraphModule`` does not run: its report has no measures.
+    ``print`` the report. The model runs once on the given inputs: forward and, if it has trainable
+    parameters, backward. Gradients, buffers, random state and the model itself stay as they are.
+
+    A model with collectives (see :func:`transform`) is compiled with backend "rfquant", and the
+    report lists its collectives. For any other model the report lists the boundaries where
+    :func:`transform` would put a fake wire. For each boundary the report has the signal-to-noise
+    ratio of the quantized values (SQNR, in dB) and the excess kurtosis. An ``fx.GraphModule`` does
+    not run, so its report has no SQNR and no kurtosis.
 
     Args:
-        wire: as in :func:`transform`: a :class:`~rfcompile.Wire`; left out, ``Wire()``.
+        wire: a :class:`~rfcompile.Wire`, as in :func:`transform`. If left out, ``Wire()``.
         bits: short for ``Wire(bits)``.
-        example_inputs: a tuple of arguments or an (args, kwargs) pair; left out,
+        example_inputs: a tuple of arguments or an (args, kwargs) pair. If left out,
             ``model.dummy_inputs``.
 
     Raises:
-        as :func:`transform`, and CaptureError when there are no inputs.
+        OptionError: ``wire`` is no Wire, or ``wire`` and ``bits`` are both given.
+        CaptureError: there are no inputs. And every error that :func:`transform` raises.
     """
     if wire is not None and not isinstance(wire, Wire):
         raise OptionError("wire", wire, "give an rf.Wire(...), or bits=4.")

@@ -1,4 +1,4 @@
-"""Linears of low rank, as ``rf.transform(model, rf.LowRank(8))`` makes them: merged, measured."""
+"""Public functions for low-rank linears: merge them and measure them."""
 
 from rfcompile.rewrites.low_rank.linear import LowRankLinear
 from rfcompile.rewrites.low_rank.linear import merge_low_rank as merge

@@ -1,4 +1,4 @@
-"""Where torch 2.11 to 2.15 differ in parts that this package reads; nothing else knows a version.
+"""The differences between torch 2.11 and 2.15 that matter here; no other file knows them.
 
 Each difference is told apart by what the installed torch has, not by its number.
 

@@ -1,1 +1,1 @@
-"""How a tensor becomes bytes: formats, their arithmetic, the operators that graphs show."""
+"""How a tensor becomes bytes: formats, their arithmetic, the operators in graphs."""

@@ -1,4 +1,4 @@
-"""THE formulas of the wire: quantize, dequantize, dequantize_sum, requantize, as pure tensor code.
+"""The formulas quantize, dequantize, dequantize_sum and requantize, as pure tensor code.
 
 Eager kernels, Inductor's lowering, collectives and tests all call these functions, and their bytes
 are the same everywhere: scales are rounded by integer arithmetic (a cast could be optimized away),

@@ -1,4 +1,4 @@
-"""Arithmetic on the bits of floats: scales, reciprocals and noise that no device rounds otherwise.
+"""Arithmetic on the bits of floats, which gives the same result on every device.
 
 Shapes as in ``arithmetic.py``.
 

@@ -1,4 +1,4 @@
-"""What runs for real while Dynamo traces its caller."""
+"""Functions that run for real while Dynamo traces the code that calls them."""
 
 from __future__ import annotations
 

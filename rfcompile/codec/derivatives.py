@@ -1,8 +1,8 @@
-"""Derivatives of the package's operators, and an error where there is none.
+"""Derivatives of the package's operators, and an error where an operator has none.
 
-``torch.library.register_autograd`` gives an operator a gradient, but no forward-mode formula: the
-tangent of its input would be lost, and a derivative would be zero without a word. Here a tangent
-passes straight through, or is refused.
+``torch.library.register_autograd`` gives an operator a gradient, but no forward-mode formula. So
+the tangent of an input would be lost, and a derivative would be zero without a warning. The
+functions here pass a tangent straight through, or raise an error.
 """
 
 from __future__ import annotations

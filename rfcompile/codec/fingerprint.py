@@ -1,4 +1,4 @@
-"""What this copy of the package is: part of every compile cache key and of what ranks compare."""
+"""A hash of the package's sources, for the keys of compile caches and for comparing ranks."""
 
 from __future__ import annotations
 

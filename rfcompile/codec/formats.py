@@ -1,4 +1,4 @@
-"""QuantFormat: how a tensor is coded for the wire, and how many bytes that takes.
+"""QuantFormat: how a tensor is coded for the wire, and how many bytes its payload takes.
 
 Open this file to see what a format means; ``arithmetic.py`` holds the arithmetic.
 """
@@ -38,10 +38,11 @@ _GAUSSIAN_STEP = {3: 1.2240, 4: 0.9957, 7: 0.6508, 8: 0.5860, 15: 0.3534, 16: 0.
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How to code a tensor: one scale a group, ``bits`` bits an element.
+    """How to code a tensor: ``bits`` bits for each element, one scale for each group of elements.
 
-    With ``h`` grid steps from zero to the outermost level and ``a = max|x|`` over a group:
-    ``s = bf16_round_up(clip * a / h)`` and ``x`` becomes the nearest level.
+    With ``h`` grid steps from zero to the outermost level and ``a = max|x|`` over a group, the
+    scale is ``s = bf16_round_up(clip * a / h)``. Each ``x`` becomes the nearest level. ``u`` is its
+    code:
 
     ========= ================================ ===================== ======================
     grid      levels                           h                     codes
@@ -52,26 +53,27 @@ class QuantFormat:
 
     Args:
         bits: 2, 3, 4, 5, 6 or 8 bits an element.
-        group_size: elements that share a scale: a power of two from 16 to 1024, or None for one
-            scale a tensor (a scale for each destination rank in a collective).
-        grid: "mid-rise", "mid-tread", or "auto": by the kind of traffic, see :meth:`for_kind`;
-            where nothing says the kind (a bare :func:`~rfcompile.quantize`), that of activations.
-            A group of zeros decodes to zeros on both; single zeros stay exact on mid-tread only.
+        group_size: how many elements share a scale: a power of two from 16 to 1024. None: one scale
+            for the whole tensor (in a collective: one scale for each destination rank).
+        grid: "mid-rise", "mid-tread" or "auto". With "auto" the kind of traffic chooses the grid,
+            see :meth:`for_kind`. Where the kind is not known (a bare :func:`~rfcompile.quantize`),
+            "auto" means the grid of activations. A group that holds only zeros decodes to zeros on
+            both grids. A single zero stays exact on mid-tread only.
         scale: "bf16", the only scale type so far.
-        rotate: size of the Hadamard block with random signs that spreads outliers before coding,
-            a power of two from 2 to the group size (at most 1024); None: no rotation. A block of
-            zeros decodes to zeros; a zero beside other values does not stay one on any grid, so
-            rotate what may change everywhere: activations.
+        rotate: size of the Hadamard block with random signs that spreads outliers before coding: a
+            power of two from 2 to the group size (at most 1024). None: no rotation. A block that
+            holds only zeros decodes to zeros. A zero beside other values does not stay zero on any
+            grid. So use a rotation only for tensors whose zeros may change: activations.
         rounding: "nearest" (ties to even on mid-tread, up on mid-rise), or "stochastic" (unbiased;
             never clips).
         nonfinite: "propagate": a group with NaN or Inf decodes to NaN. "raise":
             :class:`~rfcompile.errors.NonFiniteError`. "saturate": Inf becomes the largest finite
-            magnitude of its group, with its sign; a group that holds NaN, or of whose finite
-            values none differs from zero, still decodes to NaN.
-        seed: seed of the rotation's signs and of the stochastic rounding.
+            magnitude of its group, with the sign of the Inf. A group with a NaN, or without any
+            finite value other than zero, still decodes to NaN.
+        seed: seed of the signs of the rotation and of the stochastic rounding.
         range: where the grid ends at up to 4 bits. "fitted": where the error of a Gaussian is
-            smallest, which clips the largest values (see :attr:`clip`). "full": at the group's
-            largest magnitude.
+            smallest; this clips the largest values (see :attr:`clip`). "full": at the largest
+            magnitude of the group.
 
     Raises:
         FormatError: a field has a value outside its rule.
@@ -126,14 +128,14 @@ class QuantFormat:
     # ---- the grid ------------------------------------------------------------------------
 
     def for_kind(self, kind: str) -> QuantFormat:
-        """The format with the grid that suits a kind of traffic, where it is "auto".
+        """Return the format with the grid that suits a kind of traffic, if the grid is "auto".
 
-        Activations: mid-rise up to 4 bits, which wastes no level, mid-tread above. Gradients,
-        weights, differences of weights and optimizer states: mid-tread at every width, because
-        there a zero means something: a pruned weight, a row that is not trained.
+        Activations: mid-rise up to 4 bits, which wastes no level, and mid-tread above. Gradients,
+        weights, differences of weights and optimizer states: mid-tread for every number of bits.
+        There a zero has a meaning: a pruned weight, a row that is not trained.
 
         Args:
-            kind: as in :class:`~rfcompile.Policy`.
+            kind: a kind of traffic, as in :class:`~rfcompile.Policy`.
         """
         if self.grid != "auto":
             return self
@@ -156,11 +158,12 @@ class QuantFormat:
 
     @property
     def clip(self) -> float:
-        """Outermost level as a share of the group's largest magnitude.
+        """The outermost level as a share of the group's largest magnitude.
 
-        ``min(1, step * h / E[max|z|])`` at up to 4 bits, where ``step`` is the best step of a grid
-        with ``2 h + 1`` levels for N(0, 1), and ``z`` a group of N(0, 1) values; 1 above, with
-        ``range="full"``, and with stochastic rounding, which clipping would bias. Our rule.
+        ``min(1, step * h / E[max|z|])`` at up to 4 bits. ``step`` is the best step of a grid with
+        ``2 h + 1`` levels for N(0, 1), and ``z`` is a group of N(0, 1) values. ``clip`` is 1 above
+        4 bits, with ``range="full"``, and with stochastic rounding, because clipping would bias it.
+        The rule is ours.
         """
         if self.bits > 4 or self.range == "full" or self.rounding == "stochastic":
             return 1.0
@@ -168,14 +171,16 @@ class QuantFormat:
         return min(1.0, step * self.half_range / expected_peak(self.group_size or 1024))
 
     def max_error(self) -> float:
-        """Largest error of one round trip as a share of the group's largest magnitude.
+        """The largest error of one round trip as a share of the group's largest magnitude.
 
-        ``max(1 - clip, clip / (2 h)) * (1 + 2**-7)`` for nearest rounding, a whole step instead of
-        half a step for stochastic. ``2**-7`` covers the scale's rounding to bf16 and ``2**-13``
-        the reciprocal's to 15 bits. With rotation let ``r`` be the largest magnitude of the group
-        after the orthogonal rotation ``H D / sqrt(rotate)`` (at most ``sqrt(rotate) * a``): the
-        root mean square error of a block is at most ``max_error() * r``, and one element's at most
-        ``sqrt(rotate)`` times that (``2**-120 * rotate`` on top).
+        ``max(1 - clip, clip / (2 h)) * (1 + 2**-7) + 2**-13`` for nearest rounding. For stochastic
+        rounding ``clip / h`` takes the place of ``clip / (2 h)``. ``2**-7`` covers the rounding of
+        the scale to bf16, and ``2**-13`` the rounding of the reciprocal to 15 bits.
+
+        With rotation let ``r`` be the largest magnitude of the group after the orthogonal rotation
+        ``H D / sqrt(rotate)`` (at most ``sqrt(rotate) * a``). Then the root mean square error of a
+        block is at most ``max_error() * r``. The error of one element is at most ``sqrt(rotate)``
+        times that, plus ``2**-120 * rotate``.
         """
         step = self.clip / self.half_range
         inside = step if self.rounding == "stochastic" else step / 2

@@ -1,4 +1,4 @@
-"""What users call on any tensor: the codec as plain functions."""
+"""The public functions quantize and dequantize, which take any tensor."""
 
 from __future__ import annotations
 

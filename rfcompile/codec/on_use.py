@@ -1,4 +1,4 @@
-"""What is loaded when it is first used, and not with the package.
+"""Loads the operators of ``torch.ops.rfcompile`` when one of them is first used.
 
 Private torch symbol used here, tried on torch 2.11 to 2.15: ``torch._ops._OpNamespace``, what
 ``torch.ops.NAME`` is.

@@ -1,9 +1,9 @@
-"""The codec as torch operators, so that graphs show ``rfcompile.quantize`` as one node.
+"""The codec as torch operators, so that a graph shows ``rfcompile.quantize`` as one node.
 
 Every operator has an eager kernel (``arithmetic.py`` itself), a fake kernel that works on symbolic
-sizes, and, once ``inductor/lowering.py`` is loaded, an Inductor lowering of the same formula. A
-format goes by its text (:attr:`QuantFormat.spec`), which keeps graphs readable and cache keys
-honest.
+sizes, and, once ``inductor/lowering.py`` is loaded, an Inductor lowering of the same formula. An
+operator takes a format as its text (:attr:`QuantFormat.spec`). So graphs are readable, and every
+format has its own cache key.
 """
 
 from __future__ import annotations

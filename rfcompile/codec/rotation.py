@@ -1,4 +1,4 @@
-"""The randomized Hadamard rotation of a group; open this file to see how outliers are spread.
+"""The randomized Hadamard rotation of a group, which spreads outliers before coding.
 
 A block of ``n`` values becomes ``y = H D x / n`` with Sylvester's Hadamard matrix ``H`` and random
 signs ``D``, drawn among those that spread a constant block evenly; back it is ``x = D H y``. ``n``

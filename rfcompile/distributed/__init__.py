@@ -1,4 +1,4 @@
-"""Quantized traffic that is in no graph: DDP, FSDP2, pipeline stages, optimizer states."""
+"""Hooks for traffic that is in no graph: DDP, FSDP2, pipeline stages, optimizer states."""
 
 from rfcompile.distributed.ddp import DDPHandle, quantize_ddp
 from rfcompile.distributed.fsdp import FSDPHandle, quantize_fsdp

@@ -1,4 +1,4 @@
-"""Which parameters of a flat buffer travel together, and in which format; nothing is sent here.
+"""Decides which parameters of a flat buffer travel together, and in which format.
 
 DDP and FSDP lay the values of several parameters side by side and send them at once: DDP gradients,
 ``[elements]``, FSDP shards of weights, ``[elements]``, and of gradients, ``[ranks, elements]``.

@@ -1,4 +1,4 @@
-"""The codec operators for wires outside compiled graphs: as they are, or as generated kernels.
+"""The codec outside compiled graphs: as eager operators or as generated kernels.
 
 DDP, FSDP2 and pipelines code between eager collectives. Eagerly the codec runs operator by
 operator; compiled, each of its operators is one kernel, with the same bytes. A kernel is made once

@@ -1,4 +1,4 @@
-"""Quantized gradients for DistributedDataParallel: a communication hook on its buckets.
+"""quantize_ddp: a DDP communication hook that quantizes the gradients of each bucket.
 
 Private torch symbols used here, tried on torch 2.13: ``_use_python_reducer`` of a DDP module, and
 its ``_get_ddp_logging_data``, which names the hook it has.
@@ -37,36 +37,42 @@ def quantize_ddp(
     error_feedback: bool = False,
     coder: CoderName = "eager",
 ) -> "DDPHandle":
-    """Let a DDP module average its gradients in the format of ``policy.gradients``.
+    """Make a DDP module average its gradients in the format of ``policy.gradients``.
 
-    A bucket's gradients become ``mean over ranks of C(g)``, coded again by ``C`` (the codec's round
-    trip): what :func:`rfcompile.all_reduce` with ``op="avg"`` gives, with its error bound and the
-    same bytes, bit-identical on every rank. It runs beside the backward pass, on a thread and in a
-    process group of its own. Every rank of the module's process group must call this, after
-    wrapping and before ``torch.compile``; between two steps of a training is fine too.
+    The gradients ``g`` of a bucket become ``C(mean over ranks of C(g))``, where ``C`` is the round
+    trip of the codec. This is the result of :func:`rfcompile.all_reduce` with ``op="avg"``: the
+    same bytes, the same error bound, bit-identical on every rank. The averaging runs while the
+    backward pass runs, on a thread and in a process group of its own. Every rank of the module's
+    process group must call ``quantize_ddp``, after wrapping and before ``torch.compile``. A call
+    between two steps of a training works too.
 
     Args:
-        ddp: wrapped as usual; no hook of its own.
-        policy: as everywhere: bits, a format, a mapping, a Policy; None is exact. ``sites`` takes
-            names of parameters, or of their modules. Parameters of a bucket that share a format
-            travel together; ``min_bytes`` counts those of a bucket that ``sites`` does not name.
-        error_feedback: add to each step what the quantization of the last one left over. It costs
-            4 bytes a parameter, and a checkpoint should hold the handle's state_dict.
-        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
-            are faster, after half a minute or less in the first step. Same bytes. Stochastic
-            rounding stays eager. See ``coders.py``.
+        ddp: a DDP module, wrapped as usual, without a communication hook.
+        policy: bits, a format, a mapping or a Policy; None is exact. ``sites`` takes names of
+            parameters, or of their modules. Parameters of a bucket that share a format travel
+            together. ``min_bytes`` counts the parameters of a bucket that ``sites`` does not name.
+        error_feedback: add to each step the error that quantization made in the step before. This
+            costs 4 bytes a parameter. A checkpoint should hold the handle's state_dict.
+        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
+            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
+            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
     Stochastic rounding takes another seed on each rank, for each bucket and in each step.
 
-    Backward raises the errors of a collective: NonFiniteError as the format asks for, and
-    TransportError when a rank died or did not answer within the timeout of the process group.
+    The backward pass raises the errors of a collective: NonFiniteError if the format asks for it,
+    and TransportError if a rank died or did not answer within the timeout of the process group.
 
-    Raises:
-        On every rank, naming the one that met it: HookError: ``ddp`` is no DDP module, or has a
-        hook already. PolicyError, FormatError: the policy is not understood. RankMismatchError:
-        ranks use another policy or version. TransportError: a rank died, or did not answer in time.
-        A rank whose module is not DDP can tell the others only while the default process group is
-        the only one; else they wait for the timeout of theirs.
+    Returns:
+        A :class:`~rfcompile.distributed.DDPHandle`.
+
+    Raises (on every rank, with the name of the rank that has the error):
+        HookError: ``ddp`` is no DDP module, or has a hook already.
+        PolicyError, FormatError: the policy is not understood.
+        RankMismatchError: ranks use another policy or version.
+        TransportError: a rank died, or did not answer in time.
+
+    A rank whose module is not DDP can tell the other ranks only if the default process group is the
+    only one. Otherwise the other ranks wait for the timeout of their process group.
     """
     chosen, codes = together(_group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy, coder))
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
@@ -95,7 +101,7 @@ class _Bucket:
 
 
 class DDPHandle(Handle):
-    """What :func:`quantize_ddp` returns: report, checkpoints, and the way back."""
+    """What :func:`quantize_ddp` returns: the report, the state for checkpoints, ``remove()``."""
 
     def __init__(
         self, ddp: DistributedDataParallel, policy: Policy, coder: Coder, *, error_feedback: bool
@@ -205,9 +211,10 @@ class DDPHandle(Handle):
     # ---- what the user has of it ---------------------------------------------------------
 
     def report(self) -> Report:
-        """A line for each part of a bucket, with the bytes of one step (one synchronized backward).
+        """Return a report with one line for each part of a bucket, and the bytes of one step.
 
-        DDP knows its final buckets after the first step; before, the report is preliminary.
+        A step is one synchronized backward pass. DDP knows its final buckets after the first step.
+        So the report before that is preliminary.
         """
         parts = [(i, b, part) for i, b in sorted(self._buckets.items()) for part in b.parts]
         name = self._worker.group_name
@@ -224,11 +231,11 @@ class DDPHandle(Handle):
         return Report.of(self._policy, sites, names=names, options=feedback, notes=notes)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The residuals of error feedback by parameter name; empty without error feedback.
+        """Return the residuals of error feedback by parameter name; empty without error feedback.
 
-        Each is the mean over ranks, float32 or complex64, in the parameter's shape: what its mean
-        gradient is still owed. It is the same on every rank and fits any number of ranks and any
-        buckets. Every rank must call, between two steps.
+        A residual is the mean over ranks of what the sent gradients still lack, float32 or
+        complex64, in the shape of the parameter. The residuals are the same on every rank, and fit
+        any number of ranks and any buckets. Every rank must call this, between two steps.
         """
         if self._feedback is None:
             return {}
@@ -236,11 +243,11 @@ class DDPHandle(Handle):
             return self._feedback.state_dict(self._group)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with the residuals of a :meth:`state_dict`; every rank must call.
+        """Continue with the residuals of a :meth:`state_dict`; every rank must call this.
 
-        Raises:
-            On every rank, naming the one that met it: StateError: the model has no such parameter,
-            or error feedback is off. TransportError: a rank died, or did not answer in time.
+        Raises (on every rank, with the name of the rank that has the error):
+            StateError: the model has no such parameter, or error feedback is off.
+            TransportError: a rank died, or did not answer in time.
         """
         site = "loading the state of error feedback"
         together(self._group, site, lambda: self._load_residuals(state))
@@ -257,11 +264,12 @@ class DDPHandle(Handle):
             )
 
     def remove(self) -> None:
-        """Average exactly from the next step on; every rank must call.
+        """Average exactly from the next step on; every rank must call this.
 
-        The thread ends and the process group is destroyed, as they are when the module is
-        collected. DDP cannot take a hook back: this one stays, averages in the module's own group,
-        and adds what error feedback still holds to the first exact gradients.
+        The thread ends and the process group is destroyed. (Both also happen when the module is
+        garbage collected.) DDP cannot unregister a hook. So the hook stays, averages in the
+        module's own process group, and adds the residuals of error feedback to the first exact
+        gradients.
         """
         self._policy, self._is_removed = Policy(), True
         self._buckets.clear()

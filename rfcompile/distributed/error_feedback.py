@@ -1,4 +1,4 @@
-"""Error feedback: what quantization took from a step's gradients is added to the next step's.
+"""Error feedback: adds the quantization error of one step to the gradients of the next.
 
 With ``g`` a rank's gradient, ``e`` its residual and ``C`` the round trip of the codec, the rank
 sends ``c = g + e`` and keeps ``e' = c - C(c)``. So summed over steps the means of what was sent and

@@ -1,4 +1,4 @@
-"""Quantized weights and gradients for FSDP2, ``torch.distributed.fsdp.fully_shard``."""
+"""quantize_fsdp: quantized weights and gradients for FSDP2 (``fully_shard``)."""
 
 from __future__ import annotations
 
@@ -32,42 +32,47 @@ def quantize_fsdp(
     weight_delta: bool = False,
     coder: CoderName = "eager",
 ) -> FSDPHandle:
-    """Let every FSDP2 unit of a module gather weights and reduce gradients as the policy says.
+    """Make every FSDP2 unit of a module gather weights and reduce gradients in quantized form.
 
-    All-gathers take ``policy.weights``: each rank's shard ``w`` becomes ``C(w)``, ``C`` the codec's
-    round trip, on every rank alike, its owner included. Optimizers keep updating the exact shards.
-    Reduce-scatters take ``policy.gradients`` and give what :func:`rfcompile.reduce_scatter` gives,
-    averaged or divided as FSDP asks. Ranks of every mesh of the module must call this, after
-    ``fully_shard`` and between two steps.
+    All-gathers use ``policy.weights``: each shard ``w`` becomes ``C(w)``, where ``C`` is the round
+    trip of the codec. Every rank computes with ``C(w)``, also the rank that owns ``w``. Optimizers
+    update the exact shards. Reduce-scatters use ``policy.gradients`` and give the result of
+    :func:`rfcompile.reduce_scatter`, averaged or divided as FSDP asks. All ranks of every mesh of
+    the module must call ``quantize_fsdp``, after ``fully_shard`` and between two steps.
 
     Args:
         module: a module with ``fully_shard`` applied to it or to modules inside, in any nesting.
-        policy: as everywhere: bits, a format, a mapping, a Policy; bits or a format are for weights
-            and gradients both, None is exact. ``sites`` takes names of parameters, of their
-            modules, or of the units. Parameters of a unit that share a format travel together;
-            ``min_bytes`` counts the input of a unit's collective, as far as ``sites`` does not
-            name it.
-        weight_delta: send the quantized difference of each shard to what was last sent, so that
-            errors do not add up and 4 bits suffice. Each rank then keeps a copy of the decoded
-            weights, in the dtype they are gathered in, and backward gathers nothing. The first
-            gather is exact. See ``weight_delta.py``.
-        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
-            are faster, after half a minute or less in the first step. Same bytes. Stochastic
-            rounding stays eager. See ``coders.py``.
+        policy: bits, a format, a mapping or a Policy; None is exact. Bits or a format apply to
+            weights and to gradients. ``sites`` takes names of parameters, of their modules, or of
+            the units. Parameters of a unit that share a format travel together. ``min_bytes``
+            counts the input of a unit's collective, without the parameters that ``sites`` names.
+        weight_delta: send the quantized difference between each shard and the values that all ranks
+            decoded last time. So errors do not add up, and 4 bits are enough. Each rank then keeps
+            a copy of the decoded weights, in the dtype in which they are gathered, and the backward
+            pass gathers nothing. The first gather is exact. See ``weight_delta.py``.
+        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
+            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
+            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
-    Stochastic rounding of gradients takes another seed on each rank and in each step; that of
-    weights one seed, so that backward sees the weights of forward.
+    Stochastic rounding of gradients takes another seed on each rank and in each step. Stochastic
+    rounding of weights takes one seed, so that the backward pass sees the weights of the forward
+    pass.
 
-    Forward and backward raise the errors of a collective: NonFiniteError as the format asks for,
-    and TransportError when a rank died or did not answer within the timeout of the process group.
+    Forward and backward raise the errors of a collective: NonFiniteError if the format asks for it,
+    and TransportError if a rank died or did not answer within the timeout of the process group.
 
-    Raises:
-        On every rank, naming the one that met it: HookError: nothing in ``module`` is sharded by
-        ``fully_shard``, a unit has replicas of a single shard (its all-reduce is FSDP's own), or a
-        unit has another custom communication. PolicyError, FormatError: the policy is not
-        understood. RankMismatchError: ranks use another policy or version. TransportError: a rank
-        died, or did not answer in time. A rank without any unit can tell the others only while the
-        default process group is the only one; else they wait for the timeout of theirs.
+    Returns:
+        A :class:`~rfcompile.distributed.FSDPHandle`.
+
+    Raises (on every rank, with the name of the rank that has the error):
+        HookError: nothing in ``module`` is sharded by ``fully_shard``, a unit has replicas of a
+            single shard (FSDP itself all-reduces them), or a unit has another custom communication.
+        PolicyError, FormatError: the policy is not understood.
+        RankMismatchError: ranks use another policy or version.
+        TransportError: a rank died, or did not answer in time.
+
+    A rank without any unit can tell the other ranks only if the default process group is the only
+    one. Otherwise the other ranks wait for the timeout of their process group.
     """
     groups = _groups_of(module)
     chosen, units, codes = _everywhere(groups, lambda: _prepared(module, policy, coder))
@@ -77,7 +82,7 @@ def quantize_fsdp(
 
 
 class FSDPHandle(Handle):
-    """What :func:`quantize_fsdp` returns: the report, and the way back."""
+    """What :func:`quantize_fsdp` returns: the report, ``reset()`` and ``remove()``."""
 
     def __init__(
         self,
@@ -101,13 +106,11 @@ class FSDPHandle(Handle):
         self._hook: Any = module.register_load_state_dict_post_hook(lambda *_: self.reset())
 
     def report(self) -> Report:
-        """A line for each part of a unit's collectives, with the bytes of one run of each.
+        """Return a report: a line for each part of a unit's collectives, with the bytes of one run.
 
-        A unit whose gradients come at different times reduces several buffers a step: each size
-        has its lines.
-
-        A step runs each line once; with gradient accumulation, gathers once a pass. What a pass
-        needs is known when one has run: before, the report is empty.
+        A step runs each line once. With gradient accumulation each pass runs the gathers once. If
+        the gradients of a unit come at different times, the unit reduces several buffers a step,
+        and each size of a buffer has lines of its own. Before the first pass the report is empty.
         """
         sites = [
             site
@@ -136,16 +139,16 @@ class FSDPHandle(Handle):
     def reset(self) -> None:
         """With weight_delta: send the weights exactly in the next forward pass.
 
-        ``load_state_dict`` of the module does it. Without, weights that were replaced reach the
-        other ranks within a few steps, as differences do not accumulate errors, but training does
-        not go on exactly as from the checkpoint. A run that resets after saving one goes on as the
-        run that loads it.
+        ``load_state_dict`` of the module calls this. Without a reset the other ranks get replaced
+        weights within a few steps, because the errors of differences do not add up. But without a
+        reset training does not continue exactly as from the checkpoint. If a run resets after it
+        saved a checkpoint, the run continues exactly like a run that loads this checkpoint.
         """
         for all_gather, _ in self._comms:
             all_gather.reset()
 
     def remove(self) -> None:
-        """Give the units their exact communication back; every rank must call, between steps."""
+        """Communicate exactly again; every rank must call this, between two steps."""
         for all_gather, reduce_scatter in self._comms:
             all_gather.unit.set_comms(all_gather.inner, reduce_scatter.inner)
         self._comms, self._policy, self._weight_delta = [], Policy(), False

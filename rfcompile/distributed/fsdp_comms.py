@@ -1,7 +1,7 @@
-"""What FSDP2 calls instead of its own all-gather and reduce-scatter: the same, quantized.
+"""The quantized all-gather and reduce-scatter that FSDP2 calls instead of its own.
 
-A unit's parameters lie side by side in a flat buffer. Those of one format travel together (see
-``buckets.py``); what stays exact goes through the communication that the unit had before.
+The parameters of a unit lie side by side in a flat buffer. Parameters of one format travel together
+(see ``buckets.py``). Parameters that stay exact use the communication that the unit had before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FSDP2's parameter groups; the one file that touches what torch keeps private about them.
+"""The units (parameter groups) of FSDP2, and every private part of FSDP2 that we read.
 
 Private torch symbols used here, tried on torch 2.11 to 2.15:
 

@@ -1,14 +1,15 @@
-"""Pipeline stages that send quantized activations and gradients, under torch's own schedules.
+"""Pipeline stages that send quantized activations and gradients, under torch's schedules.
 
-A schedule asks its stage for P2P operations and posts them itself; here the tensor of such an
-operation becomes a payload, which is decoded when the stage retrieves what it received. All of
-torch.distributed.pipelining that is overridden or read, private parts included, is in this file,
-tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_bwd_send_ops``, ``get_fwd_recv_ops``,
-``get_bwd_recv_ops``, ``_retrieve_recv_activations``, ``_retrieve_recv_grads``,
-``set_local_fwd_input``, ``get_local_bwd_output``, ``clear_runtime_states``;
-``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``; ``args_recv_info``,
-``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage, and where it keeps its
-outputs (``torch_versions.py``). All are looked for when a stage is made.
+A schedule of torch asks its stage for P2P operations and posts these operations. A stage of this
+file replaces the tensor of each operation by a payload. The stage decodes a received payload when
+the schedule retrieves it. This file overrides or reads these parts of torch.distributed.pipelining,
+private ones included, tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_bwd_send_ops``,
+``get_fwd_recv_ops``, ``get_bwd_recv_ops``, ``_retrieve_recv_activations``,
+``_retrieve_recv_grads``, ``set_local_fwd_input``, ``get_local_bwd_output``,
+``clear_runtime_states``; ``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``;
+``args_recv_info``, ``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage,
+and where it keeps its outputs (``torch_versions.py``). A new stage checks that all of them are
+there.
 """
 
 from __future__ import annotations
@@ -65,18 +66,20 @@ class _QuantizedStage(Handle, _PipelineStageBase):
     _is_removed = False
 
     def report(self) -> Report:
-        """A line for each tensor that a micro-batch sends, with the bytes of the last step.
+        """Return a report: a line for each tensor of a micro-batch, with the last step's bytes.
 
-        What a schedule hands to a stage on the same rank is listed by the stage that has it in
-        hand: activations by the one that gets them, gradients by the one that made them.
+        A schedule may hand a tensor to another stage on the same rank. Such an
+        activation is in the report of the stage that receives it. Such a gradient is in the report
+        of the stage that made it.
         :func:`~rfcompile.merge_reports` joins the reports of a rank's stages.
         """
         return self._wire.report(name_of(resolve(self.group)), self.group_size)
 
     def remove(self) -> None:
-        """Send exactly from the next step on; every rank must call, between two steps.
+        """Send exactly from the next step on; every rank must call this, between two steps.
 
-        The stage stays what it is, and :func:`quantize_pipeline_stage` takes it again.
+        The class of the stage does not change back. :func:`quantize_pipeline_stage` accepts the
+        stage again.
         """
         self._is_removed = True
         self._wire = StageWire(Policy(), self.stage_index, self.num_stages, OPERATORS)
@@ -185,40 +188,41 @@ class _QuantizedStage(Handle, _PipelineStageBase):
 
 
 class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
-    """A ``torch.distributed.pipelining.PipelineStage`` whose activations and gradients are coded.
+    """A PipelineStage of torch.distributed.pipelining that sends quantized tensors.
 
-    What crosses to another rank becomes ``C(x)``, the codec's round trip of each micro-batch's
-    tensor by itself (error bound of :class:`~rfcompile.QuantFormat`): activations in the format of
-    ``policy.activations``, gradients in that of ``policy.gradients``. The payload is that of
-    :func:`rfcompile.quantize`, and the receiver decodes, bit for bit, what
-    :func:`rfcompile.dequantize` makes of it. Any schedule of torch drives it. Tensors of other
-    dtypes, empty ones, and what a schedule hands to a stage on the same rank stay exact.
+    Each tensor ``x`` of a micro-batch that goes to another rank becomes ``C(x)``, where ``C`` is
+    the round trip of the codec (error bound: :class:`~rfcompile.QuantFormat`). Activations have the
+    format ``policy.activations``, gradients the format ``policy.gradients``. The stage sends the
+    payload of :func:`rfcompile.quantize`. The receiver decodes the same values, bit for bit, as
+    :func:`rfcompile.dequantize`. Every schedule of torch works. These tensors stay exact: tensors
+    of other dtypes, empty tensors, and tensors that a schedule hands to a stage on the same rank.
 
-    Every rank of the group must create its stages at the same time, the same number each: they
-    compare policies and versions.
+    Every rank of the group must create its stages at the same time, and the same number of stages,
+    because the ranks compare policies and versions.
 
     Args:
-        args, kwargs: those of PipelineStage in the torch that is installed.
-        policy: as everywhere: bits, a format, a mapping, a Policy; None is exact. A pattern of
-            ``sites`` is compared with ``stages.N``, where stage N sends: activations to the next
-            stage, gradients to the one before. ``min_bytes`` counts a tensor of one micro-batch.
-        coder: "eager", or "compiled": kernels that Inductor generates, once a format for all sizes,
-            are faster, after half a minute or less in the first step. Same bytes. Stochastic
-            rounding stays eager. See ``coders.py``.
+        args, kwargs: the arguments of PipelineStage in the installed torch.
+        policy: bits, a format, a mapping or a Policy; None is exact. A pattern of ``sites`` is
+            compared with ``stages.N``, where N is the stage that sends: activations to the next
+            stage, gradients to the stage before. ``min_bytes`` counts a tensor of one micro-batch.
+        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
+            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
+            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
     Stochastic rounding takes another seed for each tensor, micro-batch, step and stage.
 
     With ``nonfinite="raise"`` a step raises NonFiniteError on the rank that sends NaN or Inf, and
-    on the one that receives it; ranks further away get an error of their process group when those
-    are gone, or at its timeout. So do all when a rank dies: torch's schedule raises that one, a
-    RuntimeError. In any case the processes must start again with new process groups.
+    on the rank that receives it. The other ranks get an error of their process group when these two
+    are gone, or at its timeout. If a rank dies, all other ranks get such an error too: a
+    RuntimeError from torch's schedule. In each case the processes must start again with new process
+    groups.
 
-    Raises:
-        On every rank, naming the one that met it: PolicyError, FormatError: the policy is not
-        understood. RankMismatchError: ranks use another policy or version. PeerError: another rank
-        failed otherwise (what torch's PipelineStage raises there). TransportError: a rank died, or
-        did not answer in time. And in a step, ShapeError: a micro-batch has another size than the
-        first.
+    Raises (on every rank, with the name of the rank that has the error):
+        PolicyError, FormatError: the policy is not understood.
+        RankMismatchError: ranks use another policy or version.
+        PeerError: another rank failed by an error of torch's own PipelineStage.
+        TransportError: a rank died, or did not answer in time.
+        ShapeError: in a step: a micro-batch has another size than the first.
     """
 
     def __init__(
@@ -232,19 +236,25 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
 
 
 def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName = "eager") -> Any:
-    """Make a stage that exists one that sends as :class:`QuantizedPipelineStage` does.
+    """Make an existing stage send quantized tensors, as :class:`QuantizedPipelineStage` does.
 
-    For what ``pipeline(...).build_stage(...)`` returns, and for other stages than PipelineStage.
-    Every rank must call it, between two steps. The stage itself is changed: its class becomes one
-    that derives from its own and has ``report()`` and ``remove()`` in addition.
+    Use this for the stage that ``pipeline(...).build_stage(...)`` returns, and for other stages
+    than PipelineStage. Every rank must call this, between two steps. The function changes the stage
+    itself: its new class derives from its old class and adds ``report()`` and ``remove()``.
+
+    Args:
+        stage: the stage.
+        policy, coder: as in :class:`QuantizedPipelineStage`.
 
     Returns:
         ``stage``.
 
     Raises:
-        HookError: ``stage`` is no stage, or is quantized already. And as QuantizedPipelineStage.
-        A rank with no stage at all can tell the others only while the default process group is the
-        only one; else they wait for the timeout of theirs.
+        HookError: ``stage`` is no stage, or is quantized already. And every error of
+            QuantizedPipelineStage.
+
+    A rank without any stage can tell the other ranks only if the default process group is the only
+    one. Otherwise the other ranks wait for the timeout of their process group.
     """
     kind, site = type(stage), "quantize_pipeline_stage"
 

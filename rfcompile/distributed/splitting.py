@@ -1,4 +1,4 @@
-"""A model cut into pipeline stages at its boundaries: between repeated blocks."""
+"""split_at_boundaries: cuts a model into pipeline stages between its repeated blocks."""
 
 from __future__ import annotations
 

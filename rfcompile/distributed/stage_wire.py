@@ -1,7 +1,7 @@
-"""What a pipeline stage puts on the wire: payloads in place of tensors, and a record of a step.
+"""The payloads that a pipeline stage sends in place of tensors, and a record of each step.
 
-Nothing is sent here, and no part of torch.distributed.pipelining is touched: that is
-``pipeline_stage.py``.
+This file sends nothing and touches no part of torch.distributed.pipelining; ``pipeline_stage.py``
+does both.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Weight differences: send what changed since the last gather, so that errors do not add up.
+"""Weight differences for FSDP2: sends what changed since the last gather of weights.
 
-With ``w`` a rank's shard and ``c`` what all ranks decoded for it so far, the rank sends ``C(w -
-c)`` and every rank, this one too, goes on with ``c' = c + C(w - c)``, ``C`` the round trip of the
-codec. The error of ``c'`` is that of coding one difference, which is small because a step changes
-weights little; what it leaves over is part of the next difference.
+Let ``w`` be the shard of a rank, ``c`` the values that all ranks decoded for this shard so far, and
+``C`` the round trip of the codec. The rank sends ``C(w - c)``. Every rank, this one too,
+continues with ``c' = c + C(w - c)``. The error of ``c'`` is the error of coding one difference. The
+difference is small, because a step changes weights little. The next difference contains the error.
 
-Every rank keeps ``c`` of all shards: the size of the full weights in the dtype of the gather.
-That is the price: the shards of gradients and optimizer state still divide by the ranks, the
-weights no longer do. The backward pass takes that copy and gathers nothing.
+The price is memory: every rank keeps ``c`` of all shards, which is the size of the full weights in
+the dtype of the gather. Gradients and optimizer state are still divided among the ranks, but the
+weights are not. The backward pass uses the copy ``c`` and gathers nothing.
 
 Source of the idea: SDP4Bit (arXiv 2410.15526).
 """

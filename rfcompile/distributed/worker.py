@@ -1,9 +1,9 @@
-"""A thread and a process group of its own, for collectives that run beside the backward pass.
+"""A thread with its own process group that runs collectives during the backward pass.
 
-A collective may not block in the callback of a gloo future (it would wait for the very thread it
-runs on), and one on the group of the training loop could meet another of its collectives in
-another order on another rank. So jobs run one after another, in the order in which they were
-submitted, on one thread and in a group that nobody else uses.
+Two things do not work. A collective in the callback of a gloo future would wait for the thread that
+the callback runs on. And on the process group of the training loop, two ranks could run this
+collective and another one in different orders. So the worker has one thread and a process group
+that nobody else uses, and runs its jobs one after another, in the order in which they came.
 """
 
 from __future__ import annotations

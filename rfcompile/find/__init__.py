@@ -1,1 +1,1 @@
-"""What a graph has where: read-only analyses, shared by the passes and the rewrites."""
+"""Read-only analyses of a graph, shared by the passes and the rewrites of modules."""

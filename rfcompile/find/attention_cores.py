@@ -1,4 +1,4 @@
-"""Where a graph has attentions: fused or written out, softmax or polynomial."""
+"""Finds the attentions of a graph: fused or written out, softmax or polynomial."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operations do to the axes of tensors: which they reduce, broadcast, move or pick from.
+"""Tells what an operation does to the axes of a tensor: reduce, broadcast, move or pick.
 
 Axes count from the end: -1 is the last one. A size is 1 only where the graph says so as a number,
 so symbolic sizes are never compared and no guard is added.

@@ -1,4 +1,4 @@
-"""Where tensors cross the wire in a graph: analysis only, shared by the rewrites of collectives."""
+"""Finds the places in a graph where a tensor is sent to other ranks."""
 
 from __future__ import annotations
 

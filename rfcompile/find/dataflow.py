@@ -1,4 +1,4 @@
-"""Which tensor is computed from which: the graph as a list of values, nested graphs included."""
+"""Tells which tensor of a graph is computed from which, nested graphs included."""
 
 from __future__ import annotations
 

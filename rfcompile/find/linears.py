@@ -1,4 +1,4 @@
-"""The linears of an exported graph: every multiplication by a parameter, in any spelling."""
+"""Finds the linears of an exported graph: each multiplication by a parameter."""
 
 from __future__ import annotations
 

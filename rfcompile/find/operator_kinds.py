@@ -1,4 +1,4 @@
-"""Names of operators by what they do to values: the vocabulary of ``statistics.py``."""
+"""Lists of operator names by what the operators do to values; ``statistics.py`` reads them."""
 
 from __future__ import annotations
 

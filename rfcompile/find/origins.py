@@ -1,4 +1,4 @@
-"""What a value of a graph is, statistic or traffic, and what that says of what is made of it."""
+"""Origin: whether a value of a graph is a statistic or traffic, and what follows from that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contractions that stand for a reduction: how a sum is written as a matrix product or a pooling.
+"""Finds matrix products and poolings that are sums in another form.
 
 Undecomposed graphs keep them, as on CUDA: ``einsum("td,td->t", h, h)`` is a bmm, and a masked sum
 is a matrix with a mask. A real matrix stays traffic: one query over many keys, a head of one

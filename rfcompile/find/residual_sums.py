@@ -1,4 +1,4 @@
-"""Which sums of a graph are residual adds: the rule, on values; see ``FindResiduals``."""
+"""The rule that says which sums of a graph are residual adds; see ``FindResiduals``."""
 
 from __future__ import annotations
 

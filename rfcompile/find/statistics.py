@@ -1,4 +1,4 @@
-"""Which tensors of a graph are statistics: analysis only, for the passes that decide what travels.
+"""Finds the tensors of a graph that are statistics and must stay exact.
 
 A quantized activation is off by a little in each of thousands of features, and what reads it next
 is a contraction, which averages that. A statistic stands for a whole row (or for all rows of a

@@ -1,4 +1,4 @@
-"""One reading of the many ways to write a sum, a copy, or a scaled copy of a tensor.
+"""Reads the many ways to write a sum, a copy or a scaled copy of a tensor as one.
 
 Nothing is rewritten: an analysis must leave the graph, and its numbers, as they are.
 """

@@ -1,4 +1,4 @@
-"""How a backward graph uses its values: what a forward pass reduced, it spreads again."""
+"""Finds the gradients that a backward graph spreads over the features again."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A model as a graph: captured, printed; where its nodes come from; how passes run."""
+"""A model as a graph: how it is captured and printed, and how passes rewrite it."""

@@ -1,4 +1,4 @@
-"""Which modules of a model end at a communication boundary."""
+"""Finds the modules of a model at whose ends a fake wire stands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module as a graph: where diffs and reports get theirs when the user gives a module."""
+"""Captures a module as a graph, for diffs, reports and rewrites."""
 
 from __future__ import annotations
 

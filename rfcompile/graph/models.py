@@ -1,4 +1,4 @@
-"""Models as transform takes them: copies, what torch.compile wrapped, and graphs with shapes."""
+"""Helpers for whole models: copy them, unwrap compiled ones, give graphs shapes."""
 
 from __future__ import annotations
 

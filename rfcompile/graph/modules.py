@@ -1,4 +1,4 @@
-"""Which modules a user means: paths and shell patterns, read alike by every door."""
+"""Reads ``modules=``: the paths, shell patterns or functions that choose modules."""
 
 from __future__ import annotations
 

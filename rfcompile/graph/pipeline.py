@@ -1,4 +1,4 @@
-"""How rewrites run: the protocol of a pass, the runner, and the record of what was done."""
+"""How passes run: the protocol of a pass, the runner, and the record of what was done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a node of a graph comes from in the user's model: the line, the module, the call."""
+"""Tells where a node of a graph comes from in the user's model: line, module, call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put what a function does into a graph, as nodes: traced with the values that are there."""
+"""Inserts the nodes of a traced function into a graph."""
 
 from __future__ import annotations
 

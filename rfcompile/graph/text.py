@@ -1,4 +1,4 @@
-"""THE text form of an fx graph, written and read: what diffs and reports are made of."""
+"""The text form of an fx graph, written and read, which diffs and reports are made of."""
 
 from __future__ import annotations
 

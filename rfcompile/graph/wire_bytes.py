@@ -1,4 +1,4 @@
-"""What the collectives of a graph cost, read off the graph's text."""
+"""Counts the bytes that the collectives of a graph send, from the graph's text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The only room that touches Inductor: the backend and the lowering of the operators."""
+"""The backend and the lowering of the operators: the only room that touches Inductor."""

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="rfquant")``: rewrite the collectives, then let Inductor compile.
+"""The backend "rfquant" of torch.compile: rewrites the collectives, then calls Inductor.
 
 The rewrite runs on AOTAutograd's forward and backward graphs just before Inductor gets them, so
 Inductor's own passes and those the user configured all still run, and its cache sees the rewritten

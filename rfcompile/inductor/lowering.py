@@ -1,4 +1,4 @@
-"""How Inductor compiles the codec operators: one visible node each, fused with its neighbours.
+"""How Inductor compiles the codec operators: one node each, fused with its neighbours.
 
 Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
 anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and

@@ -1,1 +1,1 @@
-"""Operators and modules that stand in rewritten models."""
+"""Operators and modules that rewritten models contain."""

@@ -1,4 +1,4 @@
-"""Token Graying as a torch operator: the spectrum of a token matrix is made flatter by a power."""
+"""Token Graying as a torch operator: a power makes the spectrum of a token matrix flatter."""
 
 from __future__ import annotations
 

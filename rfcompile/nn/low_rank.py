@@ -1,4 +1,4 @@
-"""Linears whose weight has two factors: the formula, and what their modules have in common."""
+"""Linears whose weight is computed from two factors: the formula and the base module."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""torch's own attention with a temperature, and with polynomial weights.
+"""Subclasses of torch's own attention, with a temperature or with polynomial weights.
 
-Its forward is one function, which neither hooks nor modes enter: each is a subclass.
+The forward of ``nn.MultiheadAttention`` is one function, and neither hooks nor modes can change a
+part of it. So each variant is a subclass.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Polynomial attention in tensor code: the weights, and their product with the values in blocks.
+"""Polynomial attention in tensor code: the weights, and the product with the values.
 
 No N x N matrix is kept: a block of queries at a time computes its scores, and backward computes
 them again. :mod:`rfcompile.nn.polynomial_linear` is the form whose cost grows with N alone.

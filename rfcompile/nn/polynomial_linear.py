@@ -1,4 +1,4 @@
-"""Polynomial attention of power 1 and 2 in O(N): scores are inner products of features.
+"""Polynomial attention of power 1 and 2 whose cost grows linearly with the tokens.
 
 ``(q k)^p = phi(q) phi(k)``, phi being the vector itself or its products in pairs, so that
 ``sum_j (q k_j)^p v_j = phi(q) (sum_j phi(k_j) v_j^T)``: the sum is a state of fixed size. A causal

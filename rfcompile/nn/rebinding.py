@@ -1,4 +1,4 @@
-"""Copies of models whose ``forward`` was replaced on the instance: a copy calls its own parts.
+"""Copies models whose ``forward`` was replaced, so that a copy calls its own parts.
 
 ``copy.deepcopy`` copies no function, so that what ``model.forward = torch.compile(model.forward)``,
 a closure or a hook holds would still be a part of the model that was copied. Here such a function

@@ -1,4 +1,4 @@
-"""The submodule that stands where a residual add was; open this file to see what a skip became."""
+"""ResidualSite: the submodule that takes the place of a residual add."""
 
 from __future__ import annotations
 

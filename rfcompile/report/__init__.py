@@ -1,1 +1,1 @@
-"""What was done: reports as data, as text, as JSON and as a page."""
+"""Reports on what was done: as data, as text, as JSON and as a page."""

@@ -1,4 +1,4 @@
-"""GraphDiff: what a rewrite did to a graph, as text, as a page or as JSON.
+"""GraphDiff: the difference of two graphs, as text, as an HTML page or as JSON.
 
 All of it is read from graph texts, so a stored text compares as well as a graph in memory.
 """

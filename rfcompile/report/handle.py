@@ -1,4 +1,4 @@
-"""What a door returns that changes something in place: its report, its state, and the way back."""
+"""Handle: the base class of what a hook returns, with a report, a state and ``remove()``."""
 
 from __future__ import annotations
 

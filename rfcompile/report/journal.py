@@ -1,4 +1,4 @@
-"""What this process compiled: the backend writes here, ``rfcompile.reports()`` reads."""
+"""The list of graphs that this process compiled; ``rfcompile.reports()`` reads it."""
 
 from __future__ import annotations
 

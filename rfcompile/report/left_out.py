@@ -1,7 +1,7 @@
-"""What Dynamo leaves uncompiled, and so exact: said in reports, with ``strict=True`` an error.
+"""Finds what Dynamo leaves uncompiled, for the notes of reports and for ``strict=True``.
 
-Dynamo has no hook for its recompile limit: past it, it runs a function as it is and calls no
-backend again. So the question that it asks itself is watched.
+Dynamo has no hook for its recompile limit. Beyond the limit Dynamo runs a function uncompiled and
+does not call the backend again. So this file wraps the function in which Dynamo checks the limit.
 
 Private torch symbols used here, tried on torch 2.13 (run):
 ``_dynamo.convert_frame.exceeds_recompile_limit`` (a function of the cache's size and the compile

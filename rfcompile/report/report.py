@@ -1,4 +1,4 @@
-"""Report: which sites are quantized, why the others are not, and what that saves.
+"""Report and Site: which tensors are quantized, why others are not, the bytes saved.
 
 Data first (frozen dataclasses), text and JSON second.
 """

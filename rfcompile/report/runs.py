@@ -1,4 +1,4 @@
-"""How often compiled graphs run: what the backend returns is counted, and steps are measured."""
+"""Counts how often each compiled graph runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A training step in one report: graphs, counted as often as they run, hooks, optimizer states.
+"""measure_step and merge_reports: one report for a whole training step.
 
 Private torch symbol used here, tried on torch 2.11 to 2.15: ``_dynamo.eval_frame._stance``, what
 ``torch.compiler.set_stance`` sets.

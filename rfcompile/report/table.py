@@ -1,4 +1,4 @@
-"""What every report is: rows that print as a table, and plain data for JSON."""
+"""The base class of all reports: rows that print as a table and convert to JSON."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Rewrites of modules, one folder a method; ``protocol.py`` says what a rewrite is."""
+"""Rewrites of modules, one folder for each method; ``protocol.py`` says what a rewrite is."""

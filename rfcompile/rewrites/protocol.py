@@ -1,4 +1,4 @@
-"""What transform may change in a model's function: the protocol of a rewrite, and its reports."""
+"""The protocol of a rewrite of modules, how rewrites run, and where their reports are kept."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Where the wire stands in a model: fake wires at a module's boundaries, codes in a graph.
+"""Wire: puts fake wires at the ends of modules, and quantizes traffic in graphs.
 
-A forward hook sends what ``module(x)`` returns. Some models call ``module.forward(x)``, which runs
-no hook: where a model's code does that, its wires stand in ``forward`` itself. The first call of
-the model tells which wires did not run all the same.
+A fake wire is a forward hook that quantizes and dequantizes what ``module(x)`` returns. Some models
+call ``module.forward(x)``, which runs no hook. In such a model the fake wires stand in ``forward``
+itself. If some wires still do not run in the first call of the model, a warning names them.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ from rfcompile.wire.policy import Policy, Policyish
 
 @dataclass(frozen=True)
 class Wire:
-    """The wire of a model: what travels in which format, and where a fake wire stands.
+    """The wire of a model: the format of each kind of traffic, and the places of a fake wire.
 
     Args:
-        policy: bits, a format, a mapping, a :class:`~rfcompile.Policy`, "exact", the path of a TOML
-            file; left out, the default policy (:func:`~rfcompile.set_default_policy`). Bits or a
-            format are for all kinds of traffic.
-        modules: where a fake wire stands in a model without collectives: at the end of its
-            repeated blocks ("auto", "blocks"), of their branches ("branches"), or of any modules:
-            paths, shell patterns, or a function of (path, module). With collectives these are where
-            the traffic is, and ``modules`` has no effect, which a warning says. In a process group
-            of several ranks "auto" means collectives, anything else a fake wire.
+        policy: bits, a format, a mapping, a :class:`~rfcompile.Policy`, "exact", or the path of a
+            TOML file. If left out, the default policy (:func:`~rfcompile.set_default_policy`). Bits
+            or a format apply to all kinds of traffic.
+        modules: where a fake wire stands in a model without collectives. "auto" and "blocks": at
+            the end of each repeated block. "branches": at the end of the branches of each block
+            (attention, MLP). Paths or shell patterns: at the end of these modules. A function of
+            (path, module): at the end of each module for which it returns True. In a model with
+            collectives the wire stands where the collectives are. There ``modules`` has no effect,
+            and a warning says so. In a process group of several ranks "auto" means the collectives,
+            and any other value means a fake wire.
 
     Raises:
         PolicyError, FormatError: the policy is not understood, or there is none.

@@ -1,4 +1,4 @@
-"""Optimizer states that are quantized whenever the optimizer is not stepping."""
+"""quantize_states: keeps optimizer states quantized between the steps."""
 
 from __future__ import annotations
 
@@ -39,33 +39,40 @@ def quantize_states(
     offload: bool = False,
     packed_state_dict: bool = False,
 ) -> StatesHandle:
-    """Keep an optimizer's moments quantized between its steps.
+    """Keep the moments of an optimizer quantized between its steps.
 
-    Each step decodes the states, runs, and codes them again (:func:`pack` has the formula), so in
-    forward and backward they take ``bits / 8`` bytes an element and a scale a group; within the
-    step they are whole. What is not known to be a moment (weights, step sizes, preconditioners)
-    stays exact, unless ``sites`` names it; see ``moments.py`` and the report.
+    Each step decodes the states, runs, and codes the states again (:func:`pack` has the formula).
+    So during forward and backward the states take ``bits / 8`` bytes an element and one scale a
+    group. During the step they have their full size. A state that is not known to be a moment
+    (weights, step sizes, preconditioners) stays exact, unless ``sites`` names it. ``moments.py``
+    has the list, and the report gives the reason for each state.
 
     A wrapper that holds the optimizer (accelerate's, Lightning's, ZeroRedundancyOptimizer,
-    Lookahead) may be given in its place. A copy of the optimizer (``copy.deepcopy``, ``pickle``,
-    ``torch.save``) is quantized, too, with a handle of its own: :meth:`StatesHandle.of`.
+    Lookahead) may be given in place of the optimizer. A copy of the optimizer (``copy.deepcopy``,
+    ``pickle``, ``torch.save``) is quantized, too, and has a handle of its own:
+    :meth:`StatesHandle.of`.
 
     Args:
-        policy: as everywhere: bits, a format, a mapping, a Policy (``optimizer_state``,
-            ``min_bytes``, ``sites``). ``sites`` takes names of parameters, and
-            of states as ``parameter.key``: ``{"*.exp_avg_sq": 8, "embedding.weight.*": None}``; a
-            parameter without a name is ``parameter 3``, and its state also the key alone. With
-            ``nonfinite="raise"`` a step that leaves NaN or Inf in a state raises NonFiniteError:
-            the step is done, and all states of the optimizer stay decoded.
+        optimizer: a torch optimizer, or a wrapper that holds one.
+        policy: bits, a format, a mapping or a Policy (``optimizer_state``, ``min_bytes``,
+            ``sites``). ``sites`` takes names of parameters, and names of states in the form
+            ``parameter.key``: ``{"*.exp_avg_sq": 8, "embedding.weight.*": None}``. A parameter
+            without a name is called ``parameter 3``, and a pattern may then name its state by the
+            key alone. With ``nonfinite="raise"`` a step that leaves NaN or Inf in a state raises
+            NonFiniteError. Then the step is done, and all states of the optimizer stay decoded.
         offload: keep the payloads in host memory between steps.
-        packed_state_dict: ``optimizer.state_dict()`` holds payloads (a quarter of the size at 8
-            bits), from which training goes on bit for bit, instead of decoded tensors, which any
-            optimizer can load. ``load_state_dict`` takes both.
+        packed_state_dict: True: ``optimizer.state_dict()`` holds payloads (a quarter of the size at
+            8 bits), and training continues from them bit for bit. False: ``optimizer.state_dict()``
+            holds decoded tensors, which any optimizer can load. ``load_state_dict`` takes both.
+
+    Returns:
+        A :class:`StatesHandle`.
 
     Raises:
-        HookError: it is no optimizer. StateError: its states are quantized already.
-        PolicyError, FormatError: the policy is not understood. NonFiniteError: a state has NaN or
-        Inf and the format says "raise"; nothing was changed.
+        HookError: ``optimizer`` is no optimizer.
+        StateError: the states are quantized already.
+        PolicyError, FormatError: the policy is not understood.
+        NonFiniteError: a state has NaN or Inf and the format says "raise"; nothing was changed.
     """
     chosen = as_policy(policy)
     parts, wrappers = parts_of(optimizer)
@@ -91,7 +98,7 @@ def takes_packed(optimizer: Optimizer) -> bool:
 
 
 class StatesHandle(Handle):
-    """What :func:`quantize_states` returns: the report, and the way back."""
+    """What :func:`quantize_states` returns: the report, and ``remove()``."""
 
     def __init__(self, policy: Policy, *, offload: bool, packed_state_dict: bool) -> None:
         self._policy, self._offload, self._packs_dict = policy, offload, packed_state_dict
@@ -108,10 +115,10 @@ class StatesHandle(Handle):
 
     @staticmethod
     def of(optimizer: Optimizer) -> StatesHandle:
-        """The handle of an optimizer whose states are quantized, a copy's own one, too.
+        """Return the handle of an optimizer with quantized states; a copy has a handle of its own.
 
         Raises:
-            StateError: they are not.
+            StateError: the states of ``optimizer`` are not quantized.
         """
         part = parts_of(optimizer)[0][0]
         handle = handle_of(part)
@@ -122,7 +129,7 @@ class StatesHandle(Handle):
         return handle
 
     def remove(self) -> None:
-        """Decode the states for good; the optimizer is a plain one again."""
+        """Decode the states for good; afterwards the optimizer is a plain one again."""
         for hook in self._hooks:
             hook.remove()
         for optimizer in self._optimizers:
@@ -131,7 +138,7 @@ class StatesHandle(Handle):
         self._policy = Policy()
 
     def report(self) -> Report:
-        """A line a state: the bytes it takes at rest before and after, or why it stays exact."""
+        """Return a report: a line for each state, with its bytes at rest or why it stays exact."""
         sites: list[Site] = []
         owners: list[Owner] = []
         compared: list[str] = []

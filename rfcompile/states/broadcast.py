@@ -1,4 +1,4 @@
-"""Optimizer states from one rank to all: on resume, and when ranks join."""
+"""broadcast_states: sends optimizer states from one rank to all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several optimizers as one, and the optimizers inside of wrappers."""
+"""Finds the optimizers inside wrappers, and treats several optimizers as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies of an optimizer with quantized states: each is quantized, by a handle of its own.
+"""Makes copies of an optimizer with quantized states quantized too, each with its handle.
 
 torch.optim.Optimizer copies and pickles its parameters and states, and no hooks. So an optimizer
 with quantized states carries its handle and a ``__reduce_ex__`` in its own ``__dict__``, where

@@ -1,4 +1,4 @@
-"""A state_dict on its way into an optimizer whose states are quantized: checked before anything."""
+"""Checks a state_dict before an optimizer with quantized states loads it."""
 
 from __future__ import annotations
 

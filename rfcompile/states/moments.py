@@ -1,4 +1,4 @@
-"""Which states of an optimizer are moments, and the format of each; open this file to add a key.
+"""The list of optimizer states that are moments, and the format of each.
 
 A moment is an average of gradients: a rounding error of it fades, and moves a weight by a part of a
 learning rate. Other states are not so patient. Weights (ASGD's ``ax``, schedule-free's ``z``, slow

@@ -1,4 +1,4 @@
-"""What a packed state of a state_dict looks like, and the refusal of damaged ones."""
+"""Recognizes packed states in a state_dict, and refuses damaged ones."""
 
 from __future__ import annotations
 

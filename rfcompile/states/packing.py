@@ -1,4 +1,4 @@
-"""Tensors of optimizer states as payloads of the wire; open this file to see what is stored.
+"""Packs tensors of optimizer states into payloads, and unpacks them.
 
 A packed tensor in a state_dict is a dict of plain values, so that ``torch.save`` and a loader with
 ``weights_only=True`` take it. Zeros stay zeros: the grid is mid-tread, whatever the format says,

@@ -1,4 +1,4 @@
-"""Reports on optimizer states: which are quantized, their bytes, and why others stay exact."""
+"""The report on optimizer states: bytes at rest, and why a state stays exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed states of sharded parameters in a state_dict: the ranks' payloads as one DTensor.
+"""Packed states of sharded parameters in a state_dict: all ranks' payloads in one DTensor.
 
 Each rank's payload is a row of bytes: 64 with its root and its format, which may differ between
 ranks (:func:`rfcompile.states.packing.pack`), then the payload, then zeros up to the length of

@@ -1,4 +1,4 @@
-"""Training: without residual connections, and with quantized optimizer states."""
+"""Public names for training scripts: residual-free training, quantized optimizer states."""
 
 from rfcompile.rewrites.residual.annealing import SkipAnnealer, finalize
 from rfcompile.rewrites.residual.folding import fold_mixing

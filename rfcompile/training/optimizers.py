@@ -1,4 +1,4 @@
-"""The optimizers that residual-free models want: spectral steps for matrices, AdamW otherwise."""
+"""The optimizers for residual-free models: spectral steps for matrices, AdamW for the rest."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""How bytes reach other ranks: policies, costs, collectives and transfers, the fake wire."""
+"""How bytes reach other ranks: policies, costs, collectives, transfers, the fake wire."""

@@ -1,7 +1,8 @@
-"""Quantized collectives as differentiable functions; the gradient's collective is quantized too.
+"""The public collectives (all_reduce, ...): quantized, differentiable, with their operators.
 
-``exchanges.py`` says what travels; here that becomes operators (``rfcompile::all_reduce`` and so
-on) with fake kernels and gradients, and the public functions around them.
+``exchanges.py`` says what each collective sends. This file turns the exchanges into operators
+(``rfcompile::all_reduce``, ...) with fake kernels and gradients, and into public functions. The
+collective of a gradient is quantized too.
 """
 
 from __future__ import annotations
@@ -221,29 +222,32 @@ def all_reduce(
 
     Args:
         x: float32, bfloat16 or float16, any shape and stride; the same shape on every rank.
-        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``. Where it names no grid, ``x``
-            travels on that of activations and its gradient on that of gradients, which keeps
-            zeros: to average gradients with this function, name it (``"4b:tread"``).
-        group: a ProcessGroup, a group's name, or None for the default group.
+        fmt: a QuantFormat, bits, or a text such as ``"4b:g64"``. If the format names no grid, ``x``
+            travels on the grid of activations, and its gradient on the grid of gradients, which
+            keeps zeros. To average gradients with this function, name that grid (``"4b:tread"``).
+        group: a ProcessGroup, the name of a group, or None for the default group.
         op: "sum" or "avg", or ``ReduceOp.SUM`` or ``AVG`` of torch.distributed.
-        segments: pipelined segments, so that coding overlaps sending; None chooses by size.
+        segments: number of pipelined segments, so that one segment is coded while another is sent.
+            None: chosen by size.
 
     Returns:
-        A new tensor like ``x``, bit-identical on every rank. With one rank: a copy, exact.
+        A new tensor like ``x``, bit-identical on every rank. With one rank: an exact copy.
 
-    Error: each rank's values and then their sum are rounded once each: with ``e`` the format's
-    :meth:`~rfcompile.QuantFormat.max_error`, ``a_r`` and ``a`` the largest magnitudes of the group
-    on rank r and in the (rounded) sum, at most ``e * (sum a_r + a)``.
+    Error: the values of each rank are rounded once, and their sum is rounded once. Let ``e`` be the
+    format's :meth:`~rfcompile.QuantFormat.max_error`, ``a_r`` the largest magnitude of the group of
+    elements on rank r, and ``a`` the largest magnitude of the group in the (rounded) sum. The error
+    is at most ``e * (sum a_r + a)``.
 
-    Ranks compare format, dtype, shape and arguments when a rank meets them for the first time, and
-    never again: no message is added to later calls. So an argument that is wrong on one rank alone
-    is an error there at once, and the others, if that process lives on, learn of it at the timeout.
+    The first call with a new format, dtype, shape or argument makes all ranks compare them. Later
+    calls with the same values send no such message. An argument that is wrong on one rank alone is
+    an error on that rank, at once. The other ranks, if the process of that rank lives on, fail at
+    the timeout.
 
     Raises:
         DtypeError, FormatError, OptionError, ProcessGroupError, NonFiniteError.
-        RankMismatchError: on every rank, if they call with something else, for the first time.
-        TransportError: a rank died or did not answer within the timeout of the group; or some call
-        with what they used before while others meet something new.
+        RankMismatchError: on every rank, if ranks differ in the first call with new values.
+        TransportError: a rank died or did not answer within the timeout of the group, or some ranks
+            call with known values while others call with new ones.
     """
     op = _op_name(op)
     _check_segments(segments)
@@ -257,8 +261,11 @@ def all_reduce(
 def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: ReduceOp = "sum") -> Tensor:
     """Sum (or average) over ranks; rank r keeps slice r of dim 0: ``[W d, ..] -> [d, ..]``.
 
-    Arguments, error and exceptions as :func:`all_reduce` (one rounding: ``e * sum a_r``), and
-    ShapeError when dim 0 does not divide by the world size.
+    ``W`` is the number of ranks. Arguments and exceptions are those of :func:`all_reduce`. The
+    error is one rounding, ``e * sum a_r``.
+
+    Raises:
+        ShapeError: dim 0 does not divide by the number of ranks.
     """
     op = _op_name(op)
     spec, _, world, name = _prepare(x, fmt, group, "reduce_scatter", op)
@@ -278,7 +285,8 @@ def reduce_scatter(x: Tensor, fmt: Formatish, group: Any = None, *, op: ReduceOp
 def all_gather(x: Tensor, fmt: Formatish, group: Any = None) -> Tensor:
     """Concatenate the ranks' tensors along dim 0: ``[d, ..] -> [W d, ..]``, equal on every rank.
 
-    Arguments and exceptions as :func:`all_reduce`; the error is one rounding, ``e * a_r``.
+    ``W`` is the number of ranks. Arguments and exceptions are those of :func:`all_reduce`. The
+    error is one rounding, ``e * a_r``.
     """
     spec, _, world, name = _prepare(x, fmt, group, "all_gather")
     if x.dim() == 0:
@@ -298,13 +306,17 @@ def all_to_all(
     output_splits: Sequence[int] | None = None,
     input_splits: Sequence[int] | None = None,
 ) -> Tensor:
-    """Send ``input_splits[r]`` rows of dim 0 to rank r, and get ``output_splits[r]`` from it.
+    """Send ``input_splits[r]`` rows of dim 0 to rank r, and get ``output_splits[r]`` rows back.
 
-    Without splits dim 0 is cut evenly, on all ranks. With splits, which every rank then gives, dim
-    0 is not compared: that ``output_splits`` are what the others send is the caller's part, as in
-    torch. Arguments and exceptions as :func:`all_reduce`, and
-    ShapeError when the splits do not fit; the error is one rounding, ``e * a``. What a rank sends
-    itself is rounded like the rest.
+    Without splits dim 0 is cut evenly, on all ranks. If one rank gives splits, every rank must give
+    splits. Then the ranks do not compare dim 0: as in torch, the caller must make ``output_splits``
+    equal to what the other ranks send. The part that a rank sends to itself is rounded like the
+    rest.
+
+    Arguments and exceptions are those of :func:`all_reduce`. The error is one rounding, ``e * a``.
+
+    Raises:
+        ShapeError: the splits do not fit.
     """
     is_even = input_splits is None and output_splits is None
     how, first_dim = ("evenly", 0) if is_even else ("in splits", 1)
@@ -332,9 +344,13 @@ def all_to_all(
 
 
 def broadcast(x: Tensor, fmt: Formatish, group: Any = None, *, src: int = 0) -> Tensor:
-    """Rank ``src``'s values on every rank, rank ``src`` included; ``src`` is a rank of the group.
+    """Give every rank the values of rank ``src``; rank ``src`` itself gets the rounded values, too.
 
-    Arguments and exceptions as :func:`all_reduce`; the error is one rounding, ``e * a``.
+    ``src`` is a rank of the group. Arguments and exceptions are those of :func:`all_reduce`. The
+    error is one rounding, ``e * a``.
+
+    Raises:
+        OptionError: ``src`` is no rank of the group.
     """
     world = resolve(group).size()
     if type(src) is not int or not 0 <= src < world:

@@ -1,4 +1,4 @@
-"""What a collective costs on the wire; every count of bytes in this package comes from here."""
+"""Counts the bytes that a collective sends; every count in this package comes from here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The policy where none is given: what ``set_default_policy`` got, else what the environment says.
+"""The default policy, from ``set_default_policy`` or else from the environment.
 
-``RFCOMPILE_POLICY`` is the path of a TOML file, ``RFCOMPILE_BITS`` bits or a format such as
-``4b:g64``. Options of a call come before both.
+``RFCOMPILE_POLICY`` is the path of a TOML file. ``RFCOMPILE_BITS`` is a number of bits or a format
+such as ``4b:g64``. The options of a call win over the default policy.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What travels: each collective as codec operators and functional collectives, nothing else.
+"""Each quantized collective as a sequence of codec operators and functional collectives.
 
-The ``quantize_collectives`` pass traces these functions into graphs; ``collectives.py`` runs them
-eagerly and gives them a gradient. ``coder`` is for who runs them eagerly with compiled operators.
+The ``quantize_collectives`` pass traces these functions into graphs. ``collectives.py`` runs them
+eagerly and gives them a gradient. An eager caller can pass a ``coder`` with compiled operators.
 
-Every rank decodes the same bytes: the owner of a shard sends itself its payload through the
-collective and decodes that, never the values it still holds.
+Every rank decodes the same bytes: the rank that owns a shard also sends its payload to itself
+through the collective, and decodes this payload. The owner never uses its exact values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fake wire: what a quantized transfer does to a tensor, on one machine and without sending.
+"""The fake wire: quantizes and dequantizes a tensor on one machine, and sends nothing.
 
 ``rfcompile::fake_wire(x, forward, backward, site)`` quantizes and dequantizes ``x`` in the format
 of the text ``forward``; the gradient passes straight through, itself quantized in the format

@@ -1,4 +1,4 @@
-"""Policy: which traffic travels in which format; open this file to see what the options mean."""
+"""Policy: which kind of traffic travels in which format, and what its options mean."""
 
 from __future__ import annotations
 
@@ -79,23 +79,26 @@ def exact(why: Why, reason: str) -> Decision:
 
 @dataclass(frozen=True)
 class Policy:
-    """A format for each kind of traffic, None for exact.
+    """A format for each kind of traffic, or None where the traffic stays exact.
 
-    A grid that is not named suits the kind: see :meth:`QuantFormat.for_kind
-    <rfcompile.QuantFormat.for_kind>`. Zeros stay exact everywhere but in activations.
+    If a format names no grid, the kind of traffic chooses the grid: see
+    :meth:`QuantFormat.for_kind <rfcompile.QuantFormat.for_kind>`. On the chosen grids zeros stay
+    exact in every kind of traffic but activations.
 
     Args:
-        activations: collectives of the forward pass.
-        gradients: collectives of the backward pass.
-        weights: all-gathers of parameters.
-        optimizer_state: transfers of optimizer state.
-        min_bytes: collectives whose input is smaller stay exact: small messages cost latency,
-            which quantization cannot save. Zero: none is too small (statistics stay exact). None:
-            :data:`DEFAULT_MIN_BYTES` for what is sent or kept, and 0 for a fake wire, which sends
-            nothing and is often tried on tiny inputs.
-        sites: overrides by module path, first match wins: ``{"layers.0.*": None, "lm_head": 8}``.
-            Patterns as in a shell (``*``, ``?``, ``[...]``). An override also lifts ``min_bytes``
-            and, in graphs, names statistics that would stay exact.
+        activations: format of the collectives of the forward pass.
+        gradients: format of the collectives of the backward pass.
+        weights: format of the all-gathers of parameters.
+        optimizer_state: format of optimizer states, at rest and when they are sent.
+        min_bytes: a collective whose input has fewer bytes stays exact, because small messages cost
+            latency and quantization does not reduce latency. 0: no collective is too small
+            (statistics still stay exact). None: :data:`DEFAULT_MIN_BYTES` for tensors that are sent
+            or kept, and 0 for a fake wire, which sends nothing and often runs on tiny inputs.
+        sites: formats for single modules: ``{"layers.0.*": None, "lm_head": 8}``. A key is a shell
+            pattern (``*``, ``?``, ``[...]``) that must match the whole path of a module. The first
+            pattern that matches wins. ``min_bytes`` does not apply to a module that a pattern
+            matches. In graphs a pattern with a format also quantizes the statistics of its module,
+            which otherwise stay exact.
 
     Raises:
         PolicyError, FormatError: an option is not understood.
@@ -122,16 +125,17 @@ class Policy:
 
     @classmethod
     def of(cls, /, **options: Any) -> Policy:
-        """A policy from options: those of Policy, and those of QuantFormat as a shorthand.
+        """Make a policy from the options of Policy and, as a shorthand, of QuantFormat.
 
-        ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic; kinds that
-        are named as well (``gradients=8``) keep what they name. A rotation in the shorthand
-        (``rotate=32``, ``bits="4b:h32"``) is for activations only: it turns the zeros of the other
-        kinds into numbers, so it has to be named where it is wanted (``gradients="4b:h32"``).
-        ``auto=4`` starts from :meth:`auto` instead, ``auto={"bits": 4, "rotate": 32}`` too.
+        ``Policy.of(bits=4, group_size=64)`` uses one format for every kind of traffic. A kind that
+        is named as well (``gradients=8``) keeps its own format. A rotation in the shorthand
+        (``rotate=32``, ``bits="4b:h32"``) applies to activations only, because a rotation turns the
+        zeros of the other kinds into numbers. To rotate another kind, name that kind
+        (``gradients="4b:h32"``). ``auto=4`` or ``auto={"bits": 4, "rotate": 32}`` starts from
+        :meth:`auto` instead.
 
         Raises:
-            PolicyError, FormatError: an option is unknown or its value is not supported.
+            PolicyError, FormatError: an option is unknown, or its value is not supported.
         """
         if "auto" in options:
             return _auto(options)
@@ -156,17 +160,19 @@ class Policy:
 
     @classmethod
     def auto(cls, bits: Formatish = 4, *, rotate: int | None = None, **options: Any) -> Policy:
-        """A format for each kind of traffic that suits what it looks like; our rule.
+        """Choose a format that suits each kind of traffic; the rule is ours.
 
-        - activations: ``bits``, with a Hadamard rotation of ``rotate`` elements if asked for:
-          useful where channels have outliers, which residual-free models have not.
+        - activations: ``bits``. If ``rotate`` is given, also a Hadamard rotation of blocks of
+          ``rotate`` elements. A rotation is useful where channels have outliers (residual-free
+          models have none).
         - gradients: ``bits`` with stochastic rounding, whose errors cancel over steps and ranks.
-        - weights and optimizer state: at least 8 bits, as their errors stay.
-
-        ``options`` are those of Policy and win.
+        - weights and optimizer state: 8 bits, because their errors do not cancel.
 
         Args:
-            bits: or any format, which then says the rest of those two formats as well.
+            bits: a number of bits, or any format. A format also sets the other fields for
+                activations and gradients.
+            rotate: size of the Hadamard block for activations; None: no rotation.
+            options: options of Policy; they replace the choices above.
 
         Raises:
             PolicyError, FormatError: an option is not understood.
@@ -189,11 +195,12 @@ class Policy:
     def from_file(cls, path: str | PathLike[str]) -> Policy:
         """Read a policy from a TOML file with the options of :meth:`of`.
 
-        A format is a number of bits, a text, a table of QuantFormat's fields, or ``"exact"``.
+        In the file a format is a number of bits, a text, a table of the fields of QuantFormat, or
+        ``"exact"``.
 
         Raises:
             PolicyError: the file cannot be read or is no TOML, or an option is not understood.
-            FormatError.
+            FormatError: a format is not understood.
         """
         try:
             content = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""Process groups: names, sizes, and the check that ranks agree on the wire before they use it.
+"""Process groups: their names and sizes, and the check that all ranks have the same plan.
 
 Private torch symbols used here, tried on torch 2.13 and present in 2.11:
 ``torch._C._distributed_c10d._resolve_process_group`` (what functional collectives use themselves),

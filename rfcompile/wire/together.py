@@ -1,4 +1,4 @@
-"""Errors that one rank meets around a collective reach all ranks: nobody waits in vain."""
+"""Tells all ranks about an error of one rank, so that no rank waits in vain."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Sends and receives between two ranks as operators, in the order in which they were written.
+"""Sends and receives between two ranks as operators that keep the order of the program.
 
-torch's own operators do not suffice where what travels is made in the graph. They register a send
-under its tensor and under its handle, to be waited for under one of them: the other holds the
-tensor for ever, and when its memory is used again, a second wait fails on gloo. And nothing keeps
-their order, so that Inductor may wait for a send before the receive that the other rank waits for.
-Here every operator mutates ``order``, a tensor without meaning, so each comes after the one before.
+torch's own operators have two problems if the graph itself makes the tensor that is sent. First,
+torch registers a send under its tensor and under its handle, but only one of the two is waited for.
+The other entry holds the tensor for ever. When the memory of the tensor is used again, a second
+wait fails on gloo. Second, nothing keeps the order of the operators. So Inductor may wait for a
+send before the receive that the other rank waits for. Here every operator mutates ``order``, a
+tensor without meaning. So each operator runs after the one before.
 
 Private torch symbol used here, tried on torch 2.13 to 2.15:
 ``_C._distributed_c10d._register_work``, what lets ``wait_tensor`` know of a send or a receive.

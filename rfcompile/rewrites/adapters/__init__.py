@@ -1,1 +1,1 @@
-"""Adapters of low rank, with a sine or without: added, quantized, sent, stored."""
+"""Low-rank adapters, with a sine or without: how they are added, quantized, sent, stored."""

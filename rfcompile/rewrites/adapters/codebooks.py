@@ -1,4 +1,4 @@
-"""Codes of 1 to 8 bits for the values of a tensor, and the codebook that they index."""
+"""Codes of 1 to 8 bits for the values of a tensor, and the codebook of their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Send adapters from one process to the others on the wire's codec."""
+"""Sends adapters from one process to the others in a format of the wire."""
 
 from __future__ import annotations
 

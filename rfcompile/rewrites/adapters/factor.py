@@ -1,4 +1,4 @@
-"""A factor of an adapter: a parameter while it is trained, codes of a few bits afterwards."""
+"""A factor of an adapter: a parameter during training, codes of a few bits afterwards."""
 
 from __future__ import annotations
 

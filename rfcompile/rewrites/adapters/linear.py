@@ -1,4 +1,4 @@
-"""The module that a linear becomes when an adapter is added to its weight.
+"""The module that replaces a linear when an adapter is added to its weight.
 
 Private torch symbols used here, tried on torch 2.13: ``_parameters``, ``_save_to_state_dict`` and
 ``_load_from_state_dict`` of a module, which torch's own modules override; ``_fqn_modifiers``, by

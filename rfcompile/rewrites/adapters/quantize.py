@@ -1,4 +1,4 @@
-"""Quantize trained adapters: each factor becomes codes of a few bits, the sine comes after."""
+"""Quantizes trained adapters: each factor becomes codes of a few bits."""
 
 from __future__ import annotations
 

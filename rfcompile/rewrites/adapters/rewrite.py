@@ -1,4 +1,4 @@
-"""Add adapters of low rank to the linears of a model, with a sine or without."""
+"""Adapters: the rewrite that adds low-rank adapters to the linears of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in files: PEFT's folder and names, and the packed codes of quantized ones."""
+"""Saves and loads adapters: PEFT's folders and names, and packed codes of quantized ones."""
 
 from __future__ import annotations
 

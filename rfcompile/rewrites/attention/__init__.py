@@ -1,1 +1,1 @@
-"""Attention: what its linears do, its matrices, and a power in place of softmax."""
+"""Polynomial attention, and what the attentions of a model compute."""

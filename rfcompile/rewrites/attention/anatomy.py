@@ -1,4 +1,4 @@
-"""What each linear of a model does: query, key, value or output of which head, or something else.
+"""Finds the role of each linear of a model: query, key, value or output of which head.
 
 Names and layouts say nothing reliable (fused, interleaved, grouped heads), so the model is asked:
 its graph runs once on the example inputs, every linear's output is cut from what made it, and the

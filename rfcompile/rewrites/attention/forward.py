@@ -1,4 +1,4 @@
-"""How a module's attention becomes polynomial: its forward runs in a mode that replaces softmax."""
+"""Runs the forward of a module in a torch mode that replaces softmax attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The matrices of a model's attentions on example inputs, whatever computes them."""
+"""Computes the attention matrices of any model on example inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Polynomial attention: a power of the scores in place of their softmax, in any model."""
+"""PolynomialAttention: the rewrite that replaces softmax by a power of the scores."""
 
 from __future__ import annotations
 

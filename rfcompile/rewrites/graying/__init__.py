@@ -1,1 +1,1 @@
-"""Token Graying: the tokens that enter a model are conditioned better."""
+"""Token Graying: improves the condition of the tokens that enter a model."""

@@ -1,4 +1,4 @@
-"""The hook that grays a module's tokens: which argument they are, and which of them are padding."""
+"""The hook that grays a module's tokens: finds the tokens and the padding in its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token Graying: the tokens that enter a model are conditioned better, without new parameters."""
+"""TokenGraying: the rewrite that conditions the tokens of a model without new parameters."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Weights of low rank with a sine, fitted to those of a model or drawn anew."""
+"""Weights of low rank with a sine, fitted to the weights of a model or drawn anew."""

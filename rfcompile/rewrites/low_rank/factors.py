@@ -1,4 +1,4 @@
-"""Factors of a weight: drawn anew, or fitted to the weight that there is."""
+"""Computes the two factors of a weight: drawn anew, or fitted to the old weight."""
 
 from __future__ import annotations
 

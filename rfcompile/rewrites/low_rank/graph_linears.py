@@ -1,4 +1,4 @@
-"""The linears of a graph, whatever it was captured by, and their weights as parameters."""
+"""Finds the linears of any captured graph, and their weights as parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module that a linear becomes when its weight is sin(omega U V) / g."""
+"""The module of a linear whose weight is sin(omega U V) / g."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many directions a matrix has: stable rank, numerical rank, and what an error can do to it."""
+"""Measures of the rank of a matrix: stable rank, numerical rank, and bounds of their change."""
 
 from __future__ import annotations
 

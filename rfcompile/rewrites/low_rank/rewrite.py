@@ -1,4 +1,4 @@
-"""Give linears a weight of low rank with a sine: the options, the rewrite and its report."""
+"""LowRank: the rewrite that gives linears a low-rank weight, its options and its report."""
 
 from __future__ import annotations
 

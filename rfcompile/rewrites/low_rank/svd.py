@@ -1,4 +1,4 @@
-"""The largest singular values and vectors of a matrix, without decomposing a large one."""
+"""Computes the largest singular values and vectors of large matrices."""
 
 from __future__ import annotations
 

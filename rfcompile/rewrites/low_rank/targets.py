@@ -1,4 +1,4 @@
-"""Which linears of a model a companion method changes, and those that it cannot."""
+"""Chooses the linears that low rank and adapters change, and names those they cannot."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Residual connections: found in a model, put into its sources as modules, taken away."""
+"""Residual connections: how they are found, replaced by modules, and removed."""

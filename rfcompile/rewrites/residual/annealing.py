@@ -1,4 +1,4 @@
-"""Take the residual connections of a trained model away step by step, then for good."""
+"""SkipAnnealer: removes the residual connections of a trained model step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules whose forward calls a submodule in place of an expression, without new source files.
+"""Compiles methods again with an expression replaced by a call of a submodule.
 
 A function is parsed, its chosen expressions become calls of ``self.<attribute>(a, b)``, and it is
 compiled again with its own globals, closure, file name and line numbers, so that tracebacks,

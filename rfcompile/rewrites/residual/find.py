@@ -1,4 +1,4 @@
-"""find_residuals: where a model adds what it skipped, for people, for JSON and for rewrites."""
+"""The public function find_residuals: a list of the residual adds of a model."""
 
 from __future__ import annotations
 

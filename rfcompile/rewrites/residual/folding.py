@@ -1,4 +1,4 @@
-"""Fold the mixing matrices of a trained model into the linears before them."""
+"""fold_mixing: multiplies each mixing matrix of a trained model into the linears before it."""
 
 from __future__ import annotations
 

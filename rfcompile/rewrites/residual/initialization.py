@@ -1,4 +1,4 @@
-"""How the linears of residual-free blocks start: orthogonal, so that signals keep their size."""
+"""Initialization: the orthogonal start of the linears in residual-free blocks."""
 
 from __future__ import annotations
 

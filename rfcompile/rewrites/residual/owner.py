@@ -1,4 +1,4 @@
-"""One module that has residual adds: the places in its source that may be them, and its sites."""
+"""One module with residual adds: the candidates in its source, and its sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What transform did to a model's residual connections, as data and as a table."""
+"""The report on what transform did to the residual connections of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rewrite a model without its residual connections: sites, initialization, temperature, report."""
+"""ResidualFree: the rewrite that removes, mixes or anneals residual connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions and where their sources add: what rewriting reads before it writes."""
+"""Reads the source of functions and finds their additions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model whose residual adds are submodules: found in its graph, put into its modules' sources.
+"""Replaces the residual adds of a model by submodules, and checks the result.
 
 1. The graph says where the residual adds are (:mod:`rfcompile.passes.find_residuals`).
 2. Every add in the statements at those places becomes a call of a :class:`ResidualSite`.

@@ -1,4 +1,4 @@
-"""Attention temperature by depth: how much a token attends to itself, layer by layer."""
+"""TemperatureRule: a temperature for each attention that depends on its depth."""
 
 from __future__ import annotations
 
