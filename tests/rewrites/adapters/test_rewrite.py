@@ -27,7 +27,7 @@ from rfcompile.errors import (
     StateError,
 )
 from rfcompile.rewrites.adapters.factor import Factor, nbytes_of
-from rfcompile.rewrites.adapters.rewrite import Adapters, merge_adapters
+from rfcompile.rewrites.adapters.rewrite import merge_adapters
 from rfcompile.rewrites.adapters.storage import load_adapters, save_adapters
 from tests.rewrites.models import WIDTH, graph_of, made, moved, tokens
 
