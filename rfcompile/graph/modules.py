@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from rfcompile.errors import OptionError
+from rfcompile.wire.policy import matches
 
 Modules = str | Iterable[str] | Callable[[str, nn.Module], bool]
 """What ``modules=`` takes: a word that the door knows ("auto", "blocks", ...), a path or a shell
@@ -36,7 +36,7 @@ def matching(pattern: str, paths: Collection[str]) -> list[str]:
     """The paths that a pattern means, in order; see :data:`Modules`."""
     if pattern in paths:
         return [pattern]
-    return [p for p in paths if fnmatchcase(p, pattern) or fnmatchcase(p, f"*.{pattern}")]
+    return [path for path in paths if matches(path, pattern)]
 
 
 def matching_any(patterns: Iterable[str], paths: Collection[str]) -> list[str]:

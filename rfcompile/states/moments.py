@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from rfcompile.codec.formats import DTYPES
 from rfcompile.states.sharded_payloads import largest_shard
-from rfcompile.wire.policy import Decision, Policy, exact
+from rfcompile.wire.policy import Decision, Policy, exact, matches
 
 MOMENTS = frozenset(
     {
@@ -66,7 +65,7 @@ def compared_name(policy: Policy, owner: Owner, key: str) -> str:
     names = owner.names(key)
     for pattern in policy.sites:
         for name in names:
-            if fnmatchcase(name, pattern):
+            if matches(name, pattern):
                 return name
     return owner.label
 
@@ -97,7 +96,7 @@ def decide(
     name = compared_name(policy, owner, key)
     pattern = policy.override_for(name)
     chosen = policy.decide("optimizer_state", name, size_bytes(value))
-    names_state = pattern is not None and not fnmatchcase(owner.label, pattern)
+    names_state = pattern is not None and not matches(owner.label, pattern)
     if names_state or (pattern is not None and chosen.format is None):
         return chosen
     to_name = f"name it in sites as '{owner.label}.{key}' to quantize it"

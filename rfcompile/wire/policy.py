@@ -77,6 +77,13 @@ def exact(why: Why, reason: str) -> Decision:
     return Decision(None, why, reason)
 
 
+def matches(path: str, pattern: str) -> bool:
+    """The shell pattern matches the path as a whole, or from a dot on: "lm_head" matches
+    ``model.lm_head``.
+    """
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
+
+
 @dataclass(frozen=True)
 class Policy:
     """A format for each kind of traffic, or None where the traffic stays exact.
@@ -95,8 +102,8 @@ class Policy:
             (statistics still stay exact). None: :data:`DEFAULT_MIN_BYTES` for tensors that are sent
             or kept, and 0 for a fake wire, which sends nothing and often runs on tiny inputs.
         sites: formats for single modules: ``{"layers.0.*": None, "lm_head": 8}``. A key is a shell
-            pattern (``*``, ``?``, ``[...]``) that must match the whole path of a module. The first
-            pattern that matches wins. ``min_bytes`` does not apply to a module that a pattern
+            pattern (``*``, ``?``, ``[...]``) that matches the path of a module as a whole, or from
+            a dot on. The first pattern that matches wins. ``min_bytes`` does not apply to a module that a pattern
             matches. In graphs a pattern with a format also quantizes the statistics of its module,
             which otherwise stay exact.
 
@@ -228,7 +235,7 @@ class Policy:
 
     def override_for(self, module: str) -> str | None:
         """The first pattern of ``sites`` that the module path matches."""
-        return next((pattern for pattern in self.sites if fnmatchcase(module, pattern)), None)
+        return next((pattern for pattern in self.sites if matches(module, pattern)), None)
 
     def patterns_in_use(self, names: Iterable[str]) -> dict[str, bool]:
         """Of each pattern of ``sites``, whether it is the first match of any of the names."""
