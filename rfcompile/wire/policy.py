@@ -103,9 +103,9 @@ class Policy:
             or kept, and 0 for a fake wire, which sends nothing and often runs on tiny inputs.
         sites: formats for single modules: ``{"layers.0.*": None, "lm_head": 8}``. A key is a shell
             pattern (``*``, ``?``, ``[...]``) that matches the path of a module as a whole, or from
-            a dot on. The first pattern that matches wins. ``min_bytes`` does not apply to a module that a pattern
-            matches. In graphs a pattern with a format also quantizes the statistics of its module,
-            which otherwise stay exact.
+            a dot on. The first pattern that matches wins. ``min_bytes`` does not apply to a module
+            that a pattern matches. In graphs a pattern with a format also quantizes the statistics
+            of its module, which otherwise stay exact.
 
     Raises:
         PolicyError, FormatError: an option is not understood.

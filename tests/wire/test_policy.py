@@ -63,6 +63,14 @@ def test_the_first_matching_site_wins_and_lifts_min_bytes() -> None:
     assert policy.decide("activations", "head", 1) == Decision(two)
 
 
+def test_a_pattern_matches_a_path_as_a_whole_or_from_a_dot_on() -> None:
+    policy = Policy.of(bits=4, sites={"lm_head": None, "mlp.*": 8})
+    for path in ("lm_head", "model.lm_head", "mlp.up", "blocks.0.mlp.up"):
+        assert policy.override_for(path) is not None, path
+    for path in ("my_lm_head", "lm_head.weight", "blocks.0.my_mlp.up", "mlp", ""):
+        assert policy.override_for(path) is None, path
+
+
 def test_a_site_has_the_grid_of_the_kind_that_passes_it() -> None:
     policy = Policy(sites={"named": "4b:rise", "*": 4})
     for kind in ("gradients", "weights", "optimizer_state"):
