@@ -446,18 +446,18 @@ def test_what_we_wrote_ourselves_is_left_alone(trace: Trace) -> None:
     assert all(site.format is None for site in sites)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")  # with it: distributed/test_collectives.py
 def test_compiled_with_a_dynamic_batch() -> None:
     with simulated(4):
         rf.reports(clear=True)
         f = torch.compile(
             lambda x: all_reduce(x.relu()).relu(),
             backend="rfquant",
-            options={"bits": 8, "min_bytes": 0, "strict": True},  # the least to compile
+            options={"bits": 4, "min_bytes": 0, "strict": True},
             fullgraph=True,
             dynamic=True,
         )
         for batch in (8, 11):
             assert f(torch.randn(batch, 300)).shape == (batch, 300)
     (report,) = rf.reports(clear=True)
-    assert [site.format for site in report.sites] == ["8b:g128:tread"]
+    assert [site.format for site in report.sites] == ["4b:g128:rise"]
