@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -31,6 +31,17 @@ def test_more_is_a_failure_that_says_what_to_do(request: pytest.FixtureRequest) 
     text = r"what_to_do used 10\.1 s of CPU time; .* may use 10 s\. Make it smaller, or mark it"
     with pytest.raises(pytest.fail.Exception, match=text):
         charge(request, 10.1)
+
+
+def test_who_imports_a_heavy_module_first_is_not_judged(request: pytest.FixtureRequest) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "HEAVY", ("heavy",))
+        patch.setattr(conftest, "cpu_seconds", lambda children: 100.0 * ("heavy" in sys.modules))
+        call = conftest.pytest_runtest_call(request.node)
+        next(call)
+        patch.setitem(sys.modules, "heavy", ModuleType("heavy"))
+        with pytest.raises(StopIteration):
+            call.send(None)
 
 
 @pytest.mark.slow

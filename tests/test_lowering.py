@@ -49,7 +49,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def compiled(f: Callable[..., Any], *args: Tensor) -> tuple[Tensor, str]:
+def compiled(f: Callable[..., Any], *args: Any) -> tuple[Any, str]:
     """The result of compiling ``f`` into one graph, and the generated code."""
     result, code = run_and_get_code(torch.compile(f, fullgraph=True), *args)
     return result, "".join(code)
