@@ -6,12 +6,13 @@ The environment is set before torch is imported, so that child processes inherit
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,10 @@ from tests.traces import trace  # noqa: E402
 
 __all__ = ["ranks", "trace"]
 
+# pytest listens to every logger that does not propagate, and torch writes a trace of each compile
+# as soon as somebody listens: that took an eighth of the time of tests that compile.
+logging.getLogger("torch.__trace").propagate = True
+
 
 def pytest_report_header() -> str:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "NONE, gpu tests skip"
@@ -69,6 +74,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+CPU_SECONDS = 10.0
+"""What a test without the mark ``slow`` may use."""
+HEAVY = ("torch._dynamo", "torch._inductor.compile_fx", "transformers")
+"""Importing one takes seconds, in whichever test happens to be the first."""
+
+
+def cpu_seconds(children: bool) -> float:
+    """What this process has used so far, and the children that it has waited for."""
+    times = os.times()
+    own = times.user + times.system
+    return own + times.children_user + times.children_system if children else own
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Fail a test that is slow and does not say so, or ``slow`` would come to mean nothing.
+
+    The processes of the fixture ``ranks`` serve many tests: no single one is charged for them. Nor
+    is a test judged that was the first to import a heavy module.
+    """
+    children = "ranks" not in getattr(item, "fixturenames", ())
+    loaded = sys.modules.keys() & set(HEAVY)
+    start = cpu_seconds(children)
+    result = yield
+    used = cpu_seconds(children) - start
+    is_first = loaded != sys.modules.keys() & set(HEAVY)
+    if used > CPU_SECONDS and not is_first and item.get_closest_marker("slow") is None:
+        pytest.fail(
+            f"{item.nodeid} used {used:.1f} s of CPU time; a test without the mark 'slow' may use "
+            f"{CPU_SECONDS:.0f} s. Make it smaller, or mark it with @pytest.mark.slow.",
+            pytrace=False,
+        )
+    return result
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
     """Same seeds for each test; nothing compiled in one test is reused in the next."""
@@ -78,6 +118,19 @@ def _fresh_state() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def rfquant_without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backend rfquant but for its last step: its graphs run as they are, none becomes C++."""
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    from rfcompile.inductor import backend
+
+    def interpreted(gm: torch.fx.GraphModule, inputs: object, **_: object) -> object:
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(backend, "compile_fx_inner", interpreted)
 
 
 @pytest.fixture(scope="session")

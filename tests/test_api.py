@@ -327,16 +327,21 @@ def test_transformers_models(zoo: Callable[[], tuple[nn.Module, dict[str, Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["inductor", "rfquant"])
-def test_compiled_values_and_gradients_are_the_eager_ones(backend: str) -> None:
+def test_compiled_values_and_gradients_are_the_eager_ones() -> None:
+    check_compiled((4, 7), backend="inductor", dynamic=True)
+
+
+@pytest.mark.usefixtures("rfquant_without_inductor")
+def test_values_and_gradients_in_graphs_of_rfquant_are_the_eager_ones() -> None:
+    check_compiled((4,), backend="rfquant", options={"bits": 4})
+
+
+def check_compiled(batches: tuple[int, ...], **how: Any) -> None:
     model = Plain(1)
-    wired = rf.transform(model, rf.Wire(POLICY, modules=["layers.0"]))
-    options = {"bits": 4} if backend == "rfquant" else None
-    dynamic = backend == "inductor"
-    compiled = torch.compile(
-        wired, fullgraph=True, backend=backend, options=options, dynamic=dynamic
-    )
-    for batch in (4, 7) if dynamic else (4,):
+    policy = rf.Policy(activations=8, gradients="8b:g32", min_bytes=0)  # the least to compile
+    wired = rf.transform(model, rf.Wire(policy, modules=["layers.0"]))
+    compiled = torch.compile(wired, fullgraph=True, **how)
+    for batch in batches:
         x = torch.randn(batch, 32)
         results = []
         for each in (compiled, wired):
@@ -812,7 +817,7 @@ def test_a_graph_with_collectives_gets_them_quantized() -> None:
 # ---- models with collectives ------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_a_tensor_parallel_model_is_compiled_with_quantized_collectives() -> None:
     x = torch.randn(16, 64)
     with simulated(4):

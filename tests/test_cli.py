@@ -254,8 +254,8 @@ def test_residuals_of_bad_targets(run: Run, target: str, message: str) -> None:
 # ---- simulated ranks --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_simulated_ranks(run: Run) -> None:
+@pytest.mark.usefixtures("rfquant_without_inductor")
+def test_explain_with_simulated_ranks(run: Run) -> None:
     result = run("explain", "parallel", "--world-size=4", "--min-bytes=0", "--json")
     plain = json.loads(result.out)
     assert result.code == 0
@@ -264,6 +264,10 @@ def test_simulated_ranks(run: Run) -> None:
         ("forward", "all_reduce", 4),
         ("backward", "all_reduce", 4),
     ]
+
+
+@pytest.mark.usefixtures("rfquant_without_inductor")
+def test_diff_with_simulated_ranks(run: Run) -> None:
     result = run("diff", "parallel", "--world-size=4", "--min-bytes=0")
     assert result.code == 0
     assert "-all_reduce: f32[16, 64] = _c10d_functional.all_reduce.default" in result.out
@@ -271,7 +275,6 @@ def test_simulated_ranks(run: Run) -> None:
     assert result.err == ""
 
 
-@pytest.mark.slow
 def test_simulated_ranks_of_a_model_that_needs_none(run: Run) -> None:
     result = run("diff", "no_blocks", "--world-size", "2", "--modules", "")
     assert result.code == 0

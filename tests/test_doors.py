@@ -242,7 +242,7 @@ def test_unknown_modes_are_typed_errors() -> None:
 # ---- exact models beside other ranks -----------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_a_model_without_collectives_is_exact_beside_other_ranks_and_both_say_so() -> None:
     model, x = net(), torch.randn(2, 32)
     with simulated(2):

@@ -365,7 +365,7 @@ class Returns(nn.Module):
         return Output(self.body(x))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
     with simulated(4):
         plan = {"*.up": ColwiseParallel(), "*.down": RowwiseParallel()}
@@ -397,7 +397,7 @@ def test_a_tensor_parallel_model_on_simulated_ranks() -> None:
         assert site.sqnr_db is None
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_a_model_without_collectives_beside_a_process_group() -> None:
     with simulated(2):
         report = rf.explain(

@@ -59,6 +59,7 @@ def test_an_older_torch_is_none(installed: Any, version: str) -> None:
     warn_if_untried()
 
 
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_the_backend_warns(installed: Any) -> None:
     installed("9.9.0")
     f = torch.compile(torch.sin, backend="rfquant", options={"bits": 4})

@@ -22,7 +22,7 @@ Kinds = Mapping[str, int]
 class Entry:
     """A model, its inputs, and its residual adds by kind."""
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     inputs: Callable[[], dict[str, Tensor]]
     kinds: Kinds = field(default_factory=lambda: {"block": 2 * LAYERS})
 
@@ -162,15 +162,19 @@ DECODER = {
 GROUPED = DECODER | {"num_key_value_heads": 2, "head_dim": 8}
 
 
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+
+
 def pretrained(
     name: str, config: Mapping[str, Any], kind: str = "Model"
-) -> Callable[[], nn.Module]:
-    """``<name><kind>`` with random weights."""
+) -> Callable[..., nn.Module]:
+    """``<name><kind>`` with random weights, and so many layers where a number is given."""
 
-    def build() -> nn.Module:
+    def build(layers: int | None = None) -> nn.Module:
         import transformers
 
-        made = getattr(transformers, f"{name}Config")(**config)
+        depths = {key: layers for key in DEPTHS if key in config} if layers else {}
+        made = getattr(transformers, f"{name}Config")(**{**config, **depths})
         model: nn.Module = getattr(transformers, f"{name}{kind}")(made)
         return model
 

@@ -27,7 +27,7 @@ class Block(nn.Module):
         return x + out
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_a_recomputed_collective_uses_the_format_of_the_forward() -> None:
     with simulated(2):
         model = torch.compile(

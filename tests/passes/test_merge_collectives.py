@@ -207,7 +207,7 @@ def test_symbolic_sizes(trace: Trace) -> None:
         return wait_tensor""")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")
 def test_compiled_with_a_dynamic_batch() -> None:
     options: dict[str, Any] = {"bits": None}
     with simulated(4):

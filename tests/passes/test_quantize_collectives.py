@@ -446,7 +446,7 @@ def test_what_we_wrote_ourselves_is_left_alone(trace: Trace) -> None:
     assert all(site.format is None for site in sites)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("rfquant_without_inductor")  # with it: distributed/test_collectives.py
 def test_compiled_with_a_dynamic_batch() -> None:
     with simulated(4):
         rf.reports(clear=True)

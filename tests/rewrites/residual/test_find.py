@@ -31,19 +31,7 @@ def kinds(found: Iterable[ResidualAdd]) -> dict[str, int]:
     return dict(Counter(add.kind for add in found))
 
 
-# ---- the zoo -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_every_residual_add_of(name: str) -> None:
-    found = find_residuals(build(name), example_inputs=ZOO[name].inputs())
-    assert kinds(found) == ZOO[name].kinds
-    assert [add.order for add in found] == list(range(len(found)))
-    for add in found:
-        assert add.source, add
-        assert add.module, add
-        assert add.dtype == "f32"
-        assert add.branch, add
+# ---- the zoo (every model of it: test_surgery.py) ----------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nanogpt", "resnet", "llama", "gpt-neox", "swin", "t5"])

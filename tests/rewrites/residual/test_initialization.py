@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import Any
@@ -40,8 +41,14 @@ def assert_near(got: Tensor, expected: Tensor, bound: float) -> None:
 def build(name: str) -> tuple[nn.Module, Anatomy]:
     if name in TRANSFORMERS:
         pytest.importorskip("transformers")
-    model = ZOO[name].build()
-    return model, anatomy(model, ((), ZOO[name].inputs()))
+    return ZOO[name].build(), parts_of(name)
+
+
+@functools.cache
+def parts_of(name: str) -> Anatomy:
+    """The anatomy holds names and numbers, which are those of every model from one config."""
+    with torch.random.fork_rng(devices=[]):
+        return anatomy(ZOO[name].build(), ((), ZOO[name].inputs()))
 
 
 def in_blocks(parts: Anatomy) -> set[str]:

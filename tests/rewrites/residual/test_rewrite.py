@@ -250,10 +250,10 @@ def test_a_model_without_a_report() -> None:
 # ---- uses --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "backend"), [("free", "inductor"), ("anneal", "aot_eager")])
-def test_compiled(mode: str, backend: str) -> None:
+@pytest.mark.parametrize("mode", ["free", "anneal"])
+def test_compiled(mode: str) -> None:
     new = rf.transform(NanoGPT(1), residual=mode, example_inputs=((), tokens())).eval()
-    got = torch.compile(new, backend=backend, fullgraph=True)(**tokens_again())
+    got = torch.compile(new, backend="aot_eager", fullgraph=True)(**tokens_again())
     torch.testing.assert_close(got, new(**tokens_again()))
 
 

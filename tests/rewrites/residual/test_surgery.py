@@ -44,25 +44,52 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
 # ---- the zoo -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ZOO)
-def test_every_residual_add_of(name: str) -> None:
-    if name in TRANSFORMERS:
-        pytest.importorskip("transformers")
-    entry = ZOO[name]
-    model, inputs = entry.build().eval(), entry.inputs()
-    names = list(model.state_dict())
-    expected = outputs(model, inputs)
-    opened, left = open_sites(model, ((), inputs))
-    kinds = Counter(add.kind for add in left)
-    assert kinds | {"block": len(opened)} == entry.kinds
-    assert {site.path for site in opened} == set(sites_of(model))
-    for site in opened:
+class Opened:
+    """A model of the zoo before and after its residual adds are submodules."""
+
+    def __init__(self, name: str) -> None:
+        if name in TRANSFORMERS:
+            pytest.importorskip("transformers")
+        self.entry = ZOO[name]
+        torch.manual_seed(0)
+        self.model, self.inputs = self.entry.build().eval(), self.entry.inputs()
+        self.names, self.expected = [*self.model.state_dict()], outputs(self.model, self.inputs)
+        self.sites, self.left = open_sites(self.model, ((), self.inputs))
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def opened(request: pytest.FixtureRequest) -> Opened:
+    return Opened(request.param)
+
+
+def test_every_residual_add_is_found(opened: Opened) -> None:
+    kinds = Counter(add.kind for add in (*(site.add for site in opened.sites), *opened.left))
+    assert kinds == opened.entry.kinds
+
+
+def test_every_residual_add_has_its_facts(opened: Opened) -> None:
+    found = sorted([*(site.add for site in opened.sites), *opened.left], key=lambda add: add.order)
+    assert [add.order for add in found] == list(range(len(found)))
+    for add in found:
+        assert add.source, add
+        assert add.module, add
+        assert add.dtype == "f32"
+        assert add.branch, add
+
+
+def test_every_block_has_its_site(opened: Opened) -> None:
+    assert len(opened.sites) == opened.entry.kinds["block"]
+    assert {site.path for site in opened.sites} == set(sites_of(opened.model))
+    for site in opened.sites:
         assert site.path.rpartition(".")[0] == site.add.module
-        assert not model.get_submodule(site.path).training
-    assert list(model.state_dict()) == names
-    got = outputs(model, inputs)
-    assert len(got) == len(expected)
-    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        assert not opened.model.get_submodule(site.path).training
+
+
+def test_the_opened_model_is_the_same_one(opened: Opened) -> None:
+    assert list(opened.model.state_dict()) == opened.names
+    got = outputs(opened.model, opened.inputs)
+    assert len(got) == len(opened.expected)
+    assert all(torch.equal(a, b) for a, b in zip(opened.expected, got, strict=True))
 
 
 @pytest.mark.parametrize("name", ["convnext", "gpt2", "bloom"])

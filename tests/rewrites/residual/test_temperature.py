@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfcompile.errors import ResidualError
-from rfcompile.rewrites.attention.anatomy import anatomy
+from rfcompile.rewrites.attention.anatomy import Anatomy, anatomy
 from rfcompile.rewrites.residual.initialization import Initialization, initialize
 from rfcompile.rewrites.residual.temperature import (
     LIMIT,
@@ -50,12 +51,19 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
         pytest.importorskip("transformers")
     model = (MODELS[name][0] if name in MODELS else ZOO[name].build)().eval()
     inputs = ZOO.get(name, ZOO["llama"]).inputs()
-    return attentive(model, inputs), inputs
+    return attentive(model, parts_of(name)), inputs
 
 
-def attentive(model: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
+@functools.cache
+def parts_of(name: str) -> Anatomy:
+    """The anatomy holds names and numbers, which are those of every model from one config."""
+    with torch.random.fork_rng(devices=[]):
+        model = (MODELS[name][0] if name in MODELS else ZOO[name].build)().eval()
+        return anatomy(model, ((), ZOO.get(name, ZOO["llama"]).inputs()))
+
+
+def attentive(model: nn.Module, parts: Anatomy) -> nn.Module:
     """With queries and keys that let tokens attend to themselves: every mass is in reach."""
-    parts = anatomy(model, ((), inputs))
     modules = {linear.module for linear in parts.linears if "head" not in linear.module}
     initialize(model, parts, modules, Initialization(alpha=0.5))
     return model
@@ -79,7 +87,7 @@ def test_every_attention_gets_its_mass(name: str) -> None:
 
 def test_deeper_models_attend_more_to_themselves() -> None:
     for layers in (1, 3):
-        model = attentive(NanoGPT(layers), tokens())
+        model = attentive(NanoGPT(layers), anatomy(NanoGPT(layers), ((), tokens())))
         got = temper(model, ((), tokens()), TemperatureRule(0.6))
         masses = [0.6 ** (1 / layers)] * layers
         assert [t.mass_after for t in got] == pytest.approx(masses, abs=BISECTION)
