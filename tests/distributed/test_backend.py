@@ -168,46 +168,30 @@ def relative(got: Tensor, exact: Tensor) -> float:
     return ((got - exact).norm() / exact.norm()).item()
 
 
-LLAMA_BITS = (4, 8)
-
-
-def train_llama(rank: Rank, sequence_parallel: bool) -> dict[int, dict[str, Any]]:
-    """A step by bits, and how far it is from the exact one."""
+def train_llama(rank: Rank, bits: int, sequence_parallel: bool) -> dict[str, Any]:
     model = llama(rank.world, sequence_parallel=sequence_parallel)
     exact = llama_step(rank, model, model)
-    results = {}
-    for bits in LLAMA_BITS:
-        torch._dynamo.reset()
-        options = {"bits": bits, "min_bytes": 0, "strict": True}
-        # DTensor and a dynamic size on 3-D activations do not go together in torch 2.13.
-        compiled = torch.compile(
-            model, backend="rfquant", options=options, fullgraph=True, dynamic=False
-        )
-        with graphs_run_as_they_are():
-            got = llama_step(rank, model, compiled)
-        report = reported()
-        assert_only_bytes_travel(report)
-        results[bits] = {
-            "report": report,
-            "delta": error_of_one_collective(rank, bits),
-            "loss": (got.loss, exact.loss),
-            "logits": (got.logits, exact.logits),
-            "grads": {name: relative(got.grads[name], grad) for name, grad in exact.grads.items()},
-        }
-    return results
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["tensor", "sequence"])
-def llama_steps(
-    ranks: RunRanks, request: pytest.FixtureRequest
-) -> tuple[bool, dict[int, dict[str, Any]]]:
-    """Whether it is sequence parallel, and the steps of rank 0 by bits."""
-    return request.param, ranks(2, train_llama, request.param)[0]
+    options = {"bits": bits, "min_bytes": 0, "strict": True}
+    # DTensor and a dynamic size on 3-D activations do not go together in torch 2.13.
+    compiled = torch.compile(
+        model, backend="rfquant", options=options, fullgraph=True, dynamic=False
+    )
+    with graphs_run_as_they_are():
+        got = llama_step(rank, model, compiled)
+    report = reported()
+    assert_only_bytes_travel(report)
+    return {
+        "report": report,
+        "delta": error_of_one_collective(rank, bits),
+        "loss": (got.loss, exact.loss),
+        "logits": (got.logits, exact.logits),
+        "grads": {name: relative(got.grads[name], grad) for name, grad in exact.grads.items()},
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bits", LLAMA_BITS)
-def test_llama(llama_steps: tuple[bool, dict[int, dict[str, Any]]], bits: int) -> None:
+@pytest.mark.parametrize(("bits", "sequence_parallel"), [(4, False), (8, True)])
+def test_llama(ranks: RunRanks, bits: int, sequence_parallel: bool) -> None:
     """Every site of an unmodified DTensor Llama travels quantized, and the step stays close.
 
     Tolerance: each of N sites on the way adds an error of about ``delta`` relative to what it
@@ -215,8 +199,7 @@ def test_llama(llama_steps: tuple[bool, dict[int, dict[str, Any]]], bits: int) -
     up in squares to ``sqrt(N) * delta`` of the logits' (the gradient's) norm. The loss follows from
     the logits: by a token's logits its slope is at most sqrt(2) (softmax minus one-hot).
     """
-    sequence_parallel, steps = llama_steps
-    first = steps[bits]
+    first = ranks(2, train_llama, bits, sequence_parallel)[0]
     report: Report = first["report"]
     sites = Counter((s.direction, s.collective, s.merged) for s in report.sites)
     if sequence_parallel:
@@ -277,12 +260,11 @@ def parallel_mlps(world: int) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
 
 
-def train_mlps(rank: Rank, bits: int | None) -> list[float]:
-    """At 4 bits through Inductor: the one whole model that is compiled to the end."""
+def train_mlps(rank: Rank, fmt: str | None, inductor: bool = False) -> list[float]:
     model = parallel_mlps(rank.world)
     run: Any = model
-    if bits is not None:
-        options = {"bits": bits, "min_bytes": 0, "strict": True}
+    if fmt is not None:
+        options = {"activations": fmt, "gradients": fmt, "min_bytes": 0, "strict": True}
         run = torch.compile(
             model, backend="rfquant", options=options, fullgraph=True, dynamic=False
         )
@@ -291,7 +273,7 @@ def train_mlps(rank: Rank, bits: int | None) -> list[float]:
     target = torch.randn(48, 64, generator=generator)
     optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
     losses = []
-    with contextlib.nullcontext() if bits == 4 else graphs_run_as_they_are():
+    with contextlib.nullcontext() if inductor else graphs_run_as_they_are():
         for _ in range(6):
             loss = nn.functional.mse_loss(run(x), target)
             losses.append(loss.item())
@@ -302,7 +284,7 @@ def train_mlps(rank: Rank, bits: int | None) -> list[float]:
             optimizer.zero_grad()
             x.grad = None
     report = reported()
-    assert report.num_quantized == report.num_sites == (4 if bits else 0)
+    assert report.num_quantized == report.num_sites == (4 if fmt else 0)
     return losses
 
 
@@ -314,12 +296,20 @@ def exact_mlps(ranks: RunRanks) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "share"), [(8, 0.01), (4, 0.1)])
+@pytest.mark.parametrize(
+    ("fmt", "inductor", "share"),
+    [
+        ("8b", False, 0.01),
+        ("4b", False, 0.1),
+        # The one whole model that is compiled to the end, in a format that compiles fast.
+        ("8b:tensor", True, 0.01),
+    ],
+)
 def test_tensor_parallel_mlps_train(
-    ranks: RunRanks, exact_mlps: list[float], bits: int, share: float
+    ranks: RunRanks, exact_mlps: list[float], fmt: str, inductor: bool, share: float
 ) -> None:
     assert exact_mlps[-1] < 0.9 * exact_mlps[0]
-    results = ranks(2, train_mlps, bits)
+    results = ranks(2, train_mlps, fmt, inductor)
     assert all(losses == results[0] for losses in results)
     # A share of the whole descent, about the error of one collective.
     assert results[0] == pytest.approx(exact_mlps, abs=share * (exact_mlps[0] - exact_mlps[-1]))
