@@ -552,6 +552,7 @@ DECOMPOSED = (
     (Case("reduce_scatter", op="avg"), "8b:raise"),
     (Case("all_gather"), "4b:stoch"),
     (Case("all_to_all", uneven=True), "8b"),
+    (Case("broadcast"), "3b:g64"),
 )
 
 
@@ -575,6 +576,7 @@ def check_decomposed(rank: Rank, case: Case, spec: str) -> None:
     """As Inductor gets it, operator by operator."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
     def as_it_is(gm: Any, example_inputs: Any) -> Any:
@@ -587,7 +589,11 @@ def check_decomposed(rank: Rank, case: Case, spec: str) -> None:
     def f(x: Tensor) -> Tensor:
         return case.quantized(x * 2, spec, rank).relu()
 
-    backend = aot_autograd(fw_compiler=as_it_is, decompositions=select_decomp_table())
+    backend = aot_autograd(
+        fw_compiler=as_it_is,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,  # torch's other one drops collectives
+    )
     assert_same_when_compiled(rank, f, case.shape(1000, rank.index, rank.world), backend)
 
 
