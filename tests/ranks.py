@@ -3,12 +3,15 @@
 ``ranks(4, f, *args)`` calls ``f(rank, *args)`` on four processes, each with a :class:`Rank`, and
 returns the four results. Importing torch and its compiler takes seconds, so the processes live as
 long as the session and a call takes the first of them; the process group is new for each call.
+After a failure they are forked anew from processes that did nothing but import (a nursery).
 This file is also what the processes run.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import gc
+import importlib
 import importlib.util
 import io
 import os
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +42,21 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 """Else gloo looks for the interface of the host's name, which a sandbox may not have."""
 GRACE_SECONDS = 2.0
 """How long the other ranks may take to fail after the first one did."""
+NURSERIES = 2
+"""Ranks of one nursery share the seed of their hashes; neighbours must not, as under torchrun."""
+IMPORTED = (
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch._inductor.lowering",
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.tensor.parallel",
+    "rfcompile.inductor.backend",
+    "rfcompile.companions",
+    "rfcompile.distributed",
+    "rfcompile.training",
+)
+"""What many tests use; a nursery imports it once for all ranks."""
 
 
 class RunRanks(Protocol):
@@ -109,6 +128,7 @@ def any_error_of(f: Callable[[], object]) -> Exception:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
     """Run a function on some gloo processes; see the module."""
     folder = tmp_path_factory.mktemp("ranks")
+    nurseries = [_Nursery(number, folder) for number in range(NURSERIES)]
     pool: list[_Process] = []
 
     def run(
@@ -119,10 +139,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
         grace: float = GRACE_SECONDS,
     ) -> list[Any]:
         __tracebackhide__ = True
-        new = [_Process(rank, folder) for rank in range(len(pool), world)]
-        pool.extend(new)
+        started = len(pool)
         try:
-            for process in new:
+            for rank in range(started, world):
+                pool.append(_Process(rank, folder, nurseries[rank % NURSERIES]))
+            for process in pool[started:]:
                 process.wait_until_ready()
             return _run(pool[:world], folder, f, args, timeout, grace)
         except BaseException:  # the processes may be in any state: start anew
@@ -131,20 +152,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunRanks]:
             raise
 
     yield run
-    for process in pool:
+    for process in (*pool, *nurseries):
         process.stop()
 
 
 # ---- the parent --------------------------------------------------------------------------------
 
 
-class _Process:
-    """A rank: a Python process that waits for jobs."""
+class _Nursery:
+    """A process that has imported what ranks need, and is forked into them."""
 
-    def __init__(self, rank: int, folder: Path) -> None:
-        self.rank = rank
+    def __init__(self, number: int, folder: Path) -> None:
         self.connection, theirs = Pipe()
-        self.log = folder / f"rank{rank}.log"
         environment = (
             os.environ
             | LOOPBACK
@@ -153,14 +172,47 @@ class _Process:
                 "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else each rank starts a pool of its own
             }
         )
+        self.log = folder / f"nursery{number}.log"
         with self.log.open("w") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), str(rank)],
+                [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 env=environment,
                 stdout=log,
                 stderr=log,
             )
+        theirs.close()
+
+    def fork(self, rank: int, log: Path, connection: Connection) -> int:
+        """The id of a new process that is a rank at the other end of ``connection``."""
+        try:
+            self.connection.send((rank, str(log)))
+            send_handle(self.connection, connection.fileno(), self.popen.pid)
+            return int(self.connection.recv())
+        except (EOFError, OSError) as error:
+            raise RankError("the start", {rank: self.log.read_text()[-2000:]}) from error
+
+    def exit_code(self, pid: int) -> int:
+        """Waits until that process has ended; ask once."""
+        self.connection.send(pid)
+        return int(self.connection.recv())
+
+    def stop(self) -> None:
+        self.connection.close()
+        self.popen.kill()
+        self.popen.wait()
+
+
+class _Process:
+    """A rank: a Python process that waits for jobs."""
+
+    def __init__(self, rank: int, folder: Path, nursery: _Nursery) -> None:
+        self.rank, self.nursery = rank, nursery
+        self.connection, theirs = Pipe()
+        self.log = folder / f"rank{rank}.log"
+        self.log.write_text("")
+        self.exit_code: int | None = None
+        self.pid = nursery.fork(rank, self.log, theirs)
         theirs.close()
 
     def wait_until_ready(self) -> None:
@@ -170,17 +222,24 @@ class _Process:
 
     def where_it_is(self) -> str:
         """The stacks of a process that hangs, if it can still write them."""
-        self.popen.send_signal(signal.SIGUSR1)
+        os.kill(self.pid, signal.SIGUSR1)
         time.sleep(0.5)
         return self.last_words(6000)
 
     def last_words(self, length: int) -> str:
         return self.log.read_text(errors="replace")[-length:]
 
+    def ended(self) -> int:
+        """The exit code of a process that ends."""
+        if self.exit_code is None:
+            self.exit_code = self.nursery.exit_code(self.pid)
+        return self.exit_code
+
     def stop(self) -> None:
         self.connection.close()
-        self.popen.kill()
-        self.popen.wait()
+        if self.exit_code is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.ended()
 
 
 def _run(
@@ -210,7 +269,7 @@ def _run(
             try:
                 result, failure = pickle.loads(connection.recv_bytes())
             except EOFError:
-                code = processes[rank].popen.wait()
+                code = processes[rank].ended()
                 text = f"died with exit code {code}\n{processes[rank].last_words(2000)}"
                 result, failure = None, text
             results[rank] = result
@@ -224,7 +283,47 @@ def _run(
     return results
 
 
-# ---- a rank ------------------------------------------------------------------------------------
+# ---- a nursery, and a rank -----------------------------------------------------------------------
+
+
+def _raise_ranks(control: Connection) -> None:
+    """Fork when asked to, and tell how a process ended."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # the collector of a rank need not look at what was imported
+    while True:
+        try:
+            request = control.recv()
+        except EOFError:
+            return
+        if isinstance(request, int):
+            _, status = os.waitpid(request, 0)
+            control.send(os.waitstatus_to_exitcode(status))
+            continue
+        handle = recv_handle(control)
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            _become_rank(handle, *request)
+        os.close(handle)
+        control.send(pid)
+
+
+def _become_rank(handle: int, index: int, log: str) -> None:
+    """Never returns."""
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.close(output)
+    code = 1
+    try:
+        _serve(Connection(handle), index)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _serve(connection: Connection, index: int) -> None:
@@ -280,4 +379,4 @@ if __name__ == "__main__":
     assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # arguments are of test modules
-    _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    _raise_ranks(Connection(int(sys.argv[1])))

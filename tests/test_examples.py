@@ -1,21 +1,24 @@
-"""The demo's model and its quick run, the short example, and the slow-link benchmark's network."""
+"""The examples' model, those of one machine, and the slow-link benchmark's network.
+
+tests/distributed/test_examples.py has the examples that need several ranks.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
+import io
 import re
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-RANKS = 2
+from torch import nn
 
 
 def load(path: Path) -> ModuleType:
@@ -90,167 +93,36 @@ def test_heads_that_do_not_divide_over_the_ranks_are_refused(
         gpt.parallelize(model, SimpleNamespace(size=lambda: 3))
 
 
-PARALLEL = """
-import sys
-import torch, torch.distributed as dist
-from gpt import GPT, GPTConfig, parallelize
-from torch.distributed.device_mesh import init_device_mesh
-
-folder, rank, ranks = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-model = GPT(GPTConfig(width=32, layers=2, heads=2, context=16))
-model.load_state_dict(torch.load(f"{folder}/model.pt"))
-parallelize(model, init_device_mesh("cpu", (ranks,)))
-logits = model(torch.load(f"{folder}/tokens.pt"))
-logits.square().mean().backward()
-gradients = {}
-for name, parameter in model.named_parameters():
-    gradient = parameter.grad
-    gradients[name] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-torch.save((logits, gradients), f"{folder}/rank{rank}.pt")
-dist.destroy_process_group()
-"""
+# ---- one machine ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_the_parallel_model_computes_what_the_model_computes(
-    model: nn.Module, root: Path, tmp_path: Path
-) -> None:
-    tokens = torch.randint(256, (3, 16))
-    torch.save(model.state_dict(), tmp_path / "model.pt")
-    torch.save(tokens, tmp_path / "tokens.pt")
-    environment = {**os.environ, "PYTHONPATH": str(root / "examples")}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PARALLEL, str(tmp_path), str(rank), str(RANKS)], env=environment
-        )
-        for rank in range(RANKS)
-    ]
-    assert [process.wait(120) for process in processes] == [0] * RANKS
-
-    logits: Tensor = model(tokens)
-    logits.square().mean().backward()
-
-    for rank in range(RANKS):
-        their_logits, gradients = torch.load(tmp_path / f"rank{rank}.pt")
-        torch.testing.assert_close(their_logits, logits)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, msg=name)
+def printed_by(script: Path, *options: str) -> str:
+    """What the script prints, here and now."""
+    with (
+        patch.object(sys, "argv", [str(script), *options]),
+        patch.object(sys, "path", [str(script.parent), *sys.path]),
+        redirect_stdout(io.StringIO()) as printed,
+    ):
+        runpy.run_path(str(script), run_name="__main__")
+    return printed.getvalue()
 
 
-# ---- the demo ------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_quick_demo_trains_with_every_all_reduce_at_4_bits(root: Path, tmp_path: Path) -> None:
-    script = root / "examples" / "train_tensor_parallel.py"
-    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    run = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
-
-    assert run.returncode == 0, run.stderr
-    assert "bit-identical on all ranks" in run.stdout
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    exact, four = map(json.loads, lines)
-    assert (exact["bits"], four["bits"]) == (None, 4)
-    assert exact["wire_bytes"] == exact["exact_bytes"] == four["exact_bytes"]
-    assert exact["num_quantized"] == 0
-    assert four["num_quantized"] == four["num_sites"] == exact["num_sites"] == 8  # 2 blocks x 4
-    assert 7.0 < four["exact_bytes"] / four["wire_bytes"] < 8.0  # 32 bits to 4 and a scale
-    for row in (exact, four):
-        assert row["losses"][-1] < row["losses"][0] - 1
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-# ---- data parallel -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_data_parallel_example_trains_with_4_bit_gradients(root: Path) -> None:
-    script = root / "examples" / "train_ddp.py"
-    assert len(script.read_text().splitlines()) < 60
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = ["--bits", "4", "--error-feedback", "--steps", "20"]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={RANKS}", str(script), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-    assert run.returncode == 0, run.stderr  # it compares the ranks' parameters, too
-    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
-    assert second < first < 5
-    assert "3 of 3 sites quantized, 525.57 kB -> 67.98 kB sent by each rank" in run.stdout
-    assert "note: 15 of 15 parameters quantized" in run.stdout
-
-
-# ---- pipeline parallel ---------------------------------------------------------------------------
-
-
-@pytest.mark.slow
 def test_the_adapters_example_learns_and_stores_a_few_kilobytes(root: Path) -> None:
     script = root / "examples" / "adapters.py"
-    result = subprocess.run(
-        [sys.executable, str(script), "--steps", "20"],
-        cwd=root, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    printed = printed_by(script, "--steps", "20")
     assert len(script.read_text().splitlines()) <= 60
-    assert "8 adapters in 4 bits, kmeans: 32,768 ->" in result.stdout
-    size = re.search(r"(\d+) bytes on disk", result.stdout)
+    assert "8 adapters in 4 bits, kmeans: 32,768 ->" in printed
+    size = re.search(r"(\d+) bytes on disk", printed)
     assert size is not None
     assert int(size[1]) < 32_768 / 3
 
 
-def test_the_pipeline_example_trains_with_4_bits_in_both_directions(root: Path) -> None:
-    script = root / "examples" / "train_pipeline.py"
-    assert len(script.read_text().splitlines()) < 60
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={RANKS}", str(script), "--bits", "4", "--steps", "20"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-    assert run.returncode == 0, run.stderr
-    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
-    assert second < first < 5
-    line = "1 of 1 sites quantized, 262.14 kB -> 33.79 kB sent by each rank (7.76x less)"
-    assert run.stdout.count(line) == RANKS  # activations from one, gradients from the other
-    assert "forward send  stages.0" in run.stdout
-    assert "backward send  stages.1" in run.stdout
-
-
-# ---- sharded -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_fsdp2_example_trains_with_weight_differences(root: Path) -> None:
-    script = root / "examples" / "train_fsdp2.py"
-    assert len(script.read_text().splitlines()) < 60
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    options = ["--bits", "4", "--weight-delta", "--steps", "20"]
-    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
-    run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={RANKS}", str(script), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-    assert run.returncode == 0, run.stderr
-    first, second = (float(loss) for loss in re.findall(r"loss ([\d.]+)", run.stdout))
-    assert second < first < 5
-    assert "8 of 8 sites quantized, 722.69 kB -> 68.00 kB sent by each rank" in run.stdout
+def test_the_companions_example_asks_for_all_of_them_at_once(root: Path) -> None:
+    printed = printed_by(root / "examples" / "companions.py", "--steps", "3")
+    assert "4 of 4 residual adds rewritten: free" in printed
+    assert "2 attentions: s^3, scale learned" in printed
+    assert "tokens grayed at 1 of 1 places: dct, 0.9" in printed
+    assert "after 3 steps" in printed
 
 
 # ---- the network of the benchmark ----------------------------------------------------------------
@@ -277,7 +149,7 @@ def test_slow_link_without_its_tools_says_so_and_succeeds(root: Path, tmp_path: 
     out = tmp_path / "slow_link.jsonl"
     run = subprocess.run(
         [sys.executable, str(script), "--quick", "--out", str(out)],
-        env={"PATH": str(tmp_path)},  # no ip, no tc
+        env={"PATH": str(tmp_path), "PYTHONPATH": str(root)},  # no ip, no tc
         capture_output=True,
         text=True,
         timeout=60,
@@ -288,18 +160,6 @@ def test_slow_link_without_its_tools_says_so_and_succeeds(root: Path, tmp_path: 
         run.stdout == "slow_link: skipped: ip and tc not found; install iproute2.\n"
     )
     assert not out.exists()
-
-
-def test_the_companions_example_asks_for_all_of_them_at_once(root: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "examples/companions.py", "--steps", "3"],
-        cwd=root, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "4 of 4 residual adds rewritten: free" in run.stdout
-    assert "2 attentions: s^3, scale learned" in run.stdout
-    assert "tokens grayed at 1 of 1 places: dct, 0.9" in run.stdout
-    assert "after 3 steps" in run.stdout
 
 
 def test_a_network_carries_bytes_at_its_rate_and_leaves_nothing(network: ModuleType) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Callable, Iterator
 from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
@@ -53,15 +55,58 @@ PUBLIC_NAMES = [
 ]
 
 
-def run_python(code: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+FORKS = """
+import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.dup2(writer, 1)
+        code = 0
+        try:
+            exec(json.loads(line), {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+            code = 1
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as output:
+        text = output.read()
+    print(json.dumps([os.waitstatus_to_exitcode(os.wait()[1]), text]), flush=True)
+"""
+RunPython = Callable[[str], tuple[int, str]]
+OutputOf = Callable[[str], str]
 
 
-def output_of(code: str) -> str:
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
+@pytest.fixture(scope="module")
+def run_python() -> Iterator[RunPython]:
+    """Exit code and output of a program, in a process of its own that has imported torch only."""
+    command = [sys.executable, "-c", FORKS]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        requests, answers = server.stdin, server.stdout
+
+        def run(code: str) -> tuple[int, str]:
+            print(json.dumps(code), file=requests, flush=True)
+            returned, output = json.loads(answers.readline())
+            return returned, output.strip()
+
+        yield run
+
+
+@pytest.fixture
+def output_of(run_python: RunPython) -> OutputOf:
+    """What a program prints that does not fail."""
+
+    def run(code: str) -> str:
+        returned, output = run_python(code)
+        assert returned == 0, output
+        return output
+
+    return run
 
 
 def folders_with_python() -> set[str]:
@@ -92,14 +137,14 @@ def test_nothing_pins_an_upper_bound_or_functorch() -> None:
         assert "functorch" not in requirement
 
 
-def test_passes_is_not_a_top_level_module() -> None:
-    result = run_python("import passes")
-    assert result.returncode != 0
-    assert "ImportError" in result.stderr
-    assert "import it as 'rfcompile.passes'" in result.stderr
+def test_passes_is_not_a_top_level_module(run_python: RunPython) -> None:
+    returned, output = run_python("import passes")
+    assert returned != 0
+    assert "ImportError" in output
+    assert "import it as 'rfcompile.passes'" in output
 
 
-def test_passes_exists_once() -> None:
+def test_passes_exists_once(output_of: OutputOf) -> None:
     code = """
 import sys, rfcompile.passes
 from pathlib import Path
@@ -153,7 +198,7 @@ def test_the_public_names_of_a_namespace_are_exactly_these(door: str, names: str
     assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_importing_the_package_loads_next_to_nothing() -> None:
+def test_importing_the_package_loads_next_to_nothing(output_of: OutputOf) -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import rfcompile;"
         "print(sorted(set(sys.modules) - before))"
@@ -161,7 +206,7 @@ def test_importing_the_package_loads_next_to_nothing() -> None:
     assert output_of(code) == "['rfcompile', 'rfcompile.codec', 'rfcompile.codec.on_use']"
 
 
-def test_operators_are_defined_when_one_is_asked_for() -> None:
+def test_operators_are_defined_when_one_is_asked_for(output_of: OutputOf) -> None:
     code = (
         "import pkgutil, torch, rfcompile; "
         "from importlib import import_module; "
@@ -176,7 +221,7 @@ def test_operators_are_defined_when_one_is_asked_for() -> None:
     assert output_of(code) == "rfcompile.quantize.default True [] False"
 
 
-def test_the_codec_does_not_load_the_compiler() -> None:
+def test_the_codec_does_not_load_the_compiler(output_of: OutputOf) -> None:
     # Seconds of start-up. (Dynamo comes along with torch.compiler's decorators.)
     heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.inductor.backend"}
     heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.adapters"}
@@ -202,7 +247,7 @@ def test_type_checkers_see_the_names_that_are_loaded_on_use() -> None:
     assert sorted(seen) == sorted(rfcompile.__all__)
 
 
-def test_a_public_name_is_never_the_module_of_that_name() -> None:
+def test_a_public_name_is_never_the_module_of_that_name(output_of: OutputOf) -> None:
     code = (
         "import rfcompile as rf, rfcompile.explain, rfcompile.analyze, rfcompile.cli;"
         "from rfcompile import rewrites_of;"
@@ -239,11 +284,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
-    command = "pip wheel . --quiet --no-deps --no-build-isolation --no-index --wheel-dir dist"
+    (folder / "dist").mkdir()
+    build = "from setuptools.build_meta import build_wheel; build_wheel('dist')"  # as pip does
     result = subprocess.run(
-        [sys.executable, "-m", *command.split()],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", build], cwd=folder, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     [path] = (folder / "dist").glob("*.whl")
     return zipfile.ZipFile(path)

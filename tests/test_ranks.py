@@ -63,6 +63,6 @@ def test_a_failure_of_a_rank_is_raised_here(
 ) -> None:
     assert callable(f)
     with pytest.raises(Exception, match=text) as caught:
-        ranks(2, f, timeout=3)
+        ranks(2, f, timeout=2, grace=0.5)
     assert set(caught.value.failures) == failed  # type: ignore[attr-defined]
     assert ranks(2, place, 0) == [(0, 2, "gloo", 1.0), (1, 2, "gloo", 1.0)]  # works again

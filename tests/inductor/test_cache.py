@@ -1,121 +1,141 @@
 """Compiled graphs kept on disk: used again when nothing changed, never when something did.
 
-Every run is two new processes on gloo (this file, run as a program).
+One job on two ranks compiles again and again; one of them at a time by Inductor, whose graphs the
+other runs as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import importlib.util
 import shutil
-import subprocess
-import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
-Run = Callable[..., dict[str, Any]]
+import rfcompile as rf
+from rfcompile.codec import formats
+from rfcompile.codec.fingerprint import source_digest
+from rfcompile.inductor import lowering
+from tests.inductor.test_backend import graphs_run_as_they_are
+
+if TYPE_CHECKING:
+    from tests.ranks import Rank, RunRanks
+
+pytestmark = pytest.mark.slow
+
+FOUR_BITS, EIGHT_BITS = "4b:tensor", "8b:tensor"  # which Inductor compiles in a third of the time
+Runs = dict[str, dict[str, Any]]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Compile and train on two ranks; ``package``: a folder that holds another copy of ours.
-
-    Runs of one test share a cache that nobody else uses: kernels are found by their text, but the
-    keys of graphs hold a tag.
-    """
-    tag = uuid.uuid4().hex
-
-    def run_it(options: dict[str, Any], package: Path | None = None) -> dict[str, Any]:
-        path = [str(package)] if package else []
-        if os.environ.get("PYTHONPATH"):
-            path.append(os.environ["PYTHONPATH"])
-        environment = os.environ | {
-            "TORCH_COMPILE_CACHE_KEY_TAG": tag,
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
-            "PYTHONPATH": os.pathsep.join(path),
-        }
-        store = tmp_path / f"store-{uuid.uuid4().hex}"
-        command = [sys.executable, __file__, json.dumps(options), str(store)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank)],
-                env=environment,
-                cwd=tmp_path,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        answers = []
-        try:
-            for rank in ranks:
-                out, err = rank.communicate(timeout=240)
-                assert rank.returncode == 0, err[-4000:]
-                answers.append(json.loads(out.splitlines()[-1]))
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.communicate()
-        assert answers[0] == answers[1]
-        answer: dict[str, Any] = answers[0]
-        if package:
-            assert Path(answer["file"]).is_relative_to(package)
-        return answer
-
-    return run_it
+@pytest.fixture(scope="module")
+def runs(ranks: RunRanks) -> Runs:
+    """By what was done: hits and misses of the cache, what was computed, and the report."""
+    zero, one = ranks(2, compile_often, uuid.uuid4().hex)
+    assert not zero.keys() & one.keys()
+    return {**zero, **one}
 
 
-@pytest.mark.slow
-def test_graphs_are_used_again_until_options_or_sources_change(
-    run: Run, root: Path, tmp_path: Path
-) -> None:
-    four_bits = {"bits": 4, "min_bytes": 0, "strict": True}
-    first = run(four_bits)
+def test_graphs_are_compiled_once(runs: Runs) -> None:
+    first = runs["first"]
     assert (first["hits"], first["misses"]) == (0, 3)
     assert first["compiled"] == first["eager"]
-    assert [site["format"] for site in first["sites"]] == ["4b:g128:rise", "4b:g128:tread"]
+    assert [site["format"] for site in first["sites"]] == ["4b:tensor:rise", "4b:tensor:tread"]
 
-    again = run(four_bits)
-    assert (again["hits"], again["misses"]) == (3, 0)
-    assert again == first | {"hits": 3, "misses": 0}  # the report too
 
-    eight_bits = run(four_bits | {"bits": 8})
+@pytest.mark.parametrize("run", ["again", "of another process"])
+def test_graphs_are_used_again(runs: Runs, run: str) -> None:
+    assert runs[run] == runs["first"] | {"hits": 3, "misses": 0}  # the report too
+
+
+def test_other_options_are_other_graphs(runs: Runs) -> None:
+    first, eight_bits = runs["first"], runs["eight bits"]
     assert (eight_bits["hits"], eight_bits["misses"]) == (1, 2)  # the plain graph has no options
     assert eight_bits["compiled"] == eight_bits["eager"] != first["eager"]
-    assert [site["format"] for site in eight_bits["sites"]] == ["8b:g128:tread"] * 2
+    assert [site["format"] for site in eight_bits["sites"]] == ["8b:tensor:tread"] * 2
 
-    shutil.copytree(root / "rfcompile", tmp_path / "edited" / "rfcompile")  # the link as a folder
-    formats = tmp_path / "edited" / "rfcompile" / "codec" / "formats.py"
-    before = formats.read_text()
-    assert before.count("16: 0.3352") == 1
-    formats.write_text(before.replace("16: 0.3352", "16: 0.3"))
-    edited = run(four_bits, tmp_path / "edited")
+
+def test_other_sources_are_other_graphs(runs: Runs) -> None:
+    first, edited = runs["first"], runs["edited"]
     assert (edited["hits"], edited["misses"]) == (0, 3)
     assert edited["compiled"] == edited["eager"] != first["eager"]
     assert edited["plain"] != first["plain"]
     assert edited["sites"] == first["sites"]
 
 
-# ---- one rank ------------------------------------------------------------------------------------
+def test_every_edit_changes_the_digest_of_the_sources(root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "rfcompile"
+    shutil.copytree(root / "rfcompile", copy)  # the link as a folder
+    assert digest_of(copy) == source_digest()
+    for name in ("codec/formats.py", "passes/merge_collectives.py"):
+        (copy / name).write_text((copy / name).read_text().replace("1", "2", 1))
+        assert digest_of(copy) != source_digest()
+        shutil.copy(root / "rfcompile" / name, copy / name)
+    assert digest_of(copy) == source_digest()
 
 
-def main(options: dict[str, Any], store: str, rank: int) -> dict[str, Any]:
-    import torch.distributed._functional_collectives as funcol
+def digest_of(package: Path) -> str:
+    """By the copy's own file."""
+    spec = importlib.util.spec_from_file_location(
+        "fingerprint", package / "codec" / "fingerprint.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    digest: str = module.source_digest()
+    return digest
 
-    import rfcompile as rf
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+# ---- on a rank -----------------------------------------------------------------------------------
+
+
+def compile_often(rank: Rank, tag: str) -> Runs:
+    """What this rank compiled by Inductor."""
+    found = {}
+    for what, compiler in {
+        "first": 0, "again": 0, "of another process": 1, "eight bits": 0, "edited": 0
+    }.items():  # fmt: skip
+        fmt = EIGHT_BITS if what == "eight bits" else FOUR_BITS
+        is_mine = rank.index == compiler
+        sources = edited() if what == "edited" else nullcontext()
+        with fresh(tag), sources, nullcontext() if is_mine else graphs_run_as_they_are():
+            result = compiled_and_run(fmt, "inductor" if is_mine else "aot_eager")
+        if is_mine:
+            found[what] = result
+    return found
+
+
+@contextmanager
+def fresh(tag: str) -> Iterator[None]:
+    """As in a process that has compiled nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rf.reports(clear=True)
+    with torch.compiler.config.patch(cache_key_tag=tag):
+        yield
+
+
+@contextmanager
+def edited() -> Iterator[None]:
+    """Other sources: another step of 4 bits."""
+    with (
+        patch.dict(formats._GAUSSIAN_STEP, {16: 0.3}),
+        patch.object(lowering, "source_digest", lambda: "edited"),
+    ):
+        yield
+
+
+def compiled_and_run(fmt: str, backend_of_plain: str) -> dict[str, Any]:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
 
     def trained(f: Callable[[Tensor], Tensor]) -> str:
@@ -127,27 +147,22 @@ def main(options: dict[str, Any], store: str, rank: int) -> dict[str, Any]:
         return hashlib.sha256(data).hexdigest()
 
     compiled = torch.compile(
-        lambda x: funcol.all_reduce(x * 2, "sum", dist.group.WORLD).square(),
+        lambda x: funcol.all_gather_tensor_autograd(x * 2, 0, dist.group.WORLD).square(),
         backend="rfquant",
-        options=options,
+        options={"activations": fmt, "gradients": fmt, "min_bytes": 0, "strict": True},
         fullgraph=True,
     )
-    plain = torch.compile(lambda x: rf.all_reduce(x, 4), fullgraph=True)
+    plain = torch.compile(
+        lambda x: rf.all_gather(x, FOUR_BITS), fullgraph=True, backend=backend_of_plain
+    )
     result = {
         "compiled": trained(compiled),
-        "eager": trained(lambda x: rf.all_reduce(x * 2, options["bits"]).square()),
+        "eager": trained(lambda x: rf.all_gather(x * 2, fmt).square()),
         "plain": hashlib.sha256(plain(x).numpy().tobytes()).hexdigest(),
         "sites": [site for report in rf.reports() for site in report.to_dict()["sites"]],
-        "file": rf.__file__,
     }
     counters = torch._dynamo.utils.counters["inductor"]
-    dist.destroy_process_group()
     return result | {
         "hits": counters["fxgraph_cache_hit"],
         "misses": counters["fxgraph_cache_miss"],
     }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(main(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]))))

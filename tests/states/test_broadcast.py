@@ -63,12 +63,6 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [v for s in states.values() for v in s.values() if isinstance(v, Tensor)]
 
 
-def check_states(rank: Rank) -> None:
-    check_broadcast(rank)
-    check_sharded(rank)
-    check_zero(rank)
-
-
 def check_broadcast(rank: Rank) -> None:
     model = made()
     optimizer = AdamW(model.parameters(), lr=1e-2 * (1 + rank.index))
@@ -135,8 +129,9 @@ def check_zero(rank: Rank) -> None:
         assert len(pickle.dumps(whole)) < 2 * 4 * numel / 2  # exact ones take 8 bytes a parameter
 
 
-def test_states_on_two_ranks(ranks: RunRanks) -> None:
-    ranks(WORLD, check_states)
+@pytest.mark.parametrize("check", [check_broadcast, check_sharded, check_zero])
+def test_states_on_two_ranks(ranks: RunRanks, check: Callable[[Rank], None]) -> None:
+    ranks(WORLD, check)
 
 
 # ---- errors that one rank meets ------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import rfcompile as rf
-from rfcompile.errors import OptionError, ProcessGroupError, RankMismatchError, TransportError
+from rfcompile.errors import OptionError, ProcessGroupError, RankMismatchError
 
 if TYPE_CHECKING:
     from tests.ranks import Rank, RunRanks
@@ -64,25 +65,39 @@ def three_ranks_differ(rank: Rank) -> list[str]:
     return ["no error"]
 
 
-def a_later_call_differs(rank: Rank, name: str) -> list[str]:
-    """Both are in their second call: rank 1 alone meets something new, the other sends."""
-    wrong = []
-    for what, other in OTHERS.items():
-        group = dist.new_group(timeout=timedelta(seconds=2))
+def later_calls_differ(rank: Rank) -> dict[tuple[str, str], str]:
+    """Both are in their second call: rank 1 alone meets something new, the other sends.
+
+    All pairs of ranks wait for their timeouts at the same time, in groups of their own.
+    """
+    cases = [(name, what) for name in CALLS for what in OTHERS]
+    groups = [dist.new_group(timeout=timedelta(seconds=2)) for _ in cases]
+    for (name, _), group in zip(cases, groups, strict=True):
         CALLS[name](X, "4b:tread", group)
+
+    def second_call(case: tuple[str, str], group: Any) -> str:
+        name, what = case
         try:
-            CALLS[name](*(other if rank.index == 1 else (X, "4b:tread")), group)
-            wrong.append(f"{name}, {what}: no error")
-        except TransportError:
-            pass
-    return wrong
+            CALLS[name](*(OTHERS[what] if rank.index == 1 else (X, "4b:tread")), group)
+        except Exception as error:
+            return type(error).__name__
+        return "no error"
+
+    with ThreadPoolExecutor(len(cases)) as threads:
+        return dict(zip(cases, threads.map(second_call, cases, groups), strict=True))
 
 
+@pytest.fixture(scope="module")
+def later_calls(ranks: RunRanks) -> list[dict[tuple[str, str], str]]:
+    return ranks(2, later_calls_differ)
+
+
+@pytest.mark.parametrize("what", list(OTHERS))
 @pytest.mark.parametrize("name", list(CALLS))
 def test_a_later_call_that_differs_is_an_error_within_the_timeout(
-    ranks: RunRanks, name: str
+    later_calls: list[dict[tuple[str, str], str]], name: str, what: str
 ) -> None:
-    assert ranks(2, a_later_call_differs, name) == [[], []]
+    assert [found[name, what] for found in later_calls] == ["TransportError"] * 2
 
 
 def count_agreements(rank: Rank) -> list[int]:

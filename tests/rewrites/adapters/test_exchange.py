@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,7 +77,6 @@ def check_exchange(rank: Rank) -> None:
             broadcast_adapters(other if rank.index else plain, 4)
     with pytest.raises(OptionError, match="give a format"):
         broadcast_adapters(new, "exact")
-    check_sharded(rank)
 
 
 def check_sharded(rank: Rank) -> None:
@@ -150,8 +150,9 @@ def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, ki
     ranks(WORLD, check_fsdp, kind)
 
 
-def test_adapters_on_two_ranks(ranks: RunRanks) -> None:
-    ranks(WORLD, check_exchange)
+@pytest.mark.parametrize("check", [check_exchange, check_sharded])
+def test_adapters_on_two_ranks(ranks: RunRanks, check: Callable[[Rank], None]) -> None:
+    ranks(WORLD, check)
 
 
 def adapters(model: nn.Module) -> list[Tensor]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from rfcompile import ResidualAdd, find_residuals
+from rfcompile import find_residuals
 from rfcompile.errors import CaptureError, OptionError, RFCompileError
+from rfcompile.passes.find_residuals import ResidualAdd
 from rfcompile.rewrites.residual.find import as_json, as_text
 from tests.routes import graphs
 from tests.zoo import PARALLEL, TRANSFORMERS, VOCABULARY, ZOO, Block, NanoGPT, ResNet, tokens

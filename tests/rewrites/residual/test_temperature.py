@@ -17,7 +17,7 @@ from rfcompile.rewrites.attention.anatomy import Anatomy, anatomy
 from rfcompile.rewrites.residual.initialization import Initialization, initialize
 from rfcompile.rewrites.residual.temperature import (
     LIMIT,
-    NAME,
+    TEMPERATURE,
     Temperature,
     TemperatureRule,
     temper,
@@ -151,9 +151,9 @@ def test_fused_and_written_out_attention_agree(name: str) -> None:
 def test_behind_a_norm_of_the_queries() -> None:
     model, inputs = build("qwen3")
     got = temper(model, ((), inputs))
-    names = [f"model.layers.{layer}.self_attn.q_norm.{NAME}" for layer in (0, 1)]
+    names = [f"model.layers.{layer}.self_attn.q_norm.{TEMPERATURE}" for layer in (0, 1)]
     assert [item.name for item in got] == names
-    assert {n for n, _ in model.named_parameters() if NAME in n} == set(names)
+    assert {n for n, _ in model.named_parameters() if TEMPERATURE in n} == set(names)
 
 
 class Halves(nn.Module):
@@ -176,7 +176,7 @@ def test_two_attentions_of_one_query_linear() -> None:
     model, x = Halves(), torch.randn(2, 5, 16)
     (q_1, k_1, _), (q_2, k_2, _) = model.operands(x)
     first, second = temper(model, ((x,), {}), TemperatureRule(0.2))
-    assert first.name == second.name == f"q.{NAME}"
+    assert first.name == second.name == f"q.{TEMPERATURE}"
     assert first.value == second.value
     for found, (q, k, _), before in zip(
         (first, second), model.operands(x), (q_1, q_2), strict=True
@@ -204,7 +204,7 @@ def test_a_side_path_to_the_query_linear() -> None:
     before = recorded(model, inputs)[0]
     first = temper(model, ((), inputs))[0]
     after = recorded(model, inputs)[0]
-    assert first.name == f"blocks.0.attention.qkv.{NAME}"
+    assert first.name == f"blocks.0.attention.qkv.{TEMPERATURE}"
     torch.testing.assert_close(after[0], before[0] / first.value)
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[2], before[2])
@@ -242,7 +242,7 @@ def test_what_scales_more_than_queries(cls: type[nn.Module], text: str) -> None:
     model = cls()
     with pytest.raises(ResidualError, match=text):
         temper(model, ((torch.randn(2, 5, 16),), {}))
-    assert not any(NAME in name for name in model.state_dict())
+    assert not any(TEMPERATURE in name for name in model.state_dict())
 
 
 def test_cross_attention_keeps_its_temperature() -> None:
@@ -260,7 +260,7 @@ def test_spellings_of_attention(spelling: str) -> None:
     model, x = Own(spelling=spelling), torch.randn(2, 5, 32)
     model.k.weight.data = model.q.weight.data
     (got,) = temper(model, ((x,), {}), TemperatureRule(0.5))
-    assert got.name == f"q.{NAME}"
+    assert got.name == f"q.{TEMPERATURE}"
     assert got.mass_after == pytest.approx(0.5, abs=BISECTION)
     q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (model.q, model.k, model.v))
     weights = (q @ k.mT * (8**-0.5 if spelling == "fused" else 1)).softmax(-1)
@@ -286,8 +286,10 @@ def test_a_learnable_one_learns() -> None:
 def test_a_fixed_one_is_a_buffer() -> None:
     model, inputs = build("nanogpt")
     got = temper(model, ((), inputs), TemperatureRule(learnable=False))
-    assert [name for name, _ in model.named_buffers() if NAME in name] == [t.name for t in got]
-    assert not [name for name, _ in model.named_parameters() if NAME in name]
+    assert [name for name, _ in model.named_buffers() if TEMPERATURE in name] == [
+        t.name for t in got
+    ]
+    assert not [name for name, _ in model.named_parameters() if TEMPERATURE in name]
     assert {item.name for item in got} <= set(model.state_dict())
 
 
@@ -314,7 +316,7 @@ def test_a_module_that_is_called_twice_has_one_temperature() -> None:
 
     model, x = Twice(), torch.randn(2, 5, 32)
     first, second = temper(model, ((x,), {}), TemperatureRule(0.3))
-    assert first.name == second.name == f"block.q.{NAME}"
+    assert first.name == second.name == f"block.q.{TEMPERATURE}"
     assert first.value == second.value == float(model.get_parameter(first.name).detach())
     assert first.mass_after == pytest.approx(0.3**0.5, abs=BISECTION)
     masses = [mass(weights) for weights in scores(model, {"x": x}, None, False)]
@@ -363,7 +365,7 @@ def test_torchs_own_attention(own: dict[str, Any]) -> None:
     model, x = Model(), torch.randn(5, 5, 16)
     plain = copy.deepcopy(model)
     (found,) = temper(model, ((x,), {}), TemperatureRule(0.3))
-    assert found.name == f"attention.{NAME}"
+    assert found.name == f"attention.{TEMPERATURE}"
     mask = torch.zeros(5, 5, dtype=torch.bool).index_fill(1, torch.tensor([4]), True)
     options = {"key_padding_mask": mask, "average_attn_weights": False}
     assert not torch.allclose(model(x)[0], plain(x)[0])
@@ -377,7 +379,7 @@ def test_torchs_own_attention(own: dict[str, Any]) -> None:
     copied = copy.deepcopy(model)
     assert torch.equal(copied(x)[0], model(x)[0])
     assert temper(model, ((x,), {}))[0].name == found.name
-    assert set(model.state_dict()) == {f"attention.{NAME}", *plain.state_dict()}
+    assert set(model.state_dict()) == {f"attention.{TEMPERATURE}", *plain.state_dict()}
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 2.0])
