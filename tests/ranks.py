@@ -52,7 +52,7 @@ IMPORTED = (
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
     "rfcompile.inductor.backend",
-    "rfcompile.companions",
+    "rfcompile.adapters",
     "rfcompile.distributed",
     "rfcompile.training",
 )
