@@ -86,6 +86,7 @@ def check_operators(rows: int, size: int, *others: tuple[str, tuple[Any, ...]]) 
         assert torch.equal(compiled, eager), (name, rows, size)
 
 
+@pytest.mark.slow
 def test_a_kernel_serves_every_size() -> None:
     assert EAGER is OPERATORS
     others: list[tuple[str, tuple[Any, ...]]] = [

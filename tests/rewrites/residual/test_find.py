@@ -160,7 +160,9 @@ def test_the_model_stays_as_it_is() -> None:
 
 
 def test_no_inputs() -> None:
-    with pytest.raises(CaptureError, match=r"NanoGPT has no example inputs.*Pass args=\(x,\)"):
+    with pytest.raises(
+        CaptureError, match=r"NanoGPT has no example inputs: pass example_inputs=\(x,\)"
+    ):
         find_residuals(NanoGPT())
     assert issubclass(CaptureError, RFCompileError)
 

@@ -18,12 +18,12 @@ from tests.zoo import TRANSFORMERS, ZOO, Block, NanoGPT
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0)).double()
-PLAIN = ResidualFree("mix", temperature=None)
+MIX, PLAIN = ResidualFree("mix"), ResidualFree("mix", temperature=None)
 
 
-def mixed(model: nn.Module, inputs: object, how: ResidualFree | str = "mix") -> nn.Module:
+def mixed(model: nn.Module, inputs: object, how: ResidualFree = MIX) -> nn.Module:
     """In float64, with mixing matrices and biases that training has changed."""
-    new = rf.transform(model.double(), residual=how, example_inputs=inputs).eval()
+    new = rf.transform(model.double(), how, example_inputs=inputs).eval()
     for parameter in new.parameters():
         parameter.data += torch.randn_like(parameter) / 10
     return new
@@ -59,7 +59,7 @@ def test_the_same_function(name: str) -> None:
 
 def test_float32_rounds_once() -> None:
     """The folded weight is the float64 product, rounded."""
-    model = rf.transform(Block(16), residual=PLAIN, example_inputs=(X.float(),))
+    model = rf.transform(Block(16), PLAIN, example_inputs=(X.float(),))
     mixing = [model.get_parameter(f"residual_{number}.weight").double() for number in (0, 1)]
     weights = [model.get_parameter(f"{name}.weight") for name in ("attention.out", "mlp.2")]
     expected = [(m @ w.double()).float() for m, w in zip(mixing, weights, strict=True)]

@@ -189,7 +189,7 @@ def test_a_parallel_mlp_that_is_added_later() -> None:
 def test_choices() -> None:
     how = ResidualFree(initialization=None, temperature=None)
     model = NanoGPT()
-    new = rf.transform(model, residual=how, example_inputs=((), tokens()))
+    new = rf.transform(model, how, example_inputs=((), tokens()))
     assert new.state_dict().keys() == model.state_dict().keys()
     for key, value in new.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
