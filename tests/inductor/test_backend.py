@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 import rfcompile as rf
 import rfcompile.inductor.backend
-from rfcompile.errors import FormatError, OptionError, UnquantizedSiteError
+from rfcompile.errors import FormatError, PolicyError, UnquantizedSiteError
 from rfcompile.graph.text import read_statements
 from rfcompile.report.report import Report
 from rfcompile.report.step import merge_reports
@@ -707,17 +707,17 @@ def test_strict_looks_at_the_backward_graph_too() -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "pattern", "fields"),
     [
-        ({"bitz": 4}, OptionError, "bitz=4 is not supported: the options are", {"option": "bitz"}),
+        ({"bitz": 4}, PolicyError, "bitz=4 is not supported: the options are", {"option": "bitz"}),
         ({"bits": 7}, FormatError, "bits=7 is not supported: choose one of", {"field": "bits"}),
-        ({"group_size": 64}, OptionError, "group_size=64 .* give bits as well", {}),
-        ({"bits": 4, "strict": 1}, OptionError, "strict=1 .* use True or False", {"value": 1}),
-        ({"bits": 4, "merge": None}, OptionError, "merge=None", {"option": "merge"}),
-        ({"bits": 4, "inductor": 3}, OptionError, "inductor=3", {"option": "inductor"}),
-        ({"strict": True}, OptionError, "there is no policy; use options", {}),
-        ({"policy": rf.Policy(), "bits": 4}, OptionError, "no other option", {}),
+        ({"group_size": 64}, PolicyError, "group_size=64 .* give bits as well", {}),
+        ({"bits": 4, "strict": 1}, PolicyError, "strict=1 .* use True or False", {"value": 1}),
+        ({"bits": 4, "merge": None}, PolicyError, "merge=None", {"option": "merge"}),
+        ({"bits": 4, "inductor": 3}, PolicyError, "inductor=3", {"option": "inductor"}),
+        ({"strict": True}, PolicyError, "there is no policy; use options", {}),
+        ({"policy": rf.Policy(), "bits": 4}, PolicyError, "no other option", {}),
         (
             {"bits": 4, "residual": "free"},
-            OptionError,
+            PolicyError,
             r"residual='free' .* rfcompile\.transform\(model, residual=",
             {"option": "residual"},
         ),
@@ -735,7 +735,7 @@ def test_options_that_are_not_understood(
 
 @pytest.mark.usefixtures("two_ranks")
 def test_a_mode_is_one_of_the_options() -> None:
-    with pytest.raises(OptionError, match="there is no policy; use options"):
+    with pytest.raises(PolicyError, match="there is no policy; use options"):
         torch.compile(Block(), backend="rfquant", mode="max-autotune")(torch.randn(64))
     compiled(Block(), bits=4, min_bytes=0, mode="max-autotune")(torch.randn(64))
     assert reported().sites[0].format == "4b:g128:rise"

@@ -21,7 +21,7 @@ def reports(model: nn.Module, how: Any, args: Any = (), kwargs: Any = None) -> l
     graph = torch.export.export(model, args, kwargs).module()
     inputs = (args, kwargs or {})
     return [
-        rf.rewrites_of(rf.transform(route, bits=how, example_inputs=inputs))[-1]
+        rf.rewrites_of(rf.transform(route, how, example_inputs=inputs))[-1]
         for route in (model, graph)
     ]
 
