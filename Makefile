@@ -1,6 +1,7 @@
 # Each command sets up what it needs on a fresh machine with Python 3.11 or later:
 #   make demo   trains a small language model, tensor parallel, with 32 to 2 bit collectives
-#   make test   lint, types, tests (and make test-benchmarks: the benchmarks' scripts, tiny)
+#   make test   lint, types, and the tests that take some seconds at most
+#   make test-slow, make test-benchmarks   the other tests; the scripts of benchmarks/, tiny
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-benchmarks test-torch pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-torch pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -22,8 +23,12 @@ demo: $(VENV)/demo.stamp
 # Lint and types run beside the tests; what they say comes at the end.
 test: $(VENV)/dev.stamp
 	@mkdir -p .cache; $(MAKE) --no-print-directory lint > .cache/lint.log 2>&1 & lint=$$!; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark'; tests=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark and not slow'; tests=$$?; \
 	wait $$lint; lint=$$?; cat .cache/lint.log; exit $$((tests || lint))
+
+# Whole models, code generation, pages and examples: CI runs them after make test.
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not benchmark'
 
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark

@@ -25,6 +25,7 @@ DOORS = (
 MAX_README_LINES = 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("session", ALONE, ids=lambda session: session.name)
 def test_the_python_of_a_page_runs(session: Session, tmp_path: Path) -> None:
     run_session(SimpleNamespace(index=0), session, str(tmp_path))

@@ -274,6 +274,7 @@ FORMATS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_formats_are_constants_while_compiling(backend: str, dynamic: bool | None) -> None:

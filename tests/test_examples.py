@@ -117,6 +117,7 @@ def test_the_adapters_example_learns_and_stores_a_few_kilobytes(root: Path) -> N
     assert int(size[1]) < 32_768 / 3
 
 
+@pytest.mark.slow
 def test_the_companions_example_asks_for_all_of_them_at_once(root: Path) -> None:
     printed = printed_by(root / "examples" / "companions.py", "--steps", "3")
     assert "4 of 4 residual adds rewritten: free" in printed
@@ -144,6 +145,7 @@ def test_sent_bytes_without_eth0_is_an_error(network: ModuleType) -> None:
         network.sent_bytes(PROC_NET_DEV.replace("eth0", "eth1"))
 
 
+@pytest.mark.slow
 def test_slow_link_without_its_tools_says_so_and_succeeds(root: Path, tmp_path: Path) -> None:
     script = root / "benchmarks" / "slow_link.py"
     out = tmp_path / "slow_link.jsonl"

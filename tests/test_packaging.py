@@ -206,6 +206,7 @@ def test_importing_the_package_loads_next_to_nothing(output_of: OutputOf) -> Non
     assert output_of(code) == "['rfcompile', 'rfcompile.codec', 'rfcompile.codec.on_use']"
 
 
+@pytest.mark.slow
 def test_operators_are_defined_when_one_is_asked_for(output_of: OutputOf) -> None:
     code = (
         "import pkgutil, torch, rfcompile; "

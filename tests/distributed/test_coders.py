@@ -279,6 +279,7 @@ def check_client(rank: Rank, client: str) -> None:
         CLIENTS[client](rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("client", CLIENTS)
 def test_ddp_fsdp_and_pipelines_send_the_same_bytes(ranks: RunRanks, client: str) -> None:
     ranks(2, check_client, client)

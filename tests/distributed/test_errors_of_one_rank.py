@@ -246,7 +246,6 @@ def wrong_on_one_of_four(rank: Rank) -> tuple[float, Exception]:
     return seconds_and_error(lambda: quantize_fsdp(model, "9b" if rank.index == 3 else 4))
 
 
-@pytest.mark.slow
 def test_an_error_reaches_all_ranks_of_a_mesh(ranks: RunRanks) -> None:
     for seconds, error in ranks(4, wrong_on_one_of_four):
         assert type(error) is FormatError

@@ -92,6 +92,7 @@ def test_the_example_gpt(root: Path, n: int) -> None:
         assert blocks == [{"0", "1"}, {"2"}, {"3"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_mask", [False, True])
 def test_a_transformers_model(has_mask: bool) -> None:
     transformers = pytest.importorskip("transformers")

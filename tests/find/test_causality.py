@@ -269,6 +269,7 @@ def test_a_model_without_blocks() -> None:
     assert text.startswith("BoundaryError: the model has no repeated blocks")
 
 
+@pytest.mark.slow
 def test_models_of_the_zoo() -> None:
     assert "causal" in both(NanoGPT(), (), **tokens())
     pytest.importorskip("transformers")

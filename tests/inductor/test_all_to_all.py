@@ -21,8 +21,6 @@ import rfcompile as rf
 from tests.inductor.test_backend import graphs_run_as_they_are
 from tests.ranks import Rank, RunRanks
 
-pytestmark = pytest.mark.slow
-
 Exchange = Callable[[Tensor, list[int], list[int]], Tensor]
 """``exchange(x, rows that arrive from each rank, rows that go to each rank)``."""
 
@@ -118,6 +116,7 @@ def test_context_parallel_layers(ranks: RunRanks) -> None:
         assert num_quantized == 2 * 4, "q, k, v and the output, forward and backward"
 
 
+@pytest.mark.slow
 def test_expert_parallel_layers(ranks: RunRanks) -> None:
     for num_quantized in ranks(2, check_experts):
         assert num_quantized >= 2 * 2

@@ -453,7 +453,6 @@ def check_in_place(rank: Rank) -> None:
     assert_only_bytes_travel(reported())
 
 
-@pytest.mark.slow
 def test_in_place_collectives_too(ranks: RunRanks) -> None:
     ranks(2, check_in_place)
 
@@ -521,7 +520,6 @@ def check_merged(rank: Rank) -> None:
         torch.testing.assert_close(got, expected, rtol=0, atol=64 * 2**-24 * scale)
 
 
-@pytest.mark.slow
 def test_merging_changes_only_the_order_of_additions(ranks: RunRanks) -> None:
     ranks(2, check_merged)
 
@@ -563,7 +561,6 @@ def check_dynamic_batch(rank: Rank) -> None:
     assert "2 sites of symbolic size not counted" in report.summary()
 
 
-@pytest.mark.slow
 def test_one_graph_serves_a_dynamic_batch(ranks: RunRanks) -> None:
     ranks(2, check_dynamic_batch)
 
@@ -601,7 +598,6 @@ def check_mesh(rank: Rank) -> None:
     assert report.num_quantized == 2
 
 
-@pytest.mark.slow
 def test_a_mesh_of_two_dimensions(ranks: RunRanks) -> None:
     ranks(4, check_mesh)
 
@@ -759,7 +755,6 @@ def test_without_collectives_it_is_a_compiler_like_any_other() -> None:
     assert reported().sites == ()
 
 
-@pytest.mark.slow
 def test_passes_that_the_user_configured_still_run() -> None:
     seen: dict[str, list[str]] = {}
 

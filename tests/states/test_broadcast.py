@@ -41,7 +41,6 @@ from rfcompile.states.packing import is_packed, pack, unpack
 from rfcompile.training import quantize_states
 from tests.ranks import Rank, RunRanks, error_of
 
-pytestmark = pytest.mark.slow
 WORLD = 2
 POLICY = rf.Policy(optimizer_state=8, min_bytes=0)
 

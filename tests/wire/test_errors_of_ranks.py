@@ -108,7 +108,6 @@ def disagree_in_the_backend(rank: Rank) -> list[RFCompileError]:
     return errors
 
 
-@pytest.mark.slow
 def test_backend_options_that_differ_are_refused_on_every_rank(ranks: RunRanks) -> None:
     sides = [
         (" optimizer_state=4b:g128:tread min_bytes=0 ", "all=8b:g128:tread min_bytes=0 "),
@@ -144,7 +143,6 @@ def disagree_while_compiling(rank: Rank) -> str:
     raise AssertionError("no error")
 
 
-@pytest.mark.slow
 def test_formats_that_differ_are_refused_while_compiling(ranks: RunRanks) -> None:
     pattern = r"RankMismatchError: the ranks .* rank 0: all_reduce 4b.* rank 1: all_reduce 8b"
     for text in ranks(2, disagree_while_compiling):

@@ -265,6 +265,7 @@ def test_a_ring_in_both_directions(ranks: RunRanks) -> None:
         assert sent == [(7 * 33 * 4, four), (0, 0), (7 * 33 * 4, eight), (0, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "into_an_input"), [(torch.bfloat16, False), (torch.float32, True)]
 )
@@ -277,6 +278,7 @@ def test_one_way(ranks: RunRanks, dtype: torch.dtype, into_an_input: bool) -> No
     assert receiver.bytes_before == 0
 
 
+@pytest.mark.slow
 def test_transfers_keep_their_order_and_their_memory(ranks: RunRanks) -> None:
     ranks(2, one_after_another)
 
@@ -292,6 +294,7 @@ def test_what_stays_exact_says_why_on_both_ends(ranks: RunRanks) -> None:
         assert found == [small, small, numbers, numbers, "", ""]
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_size(ranks: RunRanks) -> None:
     assert ranks(2, any_size) == [1, 1]
 

@@ -32,7 +32,6 @@ from rfcompile.rewrites.adapters.exchange import broadcast_adapters
 from tests.ranks import Rank, RunRanks
 from tests.rewrites.models import made, moved, tokens
 
-pytestmark = pytest.mark.slow
 WORLD = 2
 
 
@@ -150,6 +149,7 @@ def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, ki
     ranks(WORLD, check_fsdp, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", [check_exchange, check_sharded])
 def test_adapters_on_two_ranks(ranks: RunRanks, check: Callable[[Rank], None]) -> None:
     ranks(WORLD, check)

@@ -126,6 +126,7 @@ def test_no_name_stands_for_two_tensors(kind: str, quantized: bool) -> None:
     check_names(new)
 
 
+@pytest.mark.slow
 def test_no_name_stands_for_two_tensors_of_a_rewritten_model() -> None:
     check_names(rf.transform(made(), rf.LowRank(4), residual="free", example_inputs=(tokens(),)))
 

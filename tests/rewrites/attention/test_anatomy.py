@@ -136,6 +136,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_head_has_its_features(name: str) -> None:
     build, make, count = MODELS[name]
@@ -167,6 +168,7 @@ def block(start: int, size: int) -> tuple[int, ...]:
     return tuple(range(start, start + size))
 
 
+@pytest.mark.slow
 def test_exact_features() -> None:
     pytest.importorskip("transformers")
     size = WIDTH // HEADS
@@ -340,6 +342,7 @@ def test_stacks_of_linears(spelling: str) -> None:
     assert found["down"].scale == ("gamma" if spelling == "grouped" else None)
 
 
+@pytest.mark.slow
 def test_experts_of_transformers() -> None:
     pytest.importorskip("transformers")
     for name in ("mixtral", "deepseek-v3"):

@@ -35,6 +35,7 @@ def kinds(found: Iterable[ResidualAdd]) -> dict[str, int]:
 # ---- the zoo (every model of it: test_surgery.py) ----------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanogpt", "resnet", "llama", "gpt-neox", "swin", "t5"])
 def test_every_route_finds_the_same(name: str) -> None:
     model = build(name)
@@ -42,6 +43,7 @@ def test_every_route_finds_the_same(name: str) -> None:
         assert kinds(find_residuals(gm)) == ZOO[name].kinds, route
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanogpt", "convnext"])
 def test_dynamic_shapes(name: str) -> None:
     for route, gm in graphs(build(name), ZOO[name].inputs(), dynamic=True).items():

@@ -33,6 +33,7 @@ def modes(model: nn.Module) -> set[str]:
     return {module.mode for module in model.modules() if isinstance(module, ResidualSite)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nanogpt", "gpt2", "gpt-neox", "llama"])
 def test_the_same_function(name: str) -> None:
     """Bias or none, transposed weights, attention and MLP side by side.

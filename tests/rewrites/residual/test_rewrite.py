@@ -57,6 +57,7 @@ def storages(model: nn.Module) -> set[int]:
 # ---- the modes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -109,6 +110,7 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> set[str]:
     return got
 
 
+@pytest.mark.slow
 def test_mix() -> None:
     model = NanoGPT()
     new = rf.transform(model, residual="mix", example_inputs=((), tokens()))
@@ -154,6 +156,7 @@ def test_free_after_anneal() -> None:
     assert not rf.find_residuals(new, example_inputs=tokens())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["free", "mix"])
 def test_free_already(mode: str) -> None:
     new = rf.transform(NanoGPT(), residual=mode, example_inputs=((), tokens()))
