@@ -44,8 +44,18 @@ def polynomial(model: nn.Module, inputs: Any, **options: Any) -> nn.Module:
 ATTENTIONS = {"gpt2": 1, "llama": 1, "bert": 1, "vit": 1, "t5": 3}  # in a layer
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ATTENTIONS)
+QUICK = (("gpt2", "sdpa"), ("vit", "eager"))
+"""What every run of the tests takes; make test-slow takes the others."""
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        pytest.param(name, how, marks=[] if (name, how) in QUICK else pytest.mark.slow)
+        for name in ATTENTIONS
+        for how in ("sdpa", "eager")
+    ],
+)
 def test_public_models(name: str, implementation: str) -> None:
     pytest.importorskip("transformers")
     entry = ZOO[name]

@@ -57,7 +57,14 @@ class Opened:
         self.sites, self.left = open_sites(self.model, ((), self.inputs))
 
 
-@pytest.fixture(scope="module", params=ZOO)
+QUICK = ("nanogpt", "gpt2", "convnext", "t5")
+"""The models that every run of the tests takes; make test-slow takes the others."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ZOO],
+)
 def opened(request: pytest.FixtureRequest) -> Opened:
     return Opened(request.param)
 
