@@ -35,7 +35,6 @@ from study_tasks import GPT, GPTConfig, Language
 from torch import nn
 
 import rfcompile as rf
-from rfcompile.rewrites.adapters.storage import save_adapters
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -139,7 +138,7 @@ def measure(
 
 def file_size(model: nn.Module) -> int:
     with TemporaryDirectory() as folder:
-        save_adapters(model, folder)
+        rf.adapters.save(model, folder)
         return (Path(folder) / "adapter_model.safetensors").stat().st_size
 
 

@@ -17,7 +17,6 @@ from gpt import GPT, GPTConfig
 from torch import nn
 
 import rfcompile as rf
-from rfcompile.rewrites.adapters.storage import load_adapters, save_adapters
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.gz"
 CONTEXT = 32
@@ -49,9 +48,9 @@ def main() -> None:
     print(f"loss: {train(model, Path(__file__).read_bytes(), args.steps):.3f}")
     print(rf.rewrites_of(packed := rf.adapters.quantize(model, args.bits))[-1])
     with tempfile.TemporaryDirectory() as folder:
-        file = save_adapters(packed, folder) / "adapter_model.safetensors"
+        file = rf.adapters.save(packed, folder) / "adapter_model.safetensors"
         print(f"{file.stat().st_size} bytes on disk")
-        again = load_adapters(base, folder)
+        again = rf.adapters.load(base, folder)
     tokens = torch.arange(CONTEXT)[None]
     assert torch.equal(again(tokens), packed(tokens)), "the loaded adapters differ"
 

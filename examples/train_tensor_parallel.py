@@ -42,7 +42,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import rfcompile as rf
-from rfcompile.report.step import merge_reports
 
 CORPUS = Path(__file__).parent / "data" / "shakespeare.txt.gz"
 VALIDATION_SHARE = 0.05
@@ -138,7 +137,7 @@ def train(bits: int | None, settings: Settings, device: torch.device) -> Result:
         losses.append(loss.item())
         times.append(time.perf_counter())
         progress.show(len(losses), losses[-1])
-    report = merge_reports(rf.reports(clear=True))  # a graph that blocks share counts for each
+    report = rf.merge_reports(rf.reports(clear=True))  # a graph that blocks share counts for each
     # Not under no_grad: with it the forward would be compiled once more, as an inference graph.
     validation = torch.stack(
         [loss_of("validation").detach() for _ in range(settings.validation_batches)]

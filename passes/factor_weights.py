@@ -35,7 +35,7 @@ class FactoredWeight:
 
 
 @dataclass(frozen=True)
-class SineLowRank:
+class FactorWeights:
     """Each ``weights[i]`` is computed where the graph read it; a called ``nn.Linear`` is spelled
     out for that.
 

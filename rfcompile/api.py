@@ -25,7 +25,7 @@ from rfcompile.report.report import Report
 from rfcompile.rewrites.protocol import Rewrite, is_rewrite, rewritten
 from rfcompile.rewrites.residual.rewrite import Change as ResidualMode
 from rfcompile.rewrites.residual.rewrite import ResidualFree
-from rfcompile.rewrites.wires import FirstCall, Wire, rewrite_graph, with_fake_wire
+from rfcompile.rewrites.wires import FirstCall, Wire, place, rewrite_graph, with_fake_wire
 from rfcompile.wire.policy import Policy, Policyish
 
 
@@ -109,18 +109,19 @@ def _in_order(
         if isinstance(change, type) or not (isinstance(change, Wire) or is_rewrite(change)):
             rule = (
                 "a change is rf.Wire(4), rf.ResidualFree('free'), rf.LowRank(8), rf.Adapters(8) or "
-                "one of rf.experimental; bits=4 and residual='free' are short for two of them."
+                "one of rf.experimental; bits=4 and residual='free' are short for two of them. "
+                "Inputs go to example_inputs=(x,)."
             )
             raise OptionError("changes", change, rule)
     kinds = [type(change) for change in every]
     for kind in (Wire, ResidualFree):
         if kinds.count(kind) > 1:
             short = "bits" if kind is Wire else "residual"
-            rule = f"it is given twice: give one {kind.__name__}, or {short}= alone."
-            raise OptionError(short, every[len(kinds) - 1 - kinds[::-1].index(kind)], rule)
+            rule = f"a {kind.__name__} is given twice: give one, or {short}= alone."
+            raise OptionError("changes", [kind.__name__ for kind in kinds], rule)
     if Wire in kinds[:-1]:
         rule = "the wire carries what the rewritten model computes: give it as the last change."
-        raise OptionError("changes", every[kinds.index(Wire)], rule)
+        raise OptionError("changes", [kind.__name__ for kind in kinds], rule)
     wire = every.pop() if kinds[-1] is Wire else None
     return every, wire
 
@@ -137,6 +138,7 @@ def _with_wire(twin: nn.Module, wire: Wire, example_inputs: Any) -> nn.Module:
                 RFCompileWarning,
                 stacklevel=2,
             )
+        place(inner, {})  # of an earlier transform: the collectives carry the traffic now
         if inner is not twin:  # its names start with _orig_mod, and go on doing so
             compiled: Any = torch.compile(inner, **_compiler(wire.chosen))
             compiled.forward = _FirstCall(compiled.forward, inner)

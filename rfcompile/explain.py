@@ -60,7 +60,8 @@ def explain(
         CaptureError: there are no inputs. And every error that :func:`transform` raises.
     """
     if wire is not None and not isinstance(wire, Wire):
-        raise OptionError("wire", wire, "give an rf.Wire(...), or bits=4.")
+        rule = "give an rf.Wire(...), or bits=4. Inputs go to example_inputs=(x,)."
+        raise OptionError("wire", wire, rule)
     if wire is not None and bits is not None:
         raise OptionError("bits", bits, "give bits or a Wire, not both.")
     wire = Wire(bits) if wire is None else wire
@@ -74,6 +75,8 @@ def explain(
         if is_compiled_for_wire(model, wire.modules):
             report = _explain_compiled(model, args, kwargs, wanted)
             exact = () if report.sites else (NO_COLLECTIVES.format(type(model).__name__),)
+            if old := wires_of(model):
+                exact = (f"{len(old)} fake wires of an earlier transform stand in the model",)
             return replace(report, notes=(*_first_lines(model), *exact, *report.notes))
         wanted = wanted.for_fake_wire()
         twin = with_fake_wire(copy_of(model, share=True), replace(wire, policy=wanted))

@@ -869,8 +869,8 @@ def test_options_that_are_errors(
     [
         ([4], r"changes=4 is not supported: a change is rf\.Wire\(4\)"),
         ([rf.Wire], "a change is rf.Wire"),
-        ([rf.Wire(4), rf.Wire(4)], "given twice: give one Wire"),
-        ([rf.ResidualFree(), rf.ResidualFree("mix")], "given twice: give one ResidualFree"),
+        ([rf.Wire(4), rf.Wire(4)], "a Wire is given twice: give one"),
+        ([rf.ResidualFree(), rf.ResidualFree("mix")], "a ResidualFree is given twice: give one"),
         ([rf.Wire(4), rf.Adapters(2)], "give it as the last change"),
     ],
 )

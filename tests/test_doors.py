@@ -155,7 +155,7 @@ def test_none_is_exact_where_a_policy_must_be_given() -> None:
     assert as_policy(None).is_exact
     with pytest.raises(PolicyError, match=r"give bits .* or a policy"):
         rf.transform(net())
-    with pytest.raises(OptionError, match="it is given twice: give one Wire, or bits= alone"):
+    with pytest.raises(OptionError, match="a Wire is given twice: give one, or bits= alone"):
         rf.transform(net(), rf.Wire(4), bits=4)
     with pytest.raises(OptionError, match="give bits or a Wire, not both"):
         rf.explain(net(), rf.Wire(4), bits=4)
@@ -235,7 +235,7 @@ def test_a_default_that_changes_after_compiling_warns() -> None:
 
 
 def test_unknown_modes_are_typed_errors() -> None:
-    with pytest.raises(PolicyError, match=r"mode='fastest' .* 'max-autotune'"):
+    with pytest.raises(OptionError, match=r"mode='fastest' .* 'max-autotune'"):
         Settings.of({"bits": 4, "mode": "fastest"})
 
 
@@ -255,6 +255,20 @@ def test_a_model_without_collectives_is_exact_beside_other_ranks_and_both_say_so
         assert not torch.equal(rf.transform(model, rf.Wire(2, modules="blocks"))(x), y)
         named = rf.explain(model, rf.Wire(2, modules="blocks"), example_inputs=(x,))
         assert named.num_quantized == 6
+    torch.testing.assert_close(y, model(x))
+
+
+@pytest.mark.usefixtures("rfquant_without_inductor")
+def test_fake_wires_of_before_are_taken_away_beside_other_ranks() -> None:
+    model, x = net(), torch.randn(2, 32)
+    fake = rf.transform(model, bits=2)
+    with simulated(2):
+        assert "3 fake wires of an earlier transform" in str(
+            rf.explain(fake, bits=8, example_inputs=(x,))
+        )
+        wired = rf.transform(fake, bits=8)
+        with pytest.warns(RFCompileWarning, match="so it is exact"):
+            y = wired(x)
     torch.testing.assert_close(y, model(x))
 
 

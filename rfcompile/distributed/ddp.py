@@ -22,7 +22,7 @@ from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, RFCompileError, StateError
-from rfcompile.report.handle import Handle
+from rfcompile.report.handle import REMOVED, Handle
 from rfcompile.report.report import Report
 from rfcompile.wire.exchanges import all_reduce_wire
 from rfcompile.wire.policy import Policy, Policyish, as_policy
@@ -67,7 +67,7 @@ def quantize_ddp(
 
     Raises (on every rank, with the name of the rank that has the error):
         HookError: ``ddp`` is no DDP module, or has a hook already.
-        PolicyError, FormatError: the policy is not understood.
+        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
         RankMismatchError: ranks use another policy or version.
         TransportError: a rank died, or did not answer in time.
 
@@ -224,7 +224,9 @@ class DDPHandle(Handle):
         ]
         quantized = sum(len(part.names) for *_, part in parts if part.format is not None)
         notes = [f"{quantized} of {len(self._names)} parameters quantized"]
-        if not parts:
+        if self._is_removed:
+            notes = [REMOVED]
+        elif not parts:
             notes.append("no backward pass has run yet: what the buckets hold is not known")
         feedback = " error_feedback" if self._feedback is not None else ""
         names = (path_of(self._policy, name) for name in self._names.values())

@@ -15,7 +15,7 @@ from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError, TransportError
-from rfcompile.report.handle import Handle
+from rfcompile.report.handle import REMOVED, Handle
 from rfcompile.report.report import Report
 from rfcompile.torch_versions import warn_if_untried
 from rfcompile.wire.policy import Policy, Policyish, as_policy
@@ -67,7 +67,7 @@ def quantize_fsdp(
     Raises (on every rank, with the name of the rank that has the error):
         HookError: nothing in ``module`` is sharded by ``fully_shard``, a unit has replicas of a
             single shard (FSDP itself all-reduces them), or a unit has another custom communication.
-        PolicyError, FormatError: the policy is not understood.
+        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
         RankMismatchError: ranks use another policy or version.
         TransportError: a rank died, or did not answer in time.
 
@@ -132,7 +132,9 @@ class FSDPHandle(Handle):
 
     def _why_empty(self) -> str:
         units = [all_gather.unit for all_gather, _ in self._comms]
-        if units and all(unit.shard_group.size() == 1 for unit in units):
+        if not units:
+            return REMOVED
+        if all(unit.shard_group.size() == 1 for unit in units):
             return "every unit has one rank: nothing is sent"
         return "no pass has run yet: what the units send is not known"
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from rfcompile.codec.operators import OPERATORS, Coder
 from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ProcessGroupError, ShapeError
-from rfcompile.report.handle import Handle
+from rfcompile.report.handle import REMOVED, Handle
 from rfcompile.report.report import Report
 from rfcompile.torch_versions import (
     STAGE_OUTPUTS,
@@ -73,7 +74,8 @@ class _QuantizedStage(Handle, _PipelineStageBase):
         of the stage that made it.
         :func:`~rfcompile.merge_reports` joins the reports of a rank's stages.
         """
-        return self._wire.report(name_of(resolve(self.group)), self.group_size)
+        report = self._wire.report(name_of(resolve(self.group)), self.group_size)
+        return replace(report, notes=(REMOVED,)) if self._is_removed else report
 
     def remove(self) -> None:
         """Send exactly from the next step on; every rank must call this, between two steps.
@@ -218,7 +220,7 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
     groups.
 
     Raises (on every rank, with the name of the rank that has the error):
-        PolicyError, FormatError: the policy is not understood.
+        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
         RankMismatchError: ranks use another policy or version.
         PeerError: another rank failed by an error of torch's own PipelineStage.
         TransportError: a rank died, or did not answer in time.

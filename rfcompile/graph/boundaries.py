@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from torch import nn
 
 from rfcompile.errors import BoundaryError
-from rfcompile.graph.modules import Modules, matching, matching_any, patterns_of
+from rfcompile.graph.modules import Modules, as_modules, matching, matching_any, patterns_of
 
 
 def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn.Module]:
@@ -30,6 +30,7 @@ def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn
     """
     # Lists of modules are never called themselves: nothing leaves them.
     called = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
+    modules = as_modules(modules)
     if isinstance(modules, str) and modules in ("auto", "blocks"):
         found = dict(_all_blocks(model))
     elif isinstance(modules, str) and modules == "branches":
@@ -41,8 +42,19 @@ def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn
     else:
         found = {path: called[path] for path in match_paths(patterns_of(modules), called)}
     if not found:
+        name = type(model).__name__
+        if modules not in ("auto", "blocks", "branches"):
+            raise BoundaryError(
+                f"modules={modules!r} chooses no module of {name}: name some, "
+                "modules=['path.of.module', ...]."
+            )
+        if modules == "branches" and _all_blocks(model):
+            raise BoundaryError(
+                f"the repeated blocks of {name} have no branches (children that hold two matrices "
+                "or more): use modules='blocks', or name modules, modules=['path.of.module', ...]."
+            )
         raise BoundaryError(
-            f"{type(model).__name__} has no repeated blocks (two or more modules of one class in a "
+            f"{name} has no repeated blocks (two or more modules of one class in a "
             "ModuleList or Sequential): name the modules whose output crosses the wire, "
             "modules=['path.of.module', ...]."
         )
@@ -61,8 +73,8 @@ def match_paths(patterns: tuple[str, ...], paths: Collection[str]) -> list[str]:
             named = [path for path in paths if path]
             raise BoundaryError(
                 f"modules: no module that is called matches {pattern!r}; the paths here are "
-                f"those of model.named_modules(), such as {', '.join(named[:3]) or '(none)'}. The "
-                "words are 'auto', 'blocks' and 'branches'."
+                f"those of model.named_modules(), such as {', '.join(named[:3]) or '(none)'}. Or "
+                "use a word that this door knows, such as 'blocks' for a Wire."
             )
     return matching_any(patterns, paths)
 

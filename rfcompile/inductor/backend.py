@@ -25,7 +25,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rfcompile.errors import PolicyError, RFCompileError, UnquantizedSiteError
+from rfcompile.errors import OptionError, PolicyError, RFCompileError, UnquantizedSiteError
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import run
@@ -62,18 +62,17 @@ class Settings:
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Settings:
         left = dict(options or {})
-        residual = left.pop("residual", "keep")
-        if residual != "keep":
+        if "residual" in left:
             rule = "a backend has no modules to change: rfcompile.transform(model, residual=...)."
-            raise PolicyError("residual", residual, rule)
+            raise OptionError("residual", left["residual"], rule)
         inductor = _inductor_options(left.pop("mode", None))
         given = left.pop("inductor", {})
         if not isinstance(given, Mapping):
-            raise PolicyError("inductor", given, "use {Inductor option: value}.")
+            raise OptionError("inductor", given, "use {Inductor option: value}.")
         flags = {"strict": left.pop("strict", False), "merge": left.pop("merge", True)}
         for name, value in flags.items():
             if not isinstance(value, bool):
-                raise PolicyError(name, value, "use True or False.")
+                raise OptionError(name, value, "use True or False.")
         return cls(_policy_of(left, options), **flags, inductor=inductor | dict(given))
 
 
@@ -99,7 +98,7 @@ def _inductor_options(mode: str | None) -> dict[str, Any]:
         return {}
     modes = list_mode_options()
     if not isinstance(mode, str) or mode not in modes:
-        raise PolicyError("mode", mode, f"Inductor has {', '.join(map(repr, modes))}.")
+        raise OptionError("mode", mode, f"Inductor has {', '.join(map(repr, modes))}.")
     return dict(modes[mode])
 
 

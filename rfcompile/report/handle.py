@@ -9,6 +9,9 @@ from typing import Any, Self
 from rfcompile.errors import StateError
 from rfcompile.report.report import Report
 
+REMOVED = "removed: from then on everything is exact"
+"""The note of a report on what was taken away."""
+
 
 class Handle(ABC):
     """Every hook of this package has these methods; as a context manager it is removed at the end.
@@ -17,7 +20,7 @@ class Handle(ABC):
 
         with rf.distributed.quantize_ddp(ddp, 4) as handle:
             train(ddp)
-        print(handle.report())
+            print(handle.report())  # afterwards everything is exact, and the report says so
     """
 
     @abstractmethod

@@ -43,14 +43,19 @@ def is_rewrite(change: object) -> bool:
 
 def add_report(model: nn.Module, report: TableReport) -> None:
     """Keep a rewrite's report with the model: it is copied and pickled with it."""
-    setattr(model, REPORTS, (*rewrites_of(model), report))
+    reports = (*rewrites_of(model), report)
+    if isinstance(model, fx.GraphModule):  # a copy of a graph keeps its meta, and no attributes
+        model.meta[REPORTS] = reports
+    else:
+        setattr(model, REPORTS, reports)
 
 
 def rewrites_of(model: nn.Module) -> tuple[TableReport, ...]:
     """The reports on what :func:`~rfcompile.transform` changed in ``model``, in order; ``print``
     them. The wire is no rewrite: :func:`~rfcompile.explain` reports on that.
     """
-    reports: tuple[TableReport, ...] = getattr(model, REPORTS, ())
+    kept = model.meta if isinstance(model, fx.GraphModule) else vars(model)
+    reports: tuple[TableReport, ...] = kept.get(REPORTS, ())
     return reports
 
 

@@ -24,7 +24,7 @@ from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.find.collectives import find_collectives
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.models import has_shapes, uncompiled, with_shapes
-from rfcompile.graph.modules import Modules, patterns_of
+from rfcompile.graph.modules import Modules, as_modules, patterns_of
 from rfcompile.graph.pipeline import Record, run
 from rfcompile.nn.rebinding import Bound
 from rfcompile.passes import boundary_pipeline, wire_pipeline
@@ -58,8 +58,7 @@ class Wire:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "policy", policy_of(self.policy))
-        if not (isinstance(self.modules, str) or callable(self.modules)):
-            object.__setattr__(self, "modules", patterns_of(self.modules))
+        object.__setattr__(self, "modules", as_modules(self.modules))
 
     @property
     def chosen(self) -> Policy:

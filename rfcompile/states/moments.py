@@ -91,8 +91,8 @@ def decide(
         is_weight: what :func:`holds_weights` found.
     """
     problem = _why_not_codable(key, value, like)
-    if problem or not isinstance(value, Tensor):
-        return exact("dtype", problem)
+    if problem is not None or not isinstance(value, Tensor):
+        return problem or exact("not traffic", "no tensor")
     name = compared_name(policy, owner, key)
     pattern = policy.override_for(name)
     chosen = policy.decide("optimizer_state", name, size_bytes(value))
@@ -113,22 +113,25 @@ def decide(
     return chosen
 
 
-def _why_not_codable(key: str, value: object, like: Tensor | None) -> str:
-    """Why no format can code the state, "" if one can."""
+def _why_not_codable(key: str, value: object, like: Tensor | None) -> Decision | None:
+    """Why no format can code the state; None if one can."""
     if not isinstance(value, Tensor):
-        return f"no tensor but a {type(value).__name__}"
+        return exact("not traffic", f"no tensor but a {type(value).__name__}")
     if key == "step":
-        return "counts steps"
+        return exact("not traffic", "counts steps")
     local = _local(value)
     if type(local) not in (Tensor, nn.Parameter):
-        return f"a {type(local).__name__}, which may have a coding of its own"
+        name = type(local).__name__
+        return exact("out of reach", f"a {name}, which may have a coding of its own")
     if local.dtype not in DTYPES:
-        return f"{str(local.dtype).removeprefix('torch.')} data is not quantized"
-    if local.layout != torch.strided or local.is_meta:
-        return "sparse data is not quantized" if not local.is_meta else "on the meta device"
+        return exact("dtype", f"{str(local.dtype).removeprefix('torch.')} data is not quantized")
+    if local.is_meta:
+        return exact("empty", "on the meta device")
+    if local.layout != torch.strided:
+        return exact("dtype", "sparse data is not quantized")
     if like is not None and not _is_sharded_like(value, like):
-        return "sharded in another way than its parameter"
-    return ""
+        return exact("out of reach", "sharded in another way than its parameter")
+    return None
 
 
 def _is_sharded_like(value: Tensor, like: Tensor) -> bool:

@@ -312,7 +312,7 @@ def as_policy(policy: Policyish) -> Policy:
     if not isinstance(policy, Mapping):
         return Policy.of(bits=policy)
     if not policy or not all(isinstance(name, str) for name in policy):
-        rule = "name options, such as {'bits': 4}; an exact policy is None or 'exact'."
+        rule = "name options, such as {'bits': 4}; an exact policy is 'exact'."
         raise PolicyError("policy", dict(policy), rule)
     return Policy.of(**policy)
 

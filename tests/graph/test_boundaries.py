@@ -199,7 +199,7 @@ def test_a_function_chooses() -> None:
     found = find_boundaries(model, lambda path, module: isinstance(module, nn.ReLU))
     assert list(found) == ["layers.0.mlp.1", "layers.1.mlp.1"]
     asked: list[str] = []
-    with pytest.raises(BoundaryError, match="has no repeated blocks"):
+    with pytest.raises(BoundaryError, match="chooses no module of Holder"):
         find_boundaries(model, lambda path, module: bool(asked.append(path)))
     assert "layers" not in asked
 
@@ -214,9 +214,7 @@ def test_a_list_with_a_forward_is_a_module_like_others() -> None:
 
 def test_errors() -> None:
     model = Holder(layers=nn.ModuleList(blocks(2)))
-    with pytest.raises(
-        BoundaryError, match=r"no module that is called matches 'towers'.* The words are 'auto', 'b"
-    ):
+    with pytest.raises(BoundaryError, match=r"no module that is called matches 'towers'.*'blocks'"):
         find_boundaries(model, "towers")
     for path in ("layers.2", "layers", "Layers.0"):
         with pytest.raises(BoundaryError, match=f"no module that is called matches '{path}'") as e:
@@ -224,7 +222,7 @@ def test_errors() -> None:
         assert "such as layers.0, layers.0.attention" in str(e.value)
     with pytest.raises(BoundaryError, match=r"such as \(none\)"):
         match_paths(("x",), [""])
-    with pytest.raises(BoundaryError, match="name the modules"):
+    with pytest.raises(BoundaryError, match="chooses no module"):
         find_boundaries(model, [])
 
 

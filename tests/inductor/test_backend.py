@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 import rfcompile as rf
 import rfcompile.inductor.backend
-from rfcompile.errors import FormatError, PolicyError, UnquantizedSiteError
+from rfcompile.errors import FormatError, OptionError, PolicyError, UnquantizedSiteError
 from rfcompile.graph.text import read_statements
 from rfcompile.report.report import Report
 from rfcompile.report.step import merge_reports
@@ -706,14 +706,14 @@ def test_strict_looks_at_the_backward_graph_too() -> None:
         ({"bitz": 4}, PolicyError, "bitz=4 is not supported: the options are", {"option": "bitz"}),
         ({"bits": 7}, FormatError, "bits=7 is not supported: choose one of", {"field": "bits"}),
         ({"group_size": 64}, PolicyError, "group_size=64 .* give bits as well", {}),
-        ({"bits": 4, "strict": 1}, PolicyError, "strict=1 .* use True or False", {"value": 1}),
-        ({"bits": 4, "merge": None}, PolicyError, "merge=None", {"option": "merge"}),
-        ({"bits": 4, "inductor": 3}, PolicyError, "inductor=3", {"option": "inductor"}),
+        ({"bits": 4, "strict": 1}, OptionError, "strict=1 .* use True or False", {"value": 1}),
+        ({"bits": 4, "merge": None}, OptionError, "merge=None", {"option": "merge"}),
+        ({"bits": 4, "inductor": 3}, OptionError, "inductor=3", {"option": "inductor"}),
         ({"strict": True}, PolicyError, "there is no policy; use options", {}),
         ({"policy": rf.Policy(), "bits": 4}, PolicyError, "no other option", {}),
         (
             {"bits": 4, "residual": "free"},
-            PolicyError,
+            OptionError,
             r"residual='free' .* rfcompile\.transform\(model, residual=",
             {"option": "residual"},
         ),

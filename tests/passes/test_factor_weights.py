@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from rfcompile.graph.pipeline import run
 from rfcompile.graph.text import graph_text
 from rfcompile.nn.low_rank import low_rank_weight
-from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
+from rfcompile.passes.factor_weights import FactoredWeight, FactorWeights
 
 
 class Twice(nn.Module):
@@ -34,7 +34,7 @@ def test_a_called_linear_is_spelled_out() -> None:
     left, right = factors(3, 4)
     bias = gm.get_parameter("0.bias")
 
-    record = run(gm, [SineLowRank((FactoredWeight("0", left, right, 5.0, 2.0),))])
+    record = run(gm, [FactorWeights((FactoredWeight("0", left, right, 5.0, 2.0),))])
 
     assert record.steps[0].changes == 1
     assert graph_text(gm) == dedent("""\
@@ -61,7 +61,7 @@ def test_all_reads_of_a_transposed_weight_share_one_sum() -> None:
     left, right = factors(3, 4)
     new = FactoredWeight("", left, right, None, 0.5, True, True, names=("b", "a"))
 
-    run(gm, [SineLowRank((new,))])
+    run(gm, [FactorWeights((new,))])
 
     x = torch.randn(5, 4)
     weight = module.weight + low_rank_weight(left, right, None, 0.5).t()
@@ -78,7 +78,7 @@ def test_an_exported_graph_keeps_its_shapes_and_compiles() -> None:
     assert isinstance(gm, fx.GraphModule)
     left, right = factors(3, 4)
 
-    run(gm, [SineLowRank((FactoredWeight("0", left, right, 5.0, 2.0),))])
+    run(gm, [FactorWeights((FactoredWeight("0", left, right, 5.0, 2.0),))])
 
     assert "sin: f32[3, 4] = torch.sin(mm)" in graph_text(gm)
     compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
@@ -87,4 +87,4 @@ def test_an_exported_graph_keeps_its_shapes_and_compiles() -> None:
 
 def test_no_weights_change_nothing() -> None:
     gm = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3)))
-    assert run(gm, [SineLowRank(())]).steps[0].changes == 0
+    assert run(gm, [FactorWeights(())]).steps[0].changes == 0

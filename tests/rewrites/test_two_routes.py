@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -103,3 +104,12 @@ def test_residual_adds_have_the_same_rows() -> None:
         found.append([replace(site.add, node="") for site in report.sites])
     assert found[0] == found[1]
     assert len(found[0]) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own copying
+def test_a_graph_keeps_the_reports_of_all_its_rewrites() -> None:
+    graph: Any = torch.export.export(made(), (ids(),)).module()
+    once = rf.transform(graph, rf.Adapters(2, modules="up"), rf.Wire(4), example_inputs=(ids(),))
+    twice = copy.deepcopy(rf.transform(once, rf.LowRank(2, fit_steps=0, modules="down")))
+    names = [[type(r).__name__ for r in rf.rewrites_of(gm)] for gm in (graph, once, twice)]
+    assert names == [[], ["AdapterReport"], ["AdapterReport", "LowRankReport"]]

@@ -97,7 +97,7 @@ def _to_send(model: nn.Module) -> dict[str, AdaptedLinear]:
     found = adapters_of(model)
     for module in found.values():
         if not (isinstance(module.lora_A, Factor) and isinstance(module.lora_B, Factor)):
-            rule = "its adapters are quantized: send what save_adapters wrote."
+            rule = "its adapters are quantized: send what rf.adapters.save wrote."
             raise OptionError("model", type(model).__name__, rule)
     return found
 

@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 from rfcompile.errors import OptionError
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
-from rfcompile.graph.modules import Modules
+from rfcompile.graph.modules import Modules, as_modules
 from rfcompile.graph.pipeline import run
-from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
+from rfcompile.passes.factor_weights import FactoredWeight, FactorWeights
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.adapters.factor import AnyFactor, Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapted
@@ -103,6 +103,7 @@ class Adapters:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", as_modules(self.modules))
         check_positive_integer("rank", self.rank)
         check_scale("omega", self.omega, or_auto=True)
         check_scale("growth", self.growth)
@@ -162,7 +163,7 @@ class Adapters:
                 turned, names = linear.is_transposed, ("lora_B", "lora_A")
                 weights.append(FactoredWeight(path, b, a, omega, gain, turned, True, names))
             number = _freeze(gm)
-        run(gm, [SineLowRank(tuple(weights))])
+        run(gm, [FactorWeights(tuple(weights))])
         return AdapterReport(tuple(sites), number, left)
 
     def scale(self, path: str, matrix: Tensor) -> tuple[float | None, float]:
@@ -203,7 +204,7 @@ def refuse_adapted(model: nn.Module) -> None:
     names = (name for parameter, _ in model.named_parameters() for name in parameter.split("."))
     if adapted(model) or (is_graph and "lora_A" in names):
         name = type(model).__name__
-        raise OptionError("model", name, "it has adapters: merge them first (merge_adapters).")
+        raise OptionError("model", name, "it has adapters: merge them first (rf.adapters.merge).")
 
 
 def attach(

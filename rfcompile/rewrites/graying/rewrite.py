@@ -16,7 +16,7 @@ from rfcompile.find.token_places import TokenPlaces, token_places
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.capture import Inputs, buffers_kept, copied, flat_graph, in_mode
 from rfcompile.graph.models import without_nested_tensors, without_wrappers
-from rfcompile.graph.modules import Modules, patterns_of
+from rfcompile.graph.modules import Modules, as_modules, patterns_of
 from rfcompile.graph.pipeline import run
 from rfcompile.passes.gray_tokens import GrayedInput, GrayTokens
 from rfcompile.report.measures import condition_number
@@ -61,9 +61,9 @@ class TokenGraying:
             object.__setattr__(self, "epsilon", 0.95 if self.form == "dct" else 0.7)
         if not isinstance(self.epsilon, (int, float)) or not 0 < self.epsilon <= 1:
             raise OptionError("epsilon", self.epsilon, "give a number above 0 and at most 1.")
-        is_word = isinstance(self.modules, str) and self.modules in ("input", "attention")
-        if not is_word and not callable(self.modules):
-            object.__setattr__(self, "modules", patterns_of(self.modules))
+        named = as_modules(self.modules)
+        is_pattern = isinstance(named, str) and named not in ("input", "attention")
+        object.__setattr__(self, "modules", (named,) if is_pattern else named)
 
     @property
     def keeps_parameters(self) -> bool:

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
-from rfcompile.graph.modules import Modules
+from rfcompile.graph.modules import Modules, as_modules
 from rfcompile.graph.pipeline import run
 from rfcompile.nn.low_rank import low_rank_weight
-from rfcompile.passes.factor_weights import FactoredWeight, SineLowRank
+from rfcompile.passes.factor_weights import FactoredWeight, FactorWeights
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.low_rank.factors import Factors, drawn, fitted, omega_for
 from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears, graph_blocks
@@ -131,6 +131,7 @@ class LowRank:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "modules", as_modules(self.modules))
         check_positive_integer("rank", self.rank)
         if self.omega != "auto" and not self.sine:
             raise OptionError("omega", self.omega, "there is no omega without a sine.")
@@ -179,7 +180,7 @@ class LowRank:
                 left, right = (f.to(matrix.device, matrix.dtype) for f in (new.left, new.right))
                 turned = linear.is_transposed
                 weights.append(FactoredWeight(path, left, right, new.omega, new.gain, turned))
-        run(gm, [SineLowRank(tuple(weights))])
+        run(gm, [FactorWeights(tuple(weights))])
         return LowRankReport(tuple(sites), dense)
 
     def _factors(self, path: str, weight: Tensor, number: int) -> Factors:

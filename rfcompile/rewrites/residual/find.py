@@ -37,7 +37,7 @@ def find_residuals(model: nn.Module, *, example_inputs: Any = None) -> tuple[Res
 
     Raises:
         CaptureError: there are no inputs, or the model cannot be captured as one graph; the cause
-        is chained. PolicyError: not a module.
+        is chained. OptionError: not a module.
 
     Source: the rule is ours. Why skips matter to quantization: arXiv:2605.25880.
     """

@@ -48,13 +48,27 @@ class ResidualFree:
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Change):
-            rule = "choose 'keep', 'free', 'mix' or 'anneal', or give a ResidualFree."
+            rule = (
+                "choose 'free', 'mix' or 'anneal'. A ResidualFree is a change: "
+                "rf.transform(model, rf.ResidualFree(...))."
+            )
             raise OptionError("residual", self.mode, rule)
         fresh = self.mode != "anneal"
         if self.initialization == "auto":
             object.__setattr__(self, "initialization", Initialization() if fresh else None)
         if self.temperature == "auto":
             object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
+        if not isinstance(self.initialization, Initialization | None):
+            rule = "give rf.training.Initialization(...), 'auto', or None for none."
+            raise OptionError("initialization", self.initialization, rule)
+        if not isinstance(self.temperature, TemperatureRule | None):
+            rule = "give rf.training.TemperatureRule(...), 'auto', or None for none."
+            raise OptionError("temperature", self.temperature, rule)
+        kinds = (self.kinds,) if isinstance(self.kinds, str) else tuple(self.kinds)
+        if not kinds or not set(kinds) <= set(get_args(Kind)):
+            rule = f"name some of {', '.join(map(repr, get_args(Kind)))}."
+            raise OptionError("kinds", self.kinds, rule)
+        object.__setattr__(self, "kinds", kinds)
 
     @property
     def keeps_parameters(self) -> bool:

@@ -478,3 +478,22 @@ def test_a_block_of_the_zoo_is_residual_free() -> None:
     new = rf.transform(block, ResidualFree(temperature=None), example_inputs=(X,))
     expected = new.mlp(new.norm_2(new.attention(new.norm_1(X))))
     assert torch.equal(new(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "keep"}, "choose 'free', 'mix' or 'anneal'"),
+        ({"initialization": 3}, "initialization=3 is not supported: give rf.training.Init"),
+        ({"temperature": "x"}, "temperature='x' is not supported: give rf.training.Temp"),
+        ({"kinds": ["zzz"]}, "is not supported: name some of 'block'"),
+        ({"kinds": ()}, "is not supported: name some of 'block'"),
+    ],
+)
+def test_wrong_options_are_errors_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        ResidualFree(**options)
+
+
+def test_one_kind_may_be_a_text() -> None:
+    assert ResidualFree(kinds="block") == ResidualFree()  # type: ignore[arg-type]
