@@ -58,6 +58,8 @@ def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
     device = x_CGR.device
     group_CG1 = torch.arange(C * G, dtype=torch.int32, device=device).view(C, G, 1)
     place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
+    # Otherwise Inductor folds the product below into an index beyond int32, which Triton refuses.
+    place = place & -1
     v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
     v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
     v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
