@@ -192,11 +192,11 @@ def dequantize(
 
     Returns ``dtype`` ``[C, G * E]``, padding included.
     """
-    values_CGE = _rotated_back(_levels(payload_CB, fmt), fmt, pack)
+    values = _rotated_back(_levels(payload_CB, fmt), fmt, pack)
     if fmt.rotate is not None and dtype == torch.float16:
         # The errors of a whole block may meet in one element and carry it past 65504.
-        values_CGE = torch.clamp(values_CGE, -torch.finfo(dtype).max, torch.finfo(dtype).max)
-    return values_CGE.to(dtype).flatten(1)
+        values = torch.clamp(values, -torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values.to(dtype).flatten(1)
 
 
 def dequantize_sum(
@@ -210,8 +210,8 @@ def dequantize_sum(
 
     Returns ``dtype`` ``[G * E]``, padding included. With rotation the sum is rotated back once.
     """
-    total_1GE = _rotated_back(_sum_of_levels(payload_CB, fmt), fmt, pack)
-    return _averaged(total_1GE, payload_CB, average).to(dtype).flatten()
+    total = _rotated_back(_sum_of_levels(payload_CB, fmt), fmt, pack)
+    return _averaged(total, payload_CB, average).to(dtype).flatten()
 
 
 def requantize(
@@ -222,12 +222,16 @@ def requantize(
     pack: Pack = pack_reference,
 ) -> Tensor:
     """Code the sum (or mean) of the rows again, still in the rotated domain: uint8 ``[1, B]``."""
-    total_1GE = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
-    return _quantize_groups(total_1GE, fmt, seed + 1, torch.float32, pack, rotate=False)
+    total = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
+    return _quantize_groups(total.flatten(2), fmt, seed + 1, torch.float32, pack, rotate=False)
 
 
 def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
-    """The grid values a payload stands for, float32 ``[C, G, E]``, in the rotated domain."""
+    """The grid values a payload stands for, float32 ``[C, G, ...]``, in the rotated domain.
+
+    The dimensions after the second are places in a group. Whoever reads them flattens them once, at
+    the end: a loop over E would read the codes byte by byte.
+    """
     C, B = payload_CB.shape
     G, E = groups_of(B, fmt)
     # uint8 to int32 on two vectors is scalar code in the CPU backend; elsewhere int32 is natural.
@@ -253,14 +257,15 @@ def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
     high = payload_CB.narrow(1, offset + G, G).to(torch.int32)
     scale = ((low << 16) | (high << 24)).view(torch.float32)
     scale = scale.view(C, G, *([1] * (code.dim() - 2)))
-    return ((code - fmt.zero_offset) * scale).reshape(C, G, E)
+    return (code - fmt.zero_offset) * scale
 
 
 def _sum_of_levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
-    levels_CGE = _levels(payload_CB, fmt)
-    total = levels_CGE.select(0, 0)
+    """The sum of the rows of :func:`_levels`, float32 ``[1, G, ...]``."""
+    levels = _levels(payload_CB, fmt)
+    total = levels.select(0, 0)
     for c in range(1, payload_CB.shape[0]):
-        total = total + levels_CGE.select(0, c)
+        total = total + levels.select(0, c)
     return total.unsqueeze(0)
 
 
@@ -269,9 +274,11 @@ def _averaged(total: Tensor, payload_CB: Tensor, average: bool) -> Tensor:
     return total * (1.0 / payload_CB.shape[0]) if average else total
 
 
-def _rotated_back(values_CGE: Tensor, fmt: QuantFormat, pack: Pack) -> Tensor:
+def _rotated_back(values: Tensor, fmt: QuantFormat, pack: Pack) -> Tensor:
+    """The values of :func:`_levels` in the domain of the tensor, ``[C, G, ...]``."""
     if fmt.rotate is None:
-        return values_CGE
+        return values
+    values_CGE = values.flatten(2)
     C, G, E = values_CGE.shape
     K = fmt.num_parts
     values_CGKR = values_CGE.reshape(C, G, K, E // K)
