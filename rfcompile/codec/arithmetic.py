@@ -118,10 +118,17 @@ def _quantize_groups(
             pieces += _bytes_of(plane, width, 2 ** (width - 1))
         counts.append(K * width // 8)
         low += width
-    shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=x_CGE.device).view(2, 1)
-    pieces.append(((scale_CG1.select(2, 0).unsqueeze(1) >> shifts) & 255).to(torch.uint8))
-    counts.append(1)
-    return pack(pieces, counts)
+    scales = _bytes_of_scales(scale_CG1)
+    return pack(pieces + scales, counts + [1] * len(scales))
+
+
+def _bytes_of_scales(scale_CG1: Tensor) -> list[Tensor]:
+    """The low bytes, then the high ones; each of the pieces becomes a field of its own."""
+    if scale_CG1.device.type != "cpu":  # [C, G, 1], the shape of the maximum: one launch for both
+        return [((scale_CG1 >> shift) & 255).to(torch.uint8) for shift in (16, 24)]
+    # One piece [C, 2, G], vectors of groups.
+    shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=scale_CG1.device).view(2, 1)
+    return [((scale_CG1.select(2, 0).unsqueeze(1) >> shifts) & 255).to(torch.uint8)]
 
 
 def _peak(parts: list[Tensor]) -> Tensor:
