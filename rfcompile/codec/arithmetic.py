@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rfcompile.codec.bitmath import noise, scale_bits
+from rfcompile.codec.bitmath import floor_to_int, noise, scale_bits
 from rfcompile.codec.formats import SCALE_BYTES, QuantFormat
 from rfcompile.codec.rotation import axes_of, rotate_parts, unrotate_parts
 from rfcompile.errors import PayloadError
@@ -157,10 +157,10 @@ def _level(
     low = -half if fmt.is_mid_rise else 1 - half
     if fmt.rounding == "stochastic":
         # All in integers: x * inverse + noise would be fused on some devices and not on others.
-        sixteenths = torch.floor(t * 65536.0).to(torch.int32) - (32768 if fmt.is_mid_rise else 0)
+        sixteenths = floor_to_int(t * 65536.0) - (32768 if fmt.is_mid_rise else 0)
         level = (sixteenths + noise(x, fmt.seed + seed, first, group)) >> 16
     else:
-        level = (torch.floor(t) if fmt.is_mid_rise else torch.round(t)).to(torch.int32)
+        level = floor_to_int(t) if fmt.is_mid_rise else torch.round(t).to(torch.int32)
     # What integer a NaN becomes differs between devices: in its group only the lowest code is left.
     top = is_finite * (half - 1 - low) + low
     return torch.minimum(torch.clamp(level, low), top)

@@ -2,7 +2,10 @@
 
 Shapes as in ``arithmetic.py``.
 
-A processor that flushes denormal numbers to zero (``torch.set_flush_denormal(True)``) gives the
+Generated CUDA code computes with subnormals, except in ``floor``, which takes them for zero: see
+:func:`floor_to_int`.
+
+A CPU that flushes denormal numbers to zero (``torch.set_flush_denormal(True)``) gives the
 same bytes for every group whose peak is 2**-100 or more; below, values of less than 2**-126 may get
 the next level, and groups of less than 2**-126 a step of 0. All bytes are decoded to the same
 values.
@@ -46,6 +49,22 @@ def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
         end = min(end, torch.finfo(torch.bfloat16).max / fmt.rotate)
     largest = struct.unpack("<i", struct.pack("<f", end / fmt.half_range))[0]
     return int(largest) & -65536
+
+
+def floor_to_int(t: Tensor) -> Tensor:
+    """``floor(t)`` as int32, below zero also for subnormals.
+
+    CUDA's ``floor`` in generated code gives 0 for the negative ones (``cvt.rmi.ftz``).
+    """
+    if t.device.type == "cpu":  # one instruction there
+        return torch.floor(t).to(torch.int32)
+    return floor_by_truncating(t)
+
+
+def floor_by_truncating(t: Tensor) -> Tensor:
+    """What :func:`floor_to_int` does off the CPU: comparing does not flush."""
+    whole = t.to(torch.int32)
+    return whole - (t < whole.to(torch.float32)).to(torch.int32)
 
 
 def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
