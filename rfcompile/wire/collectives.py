@@ -226,7 +226,8 @@ def all_reduce(
             zeros: to average gradients with this function, name it (``"4b:tread"``).
         group: a ProcessGroup, a group's name, or None for the default group.
         op: "sum" or "avg", or ``ReduceOp.SUM`` or ``AVG`` of torch.distributed.
-        segments: pipelined segments, so that coding overlaps sending; None chooses by size.
+        segments: pipelined segments, so that coding overlaps sending; None chooses by size on a
+            CPU, and is one on other devices.
 
     Returns:
         A new tensor like ``x``, bit-identical on every rank. With one rank: a copy, exact.
