@@ -49,7 +49,8 @@ def all_reduce_wire(
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
     ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
-    ``segments=0`` takes :func:`default_segments`. ``seed`` is for the stochastic rounding of this rank.
+    ``segments=0`` takes :func:`default_segments`. ``seed`` is for the stochastic rounding of this
+    rank.
 
     ``residual``, float32 like ``x``, receives what quantization takes from this rank's own ``x``:
     ``x - C(x)`` with ``C`` the round trip of the codec.
