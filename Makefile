@@ -3,19 +3,23 @@
 #   make test   lint, types, and the tests that take some seconds at most
 #   make test-slow, make test-benchmarks   the other tests; the scripts of benchmarks/, tiny
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
+#   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= 2.13.0
+# What torch 2.13 asks for where it comes with CUDA.
+TRITON ?= 3.7.1
 TORCH_VENV = .venv-torch-$(TORCH)
+KERNELS_VENV = .venv-kernels
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-benchmarks test-torch pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-kernels test-torch pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -32,6 +36,19 @@ test-slow: $(VENV)/dev.stamp
 
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
+
+test-kernels: $(KERNELS_VENV)/kernels.stamp
+	$(KERNELS_VENV)/bin/python -m pytest -q tests/inductor/test_emitted.py
+
+# Triton beside the packages of the other environment, whose torch would act otherwise with it.
+$(KERNELS_VENV)/kernels.stamp: $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(KERNELS_VENV)
+	$(BIN)/python -c 'import sysconfig; path = sysconfig.get_path("purelib"); \
+		print(f"import site; site.addsitedir({path!r})")' \
+		> $$($(KERNELS_VENV)/bin/python -c 'import sysconfig; \
+		print(sysconfig.get_path("purelib"))')/with_dev.pth
+	$(KERNELS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet triton==$(TRITON)
+	touch $@
 
 # A warning is an error, a name without an entry in the reference too.
 pages: $(VENV)/docs.stamp
@@ -59,7 +76,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
+	rm -rf $(VENV) .venv-torch-* .venv-kernels .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
 
 # torch comes first and by exact version, so that no later install resolves it anew.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)

@@ -145,7 +145,7 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        return exchanges.all_reduce_sent_bytes(n, fmt, c.world)
+        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, c.input.device)
     if c.kind == "all_gather":
         return exchanges.all_gather_sent_bytes(n, fmt, c.world)
     if c.kind == "reduce_scatter":
@@ -164,7 +164,7 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
     args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = exchanges.default_segments(c.input.numel(), fmt)
+        segments = exchanges.default_segments(c.input.numel(), fmt, c.input.device)
         return partial(
             exchanges.all_reduce_wire,
             fmt=fmt.spec,

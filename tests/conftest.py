@@ -6,6 +6,7 @@ The environment is set before torch is imported, so that child processes inherit
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -66,12 +67,14 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    reason = "NOT TESTED HERE: needs a CUDA device, and torch sees none"
+    missing = {
+        "gpu": "" if torch.cuda.is_available() else "a CUDA device, and torch sees none",
+        "kernels": "" if importlib.util.find_spec("triton") else "triton (make test-kernels)",
+    }
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        for marker, what in missing.items():
+            if what and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=f"NOT TESTED HERE: needs {what}"))
 
 
 CPU_SECONDS = 10.0

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from rfcompile.codec.bitmath import noise, scale_bits
+from rfcompile.codec.bitmath import floor_to_int, noise, scale_bits
 from rfcompile.codec.formats import SCALE_BYTES, QuantFormat
 from rfcompile.codec.rotation import axes_of, rotate_parts, unrotate_parts
 from rfcompile.errors import PayloadError
@@ -118,10 +118,17 @@ def _quantize_groups(
             pieces += _bytes_of(plane, width, 2 ** (width - 1))
         counts.append(K * width // 8)
         low += width
-    shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=x_CGE.device).view(2, 1)
-    pieces.append(((scale_CG1.select(2, 0).unsqueeze(1) >> shifts) & 255).to(torch.uint8))
-    counts.append(1)
-    return pack(pieces, counts)
+    scales = _bytes_of_scales(scale_CG1)
+    return pack(pieces + scales, counts + [1] * len(scales))
+
+
+def _bytes_of_scales(scale_CG1: Tensor) -> list[Tensor]:
+    """The low bytes, then the high ones; each of the pieces becomes a field of its own."""
+    if scale_CG1.device.type != "cpu":  # [C, G, 1], the shape of the maximum: one launch for both
+        return [((scale_CG1 >> shift) & 255).to(torch.uint8) for shift in (16, 24)]
+    # One piece [C, 2, G], vectors of groups.
+    shifts = torch.arange(16, 32, 8, dtype=torch.int32, device=scale_CG1.device).view(2, 1)
+    return [((scale_CG1.select(2, 0).unsqueeze(1) >> shifts) & 255).to(torch.uint8)]
 
 
 def _peak(parts: list[Tensor]) -> Tensor:
@@ -150,10 +157,10 @@ def _level(
     low = -half if fmt.is_mid_rise else 1 - half
     if fmt.rounding == "stochastic":
         # All in integers: x * inverse + noise would be fused on some devices and not on others.
-        sixteenths = torch.floor(t * 65536.0).to(torch.int32) - (32768 if fmt.is_mid_rise else 0)
+        sixteenths = floor_to_int(t * 65536.0) - (32768 if fmt.is_mid_rise else 0)
         level = (sixteenths + noise(x, fmt.seed + seed, first, group)) >> 16
     else:
-        level = (torch.floor(t) if fmt.is_mid_rise else torch.round(t)).to(torch.int32)
+        level = floor_to_int(t) if fmt.is_mid_rise else torch.round(t).to(torch.int32)
     # What integer a NaN becomes differs between devices: in its group only the lowest code is left.
     top = is_finite * (half - 1 - low) + low
     return torch.minimum(torch.clamp(level, low), top)
@@ -192,11 +199,11 @@ def dequantize(
 
     Returns ``dtype`` ``[C, G * E]``, padding included.
     """
-    values_CGE = _rotated_back(_levels(payload_CB, fmt), fmt, pack)
+    values = _rotated_back(_levels(payload_CB, fmt), fmt, pack)
     if fmt.rotate is not None and dtype == torch.float16:
         # The errors of a whole block may meet in one element and carry it past 65504.
-        values_CGE = torch.clamp(values_CGE, -torch.finfo(dtype).max, torch.finfo(dtype).max)
-    return values_CGE.to(dtype).flatten(1)
+        values = torch.clamp(values, -torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return values.to(dtype).flatten(1)
 
 
 def dequantize_sum(
@@ -210,8 +217,8 @@ def dequantize_sum(
 
     Returns ``dtype`` ``[G * E]``, padding included. With rotation the sum is rotated back once.
     """
-    total_1GE = _rotated_back(_sum_of_levels(payload_CB, fmt), fmt, pack)
-    return _averaged(total_1GE, payload_CB, average).to(dtype).flatten()
+    total = _rotated_back(_sum_of_levels(payload_CB, fmt), fmt, pack)
+    return _averaged(total, payload_CB, average).to(dtype).flatten()
 
 
 def requantize(
@@ -222,12 +229,16 @@ def requantize(
     pack: Pack = pack_reference,
 ) -> Tensor:
     """Code the sum (or mean) of the rows again, still in the rotated domain: uint8 ``[1, B]``."""
-    total_1GE = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
-    return _quantize_groups(total_1GE, fmt, seed + 1, torch.float32, pack, rotate=False)
+    total = _averaged(_sum_of_levels(payload_CB, fmt), payload_CB, average)
+    return _quantize_groups(total.flatten(2), fmt, seed + 1, torch.float32, pack, rotate=False)
 
 
 def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
-    """The grid values a payload stands for, float32 ``[C, G, E]``, in the rotated domain."""
+    """The grid values a payload stands for, float32 ``[C, G, ...]``, in the rotated domain.
+
+    The dimensions after the second are places in a group. Whoever reads them flattens them once, at
+    the end: a loop over E would read the codes byte by byte.
+    """
     C, B = payload_CB.shape
     G, E = groups_of(B, fmt)
     # uint8 to int32 on two vectors is scalar code in the CPU backend; elsewhere int32 is natural.
@@ -253,14 +264,15 @@ def _levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
     high = payload_CB.narrow(1, offset + G, G).to(torch.int32)
     scale = ((low << 16) | (high << 24)).view(torch.float32)
     scale = scale.view(C, G, *([1] * (code.dim() - 2)))
-    return ((code - fmt.zero_offset) * scale).reshape(C, G, E)
+    return (code - fmt.zero_offset) * scale
 
 
 def _sum_of_levels(payload_CB: Tensor, fmt: QuantFormat) -> Tensor:
-    levels_CGE = _levels(payload_CB, fmt)
-    total = levels_CGE.select(0, 0)
+    """The sum of the rows of :func:`_levels`, float32 ``[1, G, ...]``."""
+    levels = _levels(payload_CB, fmt)
+    total = levels.select(0, 0)
     for c in range(1, payload_CB.shape[0]):
-        total = total + levels_CGE.select(0, c)
+        total = total + levels.select(0, c)
     return total.unsqueeze(0)
 
 
@@ -269,9 +281,11 @@ def _averaged(total: Tensor, payload_CB: Tensor, average: bool) -> Tensor:
     return total * (1.0 / payload_CB.shape[0]) if average else total
 
 
-def _rotated_back(values_CGE: Tensor, fmt: QuantFormat, pack: Pack) -> Tensor:
+def _rotated_back(values: Tensor, fmt: QuantFormat, pack: Pack) -> Tensor:
+    """The values of :func:`_levels` in the domain of the tensor, ``[C, G, ...]``."""
     if fmt.rotate is None:
-        return values_CGE
+        return values
+    values_CGE = values.flatten(2)
     C, G, E = values_CGE.shape
     K = fmt.num_parts
     values_CGKR = values_CGE.reshape(C, G, K, E // K)

@@ -2,7 +2,10 @@
 
 Shapes as in ``arithmetic.py``.
 
-A processor that flushes denormal numbers to zero (``torch.set_flush_denormal(True)``) gives the
+Generated CUDA code computes with subnormals, except in ``floor``, which takes them for zero: see
+:func:`floor_to_int`.
+
+A CPU that flushes denormal numbers to zero (``torch.set_flush_denormal(True)``) gives the
 same bytes for every group whose peak is 2**-100 or more; below, values of less than 2**-126 may get
 the next level, and groups of less than 2**-126 a step of 0. All bytes are decoded to the same
 values.
@@ -48,6 +51,22 @@ def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
     return int(largest) & -65536
 
 
+def floor_to_int(t: Tensor) -> Tensor:
+    """``floor(t)`` as int32, below zero also for subnormals.
+
+    CUDA's ``floor`` in generated code gives 0 for the negative ones (``cvt.rmi.ftz``).
+    """
+    if t.device.type == "cpu":  # one instruction there
+        return torch.floor(t).to(torch.int32)
+    return floor_by_truncating(t)
+
+
+def floor_by_truncating(t: Tensor) -> Tensor:
+    """What :func:`floor_to_int` does off the CPU: comparing does not flush."""
+    whole = t.to(torch.int32)
+    return whole - (t < whole.to(torch.float32)).to(torch.int32)
+
+
 def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
     """16 hashed bits of (seed, place, the value's own bits): no state, the same on every device.
 
@@ -58,6 +77,8 @@ def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
     device = x_CGR.device
     group_CG1 = torch.arange(C * G, dtype=torch.int32, device=device).view(C, G, 1)
     place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
+    # Otherwise Inductor folds the product below into an index beyond int32, which Triton refuses.
+    place = place & -1
     v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
     v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
     v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)

@@ -194,13 +194,22 @@ def path_of(policy: Policy, name: str, unit: str = "") -> str:
 
 
 def site_of(
-    part: Part, index: int, dtype: torch.dtype, group: str, world: int, *, is_sparse: bool = False
+    part: Part,
+    index: int,
+    dtype: torch.dtype,
+    group: str,
+    world: int,
+    device: torch.device,
+    *,
+    is_sparse: bool = False,
 ) -> Site:
     """The line of a report on a part of DDP's bucket ``index``."""
     before = None  # what is sparse has no size before it is there
     if not is_sparse:
         before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
-    after = all_reduce_sent_bytes(part.size, part.format, world) if part.format else before
+    after = before
+    if part.format is not None:
+        after = all_reduce_sent_bytes(part.size, part.format, world, device)
     return part.site(
         "all_reduce", part.size, (before, after), kind="gradients", source=f"bucket {index}",
         dtype=dtype, group=group, world=world,

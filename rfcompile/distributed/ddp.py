@@ -96,6 +96,7 @@ class _Bucket:
     parameters: tuple[int, ...]
     """Their identities."""
     dtype: torch.dtype
+    device: torch.device
     is_sparse: bool
     parts: tuple[Part, ...]
 
@@ -148,7 +149,7 @@ class DDPHandle(Handle):
             what = f"DDP gradient bucket {index}"
             parts = parts_of(self._policy, sizes, buffer, self._world, what=what)
             is_sparse = buffer.layout != torch.strided
-            known = _Bucket(identities, buffer.dtype, is_sparse, parts)
+            known = _Bucket(identities, buffer.dtype, buffer.device, is_sparse, parts)
             self._buckets[index] = known
         if bucket.is_last():
             self._buckets = {i: b for i, b in self._buckets.items() if i <= index}
@@ -219,7 +220,15 @@ class DDPHandle(Handle):
         parts = [(i, b, part) for i, b in sorted(self._buckets.items()) for part in b.parts]
         name = self._worker.group_name
         sites = [
-            site_of(part, index, bucket.dtype, name, self._world, is_sparse=bucket.is_sparse)
+            site_of(
+                part,
+                index,
+                bucket.dtype,
+                name,
+                self._world,
+                bucket.device,
+                is_sparse=bucket.is_sparse,
+            )
             for index, bucket, part in parts
         ]
         quantized = sum(len(part.names) for *_, part in parts if part.format is not None)

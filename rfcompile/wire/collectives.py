@@ -228,7 +228,7 @@ def all_reduce(
         group: a ProcessGroup, the name of a group, or None for the default group.
         op: "sum" or "avg", or ``ReduceOp.SUM`` or ``AVG`` of torch.distributed.
         segments: number of pipelined segments, so that one segment is coded while another is sent.
-            None: chosen by size.
+            None: on a CPU chosen by size, on other devices one.
 
     Returns:
         A new tensor like ``x``, bit-identical on every rank. With one rank: an exact copy.

@@ -27,8 +27,8 @@ _all_gather: Callable[..., Tensor] = c10d.all_gather_into_tensor
 _all_to_all: Callable[..., Tensor] = c10d.all_to_all_single
 
 SEGMENT_BYTES = 2**18
-"""A large all-reduce is cut into up to 8 segments of at least this payload, so that coding overlaps
-sending.
+"""On a CPU a large all-reduce is cut into up to 8 segments of at least this payload, so that coding
+overlaps sending.
 
 Measured with benchmarks/slow_link.py: 4 to 8 segments of a 16 MB tensor are best at 4 bits.
 """
@@ -49,13 +49,14 @@ def all_reduce_wire(
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
     ``x`` any shape; the result has its shape and dtype and is bit-identical on every rank.
-    ``segments=0`` chooses by size. ``seed`` is for the stochastic rounding of this rank.
+    ``segments=0`` takes :func:`default_segments`. ``seed`` is for the stochastic rounding of this
+    rank.
 
     ``residual``, float32 like ``x``, receives what quantization takes from this rank's own ``x``:
     ``x - C(x)`` with ``C`` the round trip of the codec.
     """
     format = QuantFormat.parse(fmt)
-    segments = segments or default_segments(x.numel(), format)
+    segments = segments or default_segments(x.numel(), format, x.device)
     n = x.numel()
     unit = world * segments * format.group_elements(8)
     padding = (n + unit - 1) // unit * unit - n
@@ -175,9 +176,9 @@ def broadcast_wire(
     return _first(operators.dequantize(received, fmt, x.dtype), 1, m).reshape(x.shape)
 
 
-def all_reduce_sent_bytes(size: int, fmt: QuantFormat, world: int) -> int:
-    """Bytes one rank sends in :func:`all_reduce_wire` of ``size`` elements."""
-    segments = default_segments(size, fmt)
+def all_reduce_sent_bytes(size: int, fmt: QuantFormat, world: int, device: torch.device) -> int:
+    """Bytes one rank sends in :func:`all_reduce_wire` of ``size`` elements on ``device``."""
+    segments = default_segments(size, fmt, device)
     unit = world * segments * fmt.group_elements(8)
     payload = fmt.payload_bytes(-(-size // unit) * unit, world * segments)
     exchange = sent_bytes("all_to_all", payload, world)
@@ -202,13 +203,15 @@ def flag_sent_bytes(fmt: QuantFormat, world: int) -> int:
     return sent_bytes("all_gather", 1, world) if fmt.nonfinite == "raise" else 0
 
 
-def default_segments(size: int | torch.SymInt, fmt: QuantFormat) -> int:
+def default_segments(size: int | torch.SymInt, fmt: QuantFormat, device: torch.device) -> int:
     """How many pipelined segments an all-reduce of ``size`` elements uses unless told: 1, 2, 4, 8.
 
-    Only where that cannot change a value, so that dynamic sizes, which have one, give the same.
+    One off the CPU: there each segment adds launches and two collective calls, and coding takes
+    little of the time. Several only where that cannot change a value, so that dynamic sizes, which
+    have one, give the same.
     """
     by_place = fmt.group_size is None or fmt.rounding == "stochastic"
-    if by_place or not isinstance(size, int):
+    if device.type != "cpu" or by_place or not isinstance(size, int):
         return 1
     segments = 1
     while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:

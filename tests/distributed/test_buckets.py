@@ -14,6 +14,7 @@ from rfcompile.wire.exchanges import all_reduce_sent_bytes
 from rfcompile.wire.policy import Policy
 
 SIZES = [("b.bias", 3), ("b.weight", 5), ("empty", 0), ("a.bias", 2), ("a.weight", 4)]
+CPU = torch.device("cpu")
 
 
 def parts(
@@ -125,12 +126,12 @@ def test_gather_and_scatter_are_inverse_and_copy_only_where_they_must() -> None:
 def test_the_line_of_the_report() -> None:
     policy = Policy(gradients=4, min_bytes=0, sites={"a.weight": None})
     quantized, exact = parts_of(policy, SIZES, torch.zeros(14), 4)
-    site = site_of(quantized, 3, torch.bfloat16, "g", 4)
+    site = site_of(quantized, 3, torch.bfloat16, "g", 4, CPU)
     assert (site.place, site.shape, site.dtype) == ("b.bias ... a.bias bucket 3", (10,), "bf16")
     assert site.bytes_before == sent_bytes("all_reduce", 20, 4)
     assert quantized.format is not None
-    assert site.bytes_after == all_reduce_sent_bytes(10, quantized.format, 4)
-    site = site_of(exact, 3, torch.bfloat16, "g", 4)
+    assert site.bytes_after == all_reduce_sent_bytes(10, quantized.format, 4, CPU)
+    site = site_of(exact, 3, torch.bfloat16, "g", 4, CPU)
     assert (site.place, site.format) == ("a.weight bucket 3", None)
     assert site.bytes_after == site.bytes_before == sent_bytes("all_reduce", 8, 4)
 
@@ -138,5 +139,5 @@ def test_the_line_of_the_report() -> None:
 def test_sparse_gradients_have_no_size_before_they_are_there() -> None:
     [part] = parts_of(Policy(gradients=4), [("a", 4)], torch.zeros(4).to_sparse(), 2)
     assert isinstance(part, Part)
-    site = site_of(part, 0, torch.float32, "g", 2, is_sparse=True)
+    site = site_of(part, 0, torch.float32, "g", 2, CPU, is_sparse=True)
     assert (site.bytes_before, site.bytes_after) == (None, None)

@@ -274,6 +274,14 @@ def test_large_all_reduces_are_cut_into_segments(trace: Trace) -> None:
     assert max(start) < min(wait)  # all are on their way before the first is waited for
 
 
+def test_off_the_cpu_a_large_all_reduce_goes_in_one_piece(trace: Trace) -> None:
+    gm = trace(all_reduce, torch.empty(2**21, device="meta"))  # no device of this machine
+    text, (site,) = quantized(gm)
+    assert text.count("rfcompile.quantize.default") == 1
+    assert text.count("_c10d_functional.all_to_all_single.default") == 1
+    assert site.bytes_after == wire_bytes(text)
+
+
 # ---- which, and in which format ------------------------------------------------------------------
 
 

@@ -1,0 +1,108 @@
+"""The kernels that Inductor emits for a GPU: launches, spills, widths of loads, eager's bytes.
+
+No GPU is needed, and no kernel is timed: ``fake_gpu.py`` says how. Needs Triton: ``make
+test-kernels``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.inductor.fake_gpu import Case, Emitted, Kernel, emit, interpret
+
+pytestmark = pytest.mark.kernels
+
+WIDTHS = ("2b", "3b", "4b", "8b")
+LARGE = 2**17
+"""Elements of a large output: Inductor then gives a thread eight of them."""
+
+
+def cases() -> dict[str, Case]:
+    found = {}
+    for width in WIDTHS:
+        for case in (
+            Case("quantize", f"{width}:g128", 2, 2**15),
+            Case("dequantize", f"{width}:g128", 2, LARGE),
+            Case("dequantize_sum", f"{width}:g128", 2, LARGE),
+            Case("requantize", f"{width}:g128", 2, 2**14),
+        ):
+            found[f"{case.operator}-{width}"] = case
+    found["quantize-4b-stoch"] = Case("quantize", "4b:g128:stoch", 2, 2**14)
+    found["requantize-2b-stoch"] = Case("requantize", "2b:g128:stoch", 2, 2**14)
+    found["quantize-4b-tail"] = Case("quantize", "4b:g128", 3, 3000)
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emitted]:
+    found = emit(list(CASES.values()), tmp_path_factory.mktemp("emitted"))
+    return dict(zip(CASES, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def differences(
+    emitted: dict[str, Emitted], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    found = interpret(list(emitted.values()), tmp_path_factory.mktemp("interpreted"))
+    return dict(zip(emitted, found, strict=True))
+
+
+def the_kernel(emitted: Emitted) -> Kernel:
+    assert emitted.error == ""
+    (kernel,) = emitted.kernels
+    return kernel
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_is_one_launch(name: str, emitted: dict[str, Emitted]) -> None:
+    assert emitted[name].error == ""
+    assert emitted[name].launches() == 1
+    assert emitted[name].external_calls() == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_register_is_spilled(name: str, emitted: dict[str, Emitted]) -> None:
+    kernel = the_kernel(emitted[name])
+    assert "STG" in kernel.sass, "not the code of a kernel"
+    assert kernel.spills() == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_subnormal_is_flushed(name: str, emitted: dict[str, Emitted]) -> None:
+    assert ".ftz" not in the_kernel(emitted[name]).ptx
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("quantize")])
+def test_quantize_reads_vectors(name: str, emitted: dict[str, Emitted]) -> None:
+    assert set(the_kernel(emitted[name]).load_widths()) == {128}
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("quantize")])
+def test_codes_are_read_in_words(name: str, emitted: dict[str, Emitted]) -> None:
+    """A byte at a time come only the scales: two bytes a group and row."""
+    loads = the_kernel(emitted[name]).load_widths()
+    wide = [bits for bits in loads if bits >= 64]
+    assert wide
+    assert set(loads) <= {8, *wide}
+    if name.startswith("dequantize"):  # a thread has one group
+        rows = CASES[name].rows if name.startswith("dequantize_sum") else 1
+        assert loads.count(8) == 2 * rows
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_gives_eagers_bytes(name: str, differences: dict[str, str]) -> None:
+    assert differences[name] == ""
+
+
+def test_the_interpreter_sees_another_formula(emitted: dict[str, Emitted], tmp_path: Path) -> None:
+    """Eager is asked for another format than the kernel was made for."""
+    case = CASES["quantize-4b-tail"]
+    other = Case(case.operator, "4b:g128:tread", case.rows, case.numel)
+    made = emitted["quantize-4b-tail"]
+    (found,) = interpret([Emitted(other, made.wrapper, made.kernels)], tmp_path)
+    assert found.endswith("elements differ")
