@@ -410,7 +410,7 @@ def test_a_graph_without_residual_adds() -> None:
 
 def test_an_unknown_mode() -> None:
     with pytest.raises(
-        OptionError, match=r"residual='drop' .*choose 'keep', 'free', 'mix'"
+        OptionError, match=r"residual='drop' .*choose 'free', 'mix' or 'anneal'"
     ) as error:
         rf.transform(NanoGPT(), residual="drop", example_inputs=((), tokens()))
     assert (error.value.option, error.value.value) == ("residual", "drop")
