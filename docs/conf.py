@@ -53,14 +53,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Literal|TracebackType)"),
 ]
 
-PUBLIC = (
-    "rfcompile",
-    "rfcompile.distributed",
-    "rfcompile.training",
-    "rfcompile.adapters",
-    "rfcompile.low_rank",
-    "rfcompile.experimental",
-)
+PUBLIC = ("rfcompile", *(f"rfcompile.{name}" for name in rfcompile._PACKAGES if name != "errors"))
 """The modules that users import from; the first that has a name documents it."""
 
 

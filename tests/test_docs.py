@@ -10,18 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+import rfcompile
 from tests.pages import PAGES, ROOT, Session, check_output, run_session, sessions_of
 from tests.test_layers import ROOMS, private_names
 
 ALONE = [s for page in PAGES for s in sessions_of(page, (ROOT / page).read_text()) if s.ranks == 1]
-DOORS = (
-    "rfcompile",
-    "rfcompile.distributed",
-    "rfcompile.training",
-    "rfcompile.adapters",
-    "rfcompile.low_rank",
-    "rfcompile.experimental",
-)
+DOORS = ("rfcompile", *(f"rfcompile.{name}" for name in rfcompile._PACKAGES if name != "errors"))
 MAX_README_LINES = 200
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rfcompile.find.attention_cores import Core, argument
+from rfcompile.find.axes import value_of
 from rfcompile.find.dataflow import changes_its_input, is_contraction, operator_name, words
 
 Causality = Literal["open", "causal", "unknown", "one token"]
@@ -172,7 +173,7 @@ class _Masks:
     def _value(
         self, run: fx.Interpreter, node: fx.Node, fill: _Fill, generator: torch.Generator
     ) -> Any:
-        name, meta = operator_name(node), _meta(node)
+        name, meta = operator_name(node), value_of(node)
         if _is_size(node):
             return _hint(meta)
         if node.op == "placeholder":
@@ -276,18 +277,14 @@ def _queries_and_keys(product: fx.Node, operand: fx.Node, weights: Tensor) -> Te
 
 def _lengths(core: Core) -> tuple[int, int]:
     """How many queries and keys a fused attention has; (0, 0) without shapes."""
-    query, key = _meta(core.query), _meta(core.key)
+    query, key = value_of(core.query), value_of(core.key)
     if not (isinstance(query, Tensor) and isinstance(key, Tensor)):
         return 0, 0
     return _hint(query.shape[-2]), _hint(key.shape[-2])
 
 
-def _meta(node: fx.Node) -> Any:
-    return node.meta.get("val", node.meta.get("example_value"))
-
-
 def _is_size(node: fx.Node) -> bool:
-    return isinstance(_meta(node), (int, torch.SymInt))
+    return isinstance(value_of(node), (int, torch.SymInt))
 
 
 def _sizes(fake: Tensor) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from rfcompile.find.axes import is_one
 from rfcompile.find.dataflow import Value, is_contraction, is_pooling, words
 
 # ---- sums --------------------------------------------------------------------------------------
@@ -208,11 +209,7 @@ def is_smaller(value: Value, other: Value) -> bool:
         return False
     # A symbolic size is never 1: torch specializes on that.
     pairs = zip(reversed(a.shape), reversed(b.shape), strict=False)
-    return a.dim() < b.dim() or any(_is_one(m) and not _is_one(n) for m, n in pairs)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1
+    return a.dim() < b.dim() or any(is_one(m) and not is_one(n) for m, n in pairs)
 
 
 # ---- projections -------------------------------------------------------------------------------

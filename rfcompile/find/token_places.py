@@ -12,9 +12,9 @@ from rfcompile.errors import BoundaryError, GrayingError
 from rfcompile.find.attention_cores import Core, all_cores
 from rfcompile.find.causality import Causality, causality
 from rfcompile.find.dataflow import operator_name
-from rfcompile.graph.boundaries import find_blocks
+from rfcompile.graph.boundaries import blocks_of_graph
 from rfcompile.graph.capture import without_regions
-from rfcompile.graph.places import module_calls, module_of
+from rfcompile.graph.places import module_of
 
 CAUSAL = "its attention is causal"
 UNKNOWN = "its attention may be causal, by an input or by what the graph does not tell"
@@ -67,8 +67,7 @@ def token_places(
             "the model has one token on the example inputs, where a causal attention looks like "
             "any other: give more."
         )
-    calls = (call for node in gm.graph.nodes for call in module_calls(node))
-    blocks = find_blocks({call.path: call.cls for call in calls})
+    blocks = blocks_of_graph(gm)
     places, left = _places(modules, blocks, cores)
     for path in places:
         scope = _scope(path, blocks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from torch import nn
+from torch import fx, nn
 
 from rfcompile.errors import BoundaryError
 from rfcompile.graph.modules import Modules, as_modules, matching, matching_any, patterns_of
+from rfcompile.graph.places import module_calls
 
 
 def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn.Module]:
@@ -126,6 +127,12 @@ def _is_block_class(cls: str) -> bool:
 
 
 # ---- blocks of a graph -------------------------------------------------------------------------
+
+
+def blocks_of_graph(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The paths of the repeated blocks that a graph was traced in; none: ()."""
+    calls = (call for node in gm.graph.nodes for call in module_calls(node))
+    return tuple(find_blocks({call.path: call.cls for call in calls}))
 
 
 def find_blocks(classes: Mapping[str, str]) -> list[str]:

@@ -88,7 +88,7 @@ def _reachable(value: object) -> Iterator[object]:
 def _parts(value: Any, *, is_copied: bool) -> list[Any]:
     """What a value holds; of an object that a copy would share, only if it can be called."""
     if isinstance(value, FunctionType):
-        cells = [_content(cell) for cell in value.__closure__ or ()]
+        cells = [content_of(cell) for cell in value.__closure__ or ()]
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
         return [*cells, *defaults, *vars(value).values()]
     if isinstance(value, MethodType):
@@ -106,7 +106,8 @@ def _parts(value: Any, *, is_copied: bool) -> list[Any]:
     return []
 
 
-def _content(cell: CellType) -> Any:
+def content_of(cell: CellType) -> Any:
+    """What a closure holds in a cell; None before it is filled."""
     try:
         return cell.cell_contents
     except ValueError:  # not filled yet
@@ -192,7 +193,7 @@ class Rebinding:
                 self.memo[id(value)] = Bound()
 
     def _cell(self, cell: CellType) -> CellType:
-        content = _content(cell)
+        content = content_of(cell)
         if id(content) not in self._own and id(content) not in self._holders:
             return cell
         return self._cells.setdefault(id(cell), (cell, CellType()))[1]

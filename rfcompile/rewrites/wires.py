@@ -138,7 +138,7 @@ def place(model: nn.Module, found: dict[str, FakeWire]) -> None:
     """Put each wire at the end of the module of its path, in place of those in the model."""
     for module in model.modules():
         remove(module)
-    by_name = any(map(calls_forward, model.modules()))
+    by_name = bool(found) and any(map(calls_forward, model.modules()))
     for path, wire in found.items():
         module = model.get_submodule(path)
         if by_name and path:

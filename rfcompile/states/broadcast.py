@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rfcompile.errors import OptionError, StateError
+from rfcompile.errors import StateError
 from rfcompile.report.report import Report
 from rfcompile.states.at_rest import takes_packed
 from rfcompile.states.composite import parts_of
@@ -19,7 +19,7 @@ from rfcompile.states.packing import pack_state_dict, unpack_state_dict
 from rfcompile.states.report import report_of
 from rfcompile.states.sharded_payloads import is_sharded
 from rfcompile.wire.policy import Policy, Policyish, as_policy
-from rfcompile.wire.process_groups import require_same, transport
+from rfcompile.wire.process_groups import check_source, require_same, transport
 from rfcompile.wire.together import resolved, together
 
 _SITE = "broadcast_states"
@@ -85,8 +85,7 @@ def broadcast_states(
 def _prepared(optimizer: Optimizer, policy: Policyish, src: int, group: Any) -> tuple[Policy, str]:
     """The policy, and what must be the same on all ranks."""
     chosen = as_policy(policy)
-    if type(src) is not int or not 0 <= src < group.size():
-        raise OptionError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+    check_source(src, group.size())
     kinds = ", ".join(_class_name(type(part)) for part in parts_of(optimizer)[0])
     parameters = _parameters(optimizer)
     if any(map(is_sharded, parameters)):

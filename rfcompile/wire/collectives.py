@@ -29,7 +29,7 @@ from rfcompile.wire.exchanges import (
     broadcast_wire,
     reduce_scatter_wire,
 )
-from rfcompile.wire.process_groups import agree, resolve
+from rfcompile.wire.process_groups import agree, check_source, resolve
 
 REDUCTIONS = ("sum", "avg")
 
@@ -353,8 +353,7 @@ def broadcast(x: Tensor, fmt: Formatish, group: Any = None, *, src: int = 0) -> 
         OptionError: ``src`` is no rank of the group.
     """
     world = resolve(group).size()
-    if type(src) is not int or not 0 <= src < world:
-        raise OptionError("src", src, f"a rank of the group: 0 to {world - 1}.")
+    check_source(src, world)
     spec, _, world, name = _prepare(x, fmt, group, "broadcast", f"src={src}")
     if world == 1 or x.numel() == 0:
         return x.clone()

@@ -26,7 +26,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from rfcompile.codec.compiling import constant_while_compiling
 from rfcompile.codec.fingerprint import package_version, source_digest
-from rfcompile.errors import ProcessGroupError, RankMismatchError, RFCompileError, TransportError
+from rfcompile.errors import (
+    OptionError,
+    ProcessGroupError,
+    RankMismatchError,
+    RFCompileError,
+    TransportError,
+)
 
 _TWIN = "rfcompile_"
 """How the names of groups begin that :func:`twin` makes."""
@@ -76,6 +82,16 @@ def sole_group() -> Any:
         return None
     others = [name for name in c10d._world.pg_names.values() if not name.startswith(_TWIN)]
     return dist.group.WORLD if len(others) == 1 and c10d._world.group_count <= 1 else None
+
+
+def check_source(src: object, world_size: int) -> None:
+    """Refuse a source of a broadcast that is no rank of the group.
+
+    Raises:
+        OptionError.
+    """
+    if type(src) is not int or not 0 <= src < world_size:
+        raise OptionError("src", src, f"a rank of the group: 0 to {world_size - 1}.")
 
 
 def name_of(group: Any) -> str:

@@ -13,7 +13,7 @@ from rfcompile.errors import OptionError
 from rfcompile.rewrites.adapters.factor import Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapters_of
 from rfcompile.wire.collectives import broadcast
-from rfcompile.wire.process_groups import require_same, transport
+from rfcompile.wire.process_groups import check_source, require_same, transport
 from rfcompile.wire.together import resolved, together
 
 
@@ -64,8 +64,7 @@ def _prepared(
     if wanted is None:
         raise OptionError("fmt", fmt, "give a format; torch.distributed.broadcast is exact.")
     chosen = wanted.for_kind("weights")
-    if type(src) is not int or not 0 <= src < group.size():
-        raise OptionError("src", src, f"a rank of the group: 0 to {group.size() - 1}.")
+    check_source(src, group.size())
     try:
         found = _to_send(model)
     except OptionError as error:

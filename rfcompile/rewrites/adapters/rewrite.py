@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile.errors import OptionError
+from rfcompile.graph.boundaries import blocks_of_graph
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.modules import Modules, as_modules
@@ -19,7 +20,7 @@ from rfcompile.passes.factor_weights import FactoredWeight, FactorWeights
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.adapters.factor import AnyFactor, Factor
 from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapted
-from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears, graph_blocks
+from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
 from rfcompile.rewrites.low_rank.rewrite import check_positive_integer, check_rank, check_scale
 from rfcompile.rewrites.low_rank.targets import (
     blocks_of,
@@ -127,8 +128,7 @@ class Adapters:
         with without_wrappers(model), torch.no_grad():
             refuse_adapted(model)
             found = find_linears(model, self.modules)
-            is_auto = self.modules == "auto"
-            left = matrices_left(model, found, blocks_of(model)) if is_auto else ()
+            left = matrices_left(model, self.modules, found, lambda: blocks_of(model))
             new = {}
             for place, (path, module) in enumerate(found.items()):
                 matrix = matrix_of(module)
@@ -151,8 +151,8 @@ class Adapters:
         sites, weights = [], []
         with torch.no_grad():
             found = find_graph_linears(gm, self.modules)
-            paths, is_auto = [linear.path for linear in found], self.modules == "auto"
-            left = matrices_left(gm, paths, graph_blocks(gm)) if is_auto else ()
+            paths = [linear.path for linear in found]
+            left = matrices_left(gm, self.modules, paths, lambda: blocks_of_graph(gm))
             for place, linear in enumerate(found):
                 matrix, path = linear.matrix, linear.path
                 omega, gain = self.scale(path, matrix)

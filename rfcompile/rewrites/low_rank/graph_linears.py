@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from rfcompile.find.linears import linears_in
-from rfcompile.graph.boundaries import find_blocks
+from rfcompile.graph.boundaries import blocks_of_graph
 from rfcompile.graph.modules import Modules
-from rfcompile.graph.places import module_calls
 from rfcompile.rewrites.low_rank.targets import (
     check_weight,
     choose_linears,
@@ -43,16 +42,10 @@ def find_graph_linears(gm: fx.GraphModule, modules: Modules) -> tuple[GraphLinea
         OptionError: as :func:`~rfcompile.rewrites.low_rank.targets.find_linears`.
     """
     every = _linears(gm)
-    chosen = choose_linears(gm, modules, every, lambda: graph_blocks(gm))
+    chosen = choose_linears(gm, modules, every, lambda: blocks_of_graph(gm))
     for path in chosen:
         check_weight(path, every[path].weight, _names(gm, every[path].weight))
     return tuple(every[path] for path in chosen)
-
-
-def graph_blocks(gm: fx.GraphModule) -> tuple[str, ...]:
-    """The paths of the repeated blocks that a graph was traced in; none: ()."""
-    calls = (call for node in gm.graph.nodes for call in module_calls(node))
-    return tuple(find_blocks({call.path: call.cls for call in calls}))
 
 
 def _linears(gm: fx.GraphModule) -> dict[str, GraphLinear]:

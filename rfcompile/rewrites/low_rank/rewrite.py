@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfcompile.errors import OptionError, RFCompileWarning
+from rfcompile.graph.boundaries import blocks_of_graph
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.modules import Modules, as_modules
@@ -20,7 +21,7 @@ from rfcompile.nn.low_rank import low_rank_weight
 from rfcompile.passes.factor_weights import FactoredWeight, FactorWeights
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.low_rank.factors import Factors, drawn, fitted, omega_for
-from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears, graph_blocks
+from rfcompile.rewrites.low_rank.graph_linears import find_graph_linears
 from rfcompile.rewrites.low_rank.linear import LowRankLinear
 from rfcompile.rewrites.low_rank.ranks import effective_ranks
 from rfcompile.rewrites.low_rank.targets import (
@@ -158,8 +159,7 @@ class LowRank:
             found = find_linears(model, self.modules)
             # All are made before one is changed.
             made = {p: self._factors(p, matrix_of(m), i) for i, (p, m) in enumerate(found.items())}
-            is_auto = self.modules == "auto"
-            left = matrices_left(model, found, blocks_of(model)) if is_auto else ()
+            left = matrices_left(model, self.modules, found, lambda: blocks_of(model))
             sites = [_site(path, matrix_of(found[path]), made[path]) for path in found]
             for path, module in found.items():
                 new = made[path]
@@ -171,8 +171,8 @@ class LowRank:
         sites, weights = [], []
         with torch.no_grad():
             found = find_graph_linears(gm, self.modules)
-            paths, is_auto = [linear.path for linear in found], self.modules == "auto"
-            dense = matrices_left(gm, paths, graph_blocks(gm)) if is_auto else ()
+            paths = [linear.path for linear in found]
+            dense = matrices_left(gm, self.modules, paths, lambda: blocks_of_graph(gm))
             for number, linear in enumerate(found):
                 matrix, path = linear.matrix, linear.path
                 new = self._factors(path, matrix, number)

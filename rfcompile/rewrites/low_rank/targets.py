@@ -172,11 +172,16 @@ def check_weight(path: str, weight: Tensor, names: Collection[str]) -> None:
 
 
 def matrices_left(
-    model: nn.Module, found: Collection[str], blocks: Collection[str]
+    model: nn.Module,
+    modules: Modules,
+    found: Collection[str],
+    blocks: Callable[[], Collection[str]],
 ) -> tuple[str, ...]:
-    """The matrices in these blocks that are in none of the modules found, in a module or graph."""
+    """The matrices in the repeated blocks that are in none of the modules found, in a module or
+    graph; () where the user named the modules. ``blocks`` as in :func:`choose_linears`.
+    """
     left: list[str] = []
-    for block in blocks:
+    for block in blocks() if modules == "auto" else ():
         own: dict[Tensor, str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name.startswith(f"{block}.") and parameter.dim() > 1:

@@ -21,11 +21,11 @@ from typing import Any
 from torch import nn
 
 from rfcompile.errors import SourceError
+from rfcompile.nn.rebinding import content_of
 from rfcompile.rewrites.residual.sources import (
     Method,
     Position,
     called_function,
-    content_of,
     definition_of,
     digest_of,
     methods_of,

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
 
 from rfcompile.errors import SourceError
+from rfcompile.nn.rebinding import content_of
 
 
 def definition_of(function: FunctionType) -> ast.FunctionDef:
@@ -63,13 +64,6 @@ def wrapped_functions(value: object) -> list[FunctionType]:
         held = map(content_of, function.__closure__ or ())
         found += [f for f in held if isinstance(f, FunctionType) and f not in found]
     return found
-
-
-def content_of(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
 
 
 @dataclass(frozen=True)
