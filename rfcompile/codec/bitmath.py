@@ -22,7 +22,7 @@ from rfcompile.codec.formats import QuantFormat
 
 _EXPONENT_BITS = 0x7F800000
 _NAN_SCALE = 0x7FC00000
-_MIN_SCALE = (127 - 120) << 23
+MIN_SCALE = (127 - 120) << 23
 """Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
 
 
@@ -35,7 +35,7 @@ def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tens
     """
     bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
     is_nonfinite = bits >= _EXPONENT_BITS
-    rounded = (torch.clamp(bits, _MIN_SCALE, _largest_scale(fmt, dtype)) + 0xFFFF) & -65536
+    rounded = (torch.clamp(bits, MIN_SCALE, largest_scale(fmt, dtype)) + 0xFFFF) & -65536
     # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
     inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
     inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
@@ -43,7 +43,7 @@ def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tens
     return stored, inverse.view(torch.float32), is_nonfinite.logical_not().to(torch.int32)
 
 
-def _largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
+def largest_scale(fmt: QuantFormat, dtype: torch.dtype) -> int:
     end = torch.finfo(dtype).max
     if fmt.rotate is not None:  # the sums that rotate back must not overflow
         end = min(end, torch.finfo(torch.bfloat16).max / fmt.rotate)

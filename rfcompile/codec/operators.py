@@ -1,7 +1,8 @@
 """The codec as torch operators, so that a graph shows ``rfcompile.quantize`` as one node.
 
-Every operator has an eager kernel (``arithmetic.py`` itself), a fake kernel that works on symbolic
-sizes, and, once ``inductor/lowering.py`` is loaded, an Inductor lowering of the same formula. An
+Every operator has an eager kernel (``arithmetic.py`` itself, on GPUs ``triton_codec.py``), a fake
+kernel that works on symbolic sizes, and, once ``inductor/lowering.py`` is loaded, an Inductor
+lowering of the same formula. An
 operator takes a format as its text (:attr:`QuantFormat.spec`). So graphs are readable, and every
 format has its own cache key.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from rfcompile.codec import arithmetic
+from rfcompile.codec import arithmetic, triton_codec
 from rfcompile.codec.derivatives import Library
 from rfcompile.codec.formats import DTYPES, QuantFormat
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
@@ -140,10 +141,16 @@ def requantize_formula(
     return arithmetic.requantize(payload, QuantFormat.parse(format), average, seed, pack)
 
 
+def _codec_for(x: Tensor, fmt: QuantFormat) -> Any:
+    return triton_codec if triton_codec.runs_on(x.device, fmt) else arithmetic
+
+
 def _quantize(x: Tensor, format: str, seed: int = 0) -> Tensor:
     check_codec_input(x)
     _check_rows(x, "quantize")
-    return quantize_formula(x, format, seed)
+    fmt = QuantFormat.parse(format)
+    result: Tensor = _codec_for(x, fmt).quantize(x, fmt, seed)
+    return result
 
 
 def _quantize_fake(x: Tensor, format: str, seed: int = 0) -> Tensor:
@@ -154,8 +161,10 @@ def _quantize_fake(x: Tensor, format: str, seed: int = 0) -> Tensor:
 
 
 def _dequantize(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
-    _check_payload(payload, QuantFormat.parse(format), "dequantize")
-    return dequantize_formula(payload, format, dtype)
+    fmt = QuantFormat.parse(format)
+    _check_payload(payload, fmt, "dequantize")
+    result: Tensor = _codec_for(payload, fmt).dequantize(payload, fmt, dtype)
+    return result
 
 
 def _dequantize_fake(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
@@ -168,8 +177,10 @@ def _dequantize_fake(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor
 def _dequantize_sum(
     payload: Tensor, format: str, dtype: torch.dtype, average: bool = False
 ) -> Tensor:
-    _check_payload(payload, QuantFormat.parse(format), "dequantize_sum")
-    return dequantize_sum_formula(payload, format, dtype, average)
+    fmt = QuantFormat.parse(format)
+    _check_payload(payload, fmt, "dequantize_sum")
+    result: Tensor = _codec_for(payload, fmt).dequantize_sum(payload, fmt, dtype, average)
+    return result
 
 
 def _dequantize_sum_fake(
@@ -182,8 +193,10 @@ def _dequantize_sum_fake(
 
 
 def _requantize(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:
-    _check_payload(payload, QuantFormat.parse(format), "requantize")
-    return requantize_formula(payload, format, average, seed)
+    fmt = QuantFormat.parse(format)
+    _check_payload(payload, fmt, "requantize")
+    result: Tensor = _codec_for(payload, fmt).requantize(payload, fmt, average, seed=seed)
+    return result
 
 
 def _requantize_fake(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:

@@ -2,11 +2,12 @@
 
 Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
 anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and
-lowering the trace in place, so generated kernels and eager kernels come from the same lines.
+lowering the trace in place, so generated kernels and eager kernels come from the same lines. What
+rotates is on a GPU a call of the Triton kernel instead.
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
-_maybe_layout_constraints}``, ``_inductor.ir.{ConcatKernel,
+fallback_handler, _maybe_layout_constraints}``, ``_inductor.ir.{ConcatKernel,
 FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
 ``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
 ``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
@@ -27,6 +28,7 @@ from torch._inductor.decomposition import (
 )
 from torch._inductor.lowering import (
     _maybe_layout_constraints,
+    fallback_handler,
     fallbacks,
     lowerings,
     process_subgraph_nodes,
@@ -35,8 +37,9 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rfcompile.codec import operators
+from rfcompile.codec import operators, triton_codec
 from rfcompile.codec.fingerprint import source_digest
+from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire import collectives
 
 _NEVER = 1_000_000
@@ -71,10 +74,19 @@ def _lower_pack(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     return ir.TensorBox(box)
 
 
-def _lower_formula(formula: Callable[..., Any]) -> Callable[..., Any]:
-    def lower(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+def _has_kernel_of_its_own(op: Any, tensor: Any, fmt: QuantFormat) -> bool:
+    """Whether a Triton kernel takes one launch where Inductor would take three: it rotates."""
+    rotates = fmt.rotate is not None and op is not operators.requantize
+    return rotates and triton_codec.runs_on(tensor.get_device(), fmt)
+
+
+def _lower_formula(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(tensor: Any, format: str, *args: Any, **kwargs: Any) -> Any:
+        if _has_kernel_of_its_own(op, tensor, QuantFormat.parse(format)):
+            return fallback_handler(op, add_to_fallback_set=False)(tensor, format, *args, **kwargs)
+
         def call(x: torch.Tensor) -> Any:
-            return formula(x, *args, **kwargs, pack=operators.pack)
+            return formula(x, format, *args, **kwargs, pack=operators.pack)
 
         symbolic = V.fake_mode.shape_env is not None
         with V.fake_mode:
@@ -105,7 +117,7 @@ for _op in (
     lowerings.pop(_op, None)
 register_lowering(operators.pack, type_promotion_kind=None)(_lower_pack)
 for _op, _formula in operators.FORMULAS.items():
-    register_lowering(_op, type_promotion_kind=None)(_lower_formula(_formula))
+    register_lowering(_op, type_promotion_kind=None)(_lower_formula(_op, _formula))
 
 for _op, _wire in collectives.DECOMPOSITIONS.items():
     register_decomposition(_op)(_wire)

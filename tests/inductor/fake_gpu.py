@@ -121,8 +121,15 @@ class Kernel:
 
     def load_widths(self) -> list[int]:
         """Bits of each instruction that loads from global memory."""
-        loads = [name.split(".") for name in self.instructions() if name.startswith("LDG.")]
-        return [next((WIDTHS[part] for part in load if part in WIDTHS), 32) for load in loads]
+        return self._widths("LDG.")
+
+    def store_widths(self) -> list[int]:
+        """Bits of each instruction that stores to global memory."""
+        return self._widths("STG.")
+
+    def _widths(self, start: str) -> list[int]:
+        found = [name.split(".") for name in self.instructions() if name.startswith(start)]
+        return [next((WIDTHS[part] for part in parts if part in WIDTHS), 32) for parts in found]
 
     def spills(self) -> int:
         """Instructions that move registers to or from local memory."""
@@ -307,10 +314,10 @@ def _compile(name: str, source: str) -> Kernel:
     kernel.precompile(warm_cache_only=True)
     (result,) = kernel.compile_results
     asm = result.kernel.asm
-    return Kernel(name, source, dict(result.config.kwargs), asm["ptx"], _disassemble(asm["cubin"]))
+    return Kernel(name, source, dict(result.config.kwargs), asm["ptx"], disassemble(asm["cubin"]))
 
 
-def _disassemble(cubin: bytes) -> str:
+def disassemble(cubin: bytes) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"

@@ -1,0 +1,155 @@
+"""The codec operators on GPUs: which formats have a Triton kernel, and its launch.
+
+Eager operators use it on a GPU. In a compiled graph Inductor generates the kernels, fused with
+their neighbours, and calls these only for what it cannot do in one launch: rotations.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfcompile.codec import arithmetic
+from rfcompile.codec.bitmath import MIN_SCALE, largest_scale
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.codec.rotation import axes_of, signs
+
+WARPS = 4
+TILE = 1024
+"""Elements of a tile: 8 for each thread, which loads them by one or two instructions."""
+
+
+def runs_on(device: torch.device, fmt: QuantFormat) -> bool:
+    """Whether the kernels run there and ``fmt`` has some: it has groups."""
+    return device.type == "cuda" and fmt.group_size is not None and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0) -> Tensor:
+    """``arithmetic.quantize``."""
+    from rfcompile.codec import triton_kernels
+
+    C, M = x_CM.shape
+    payload = x_CM.new_empty((C, fmt.row_bytes(M)), dtype=torch.uint8)
+    G, E = arithmetic.groups_of(payload.shape[1], fmt)
+    if M > 1 and x_CM.stride(1) != 1:
+        x_CM = x_CM.contiguous()
+    _launch(
+        triton_kernels.quantize, C, G, E,
+        x_CM, payload, M, x_CM.stride(0), G, _codes_size(G, fmt), mixed_seed(fmt.seed + seed),
+        layout_of(fmt), largest_scale(fmt, x_CM.dtype), fmt.num_parts,
+    )  # fmt: skip
+    return payload
+
+
+def dequantize(payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> Tensor:
+    """``arithmetic.dequantize``."""
+    from rfcompile.codec import triton_kernels
+
+    payload_CB = payload_CB.contiguous()
+    C, B = payload_CB.shape
+    G, E = arithmetic.groups_of(B, fmt)
+    out = payload_CB.new_empty((C, G * E), dtype=dtype)
+    is_clamped = fmt.rotate is not None and dtype == torch.float16
+    _launch(
+        triton_kernels.dequantize, C, G, E,
+        payload_CB, out, G, _codes_size(G, fmt),
+        layout_of(fmt), torch.finfo(dtype).max if is_clamped else None, fmt.num_parts,
+    )  # fmt: skip
+    return out
+
+
+def dequantize_sum(
+    payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype, average: bool = False
+) -> Tensor:
+    """``arithmetic.dequantize_sum``."""
+    from rfcompile.codec import triton_kernels
+
+    payload_CB = payload_CB.contiguous()
+    C, B = payload_CB.shape
+    G, E = arithmetic.groups_of(B, fmt)
+    out = payload_CB.new_empty((G * E,), dtype=dtype)
+    _launch(
+        triton_kernels.dequantize_sum, 1, G, E,
+        payload_CB, out, G, _codes_size(G, fmt), C, 1.0 / C, layout_of(fmt), average, fmt.num_parts,
+    )  # fmt: skip
+    return out
+
+
+def requantize(
+    payload_CB: Tensor, fmt: QuantFormat, average: bool = False, seed: int = 0
+) -> Tensor:
+    """``arithmetic.requantize``."""
+    from rfcompile.codec import triton_kernels
+
+    payload_CB = payload_CB.contiguous()
+    C, B = payload_CB.shape
+    G, E = arithmetic.groups_of(B, fmt)
+    total = payload_CB.new_empty((1, B))
+    _launch(
+        triton_kernels.requantize, 1, G, E,
+        payload_CB, total, G, _codes_size(G, fmt), C, 1.0 / C, mixed_seed(fmt.seed + seed + 1),
+        layout_of(fmt), largest_scale(fmt, torch.float32), average, 8 // fmt.planes[-1],
+    )  # fmt: skip
+    return total
+
+
+def _codes_size(groups: int, fmt: QuantFormat) -> int:
+    """Bytes of the codes in a payload row."""
+    assert fmt.group_size is not None
+    return groups * fmt.group_size * fmt.bits // 8
+
+
+def _launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) -> None:
+    block = block_of(group, arguments[-1])
+    programs = rows * -(-groups // block)
+    if not programs:
+        return
+    first = arguments[0]
+    with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+        # No fused multiply-adds: a rotation may round where its signs are multiplied in.
+        kernel[(programs,)](*arguments, block, num_warps=WARPS, enable_fp_fusion=False)
+
+
+def block_of(group: int, parts: int) -> int:
+    """Groups that a program codes, cut into ``parts`` tiles."""
+    return max(TILE * parts // group, 1)
+
+
+def mixed_seed(seed: int) -> int:
+    """What ``bitmath.noise`` makes of the seed, as an int32."""
+    return (seed * 0x85EBCA6B + 2**31) % 2**32 - 2**31
+
+
+@cache
+def layout_of(fmt: QuantFormat) -> Any:
+    """The :class:`triton_kernels.Layout` of a format with groups."""
+    from rfcompile.codec.triton_kernels import Layout
+
+    assert fmt.group_size is not None
+    axes, after = [], fmt.rotate or 1
+    for place, n in enumerate(axes_of(fmt.rotate) if fmt.rotate else ()):
+        after //= n
+        bits = sum(1 << i for i, sign in enumerate(signs(n, fmt.seed)) if sign < 0)
+        axes.append((n, after if place else 0, bits))
+    return Layout(
+        bits=fmt.bits,
+        planes=fmt.planes,
+        group=fmt.group_size,
+        is_mid_rise=fmt.is_mid_rise,
+        is_stochastic=fmt.rounding == "stochastic",
+        saturates=fmt.nonfinite == "saturate",
+        clip_over_half_range=fmt.clip / fmt.half_range,
+        zero_offset=fmt.zero_offset,
+        axes=tuple(axes),
+        smallest_scale=MIN_SCALE,
+    )

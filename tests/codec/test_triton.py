@@ -1,0 +1,100 @@
+"""The Triton kernels of the codec: the bytes of the formulas, no spills, wide loads and stores.
+
+No GPU is needed: ``triton_process.py`` says how. On one they are tested by tests/gpu.
+"""
+
+from __future__ import annotations
+
+from itertools import cycle
+
+import pytest
+import torch
+
+from rfcompile.codec import triton_codec
+from rfcompile.codec.formats import BITS, DTYPES, QuantFormat
+from tests.codec.triton_process import Case, differing, run
+from tests.inductor.fake_gpu import Kernel
+
+pytestmark = pytest.mark.kernels
+
+INTERPRETED = [
+    Case(f"{bits}b:{rest}", dtype, rows, average=rows == 2)
+    for (bits, rest), dtype, rows in zip(
+        (
+            (bits, rest)
+            for bits in BITS
+            for rest in (
+                *("g128:rise", "g32:tread", "g128:rise:stoch", "g16:tread:stoch:saturate"),
+                *("g128:h32", "g64:tread:h64:stoch:s3", "g16:h2:saturate", "g256:h8:full"),
+            )
+        ),
+        cycle(DTYPES),
+        cycle((1, 2, 3, 4)),
+        strict=False,
+    )
+] + [
+    Case("4b:g1024:h1024:s9", torch.float32),
+    Case("2b:g128:h128", torch.float16),
+    *(Case("3b:g128:h32:stoch", torch.bfloat16, 2, numel) for numel in (0, 1, 16, 127, 129, 4096)),
+    Case("4b:g128", torch.float32, 3, 1000, is_transposed=True),
+]
+"""Sizes and dtypes in turn, so that each format meets only some of them."""
+
+COMPILED = [
+    Case(f"{bits}b:{rest}", torch.bfloat16, 8, 2**20)
+    for bits in BITS
+    for rest in ("g128", "g128:h32")
+] + [Case(f"4b:{rest}", torch.bfloat16, 8, 2**20) for rest in ("g32:stoch", "g128:h128")]
+
+
+@pytest.fixture(scope="module")
+def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, str]:
+    folder = tmp_path_factory.mktemp("interpreted")
+    return dict(zip(INTERPRETED, run("interpret", INTERPRETED, folder), strict=True))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Kernel]]:
+    folder = tmp_path_factory.mktemp("compiled")
+    return dict(zip(COMPILED, run("compile", COMPILED, folder), strict=True))
+
+
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_the_bytes_are_those_of_the_formulas(case: Case, differences: dict[Case, str]) -> None:
+    assert differences[case] == ""
+
+
+@pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.format)
+def test_kernels_do_not_spill_and_move_wide_words(
+    case: Case, compiled: dict[Case, dict[str, Kernel]]
+) -> None:
+    """All but the scales, which are two bytes a group."""
+    kernels = compiled[case]
+    assert list(kernels) == ["quantize", "dequantize", "dequantize_sum", "requantize"]
+    for kernel in kernels.values():
+        assert kernel.spills() == 0
+        assert "fma" not in kernel.ptx
+    assert set(kernels["quantize"].load_widths()) == {128}
+    assert set(kernels["dequantize"].store_widths()) == {128}
+    assert set(kernels["dequantize_sum"].store_widths()) == {128}
+    for name, widths in (
+        ("quantize", kernels["quantize"].store_widths()),
+        ("requantize", kernels["requantize"].store_widths()),
+        *((name, kernel.load_widths()) for name, kernel in kernels.items() if name != "quantize"),
+    ):
+        assert set(widths) <= {8, 64, 128}, name
+        assert widths.count(8) <= 4, name
+
+
+def test_one_scale_a_tensor_and_the_cpu_have_no_kernel() -> None:
+    gpu = torch.device("cuda")
+    assert triton_codec.runs_on(gpu, QuantFormat.parse("4b:g128:h32:stoch"))
+    assert not triton_codec.runs_on(gpu, QuantFormat.parse("4b:tensor"))
+    assert not triton_codec.runs_on(torch.device("cpu"), QuantFormat.parse("4b"))
+
+
+def test_the_comparison_sees_another_sign_of_zero() -> None:
+    zero = torch.zeros(3)
+    assert differing(zero, zero) == ""
+    assert differing(-zero, zero) == "3 of 3 elements differ"
+    assert differing(zero.half(), zero).startswith("torch.float16")
