@@ -79,10 +79,15 @@ def noise(x_CGR: Tensor, seed: int, first: int, group: int) -> Tensor:
     place = group_CG1 * group + first + torch.arange(R, dtype=torch.int32, device=device)
     # Otherwise Inductor folds the product below into an index beyond int32, which Triton refuses.
     place = place & -1
-    v = _signed32(seed * 0x85EBCA6B) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
+    v = mixed_seed(seed) ^ (place * _signed32(0x9E3779B1)) ^ x_CGR.view(torch.int32)
     v = (v ^ ((v >> 16) & 0xFFFF)) * 0x7FEB352D
     v = (v ^ ((v >> 15) & 0x1FFFF)) * _signed32(0x846CA68B)
     return (v >> 16) & 0xFFFF
+
+
+def mixed_seed(seed: int) -> int:
+    """What :func:`noise` makes of a seed, an int32."""
+    return _signed32(seed * 0x85EBCA6B)
 
 
 def _signed32(value: int) -> int:

@@ -46,6 +46,11 @@ def signs(n: int, seed: int) -> tuple[int, ...]:
             return tuple(drawn)
 
 
+def sign_bits(n: int, seed: int) -> int:
+    """:func:`signs` as bits: bit i is 1 where sign i is -1."""
+    return sum(1 << i for i, sign in enumerate(signs(n, seed)) if sign < 0)
+
+
 def axes_of(block: int) -> tuple[int, ...]:
     """``block`` as a product of axes small enough to unroll: at most 8, then at most 16 each.
 

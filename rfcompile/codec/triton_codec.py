@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rfcompile.codec import arithmetic
-from rfcompile.codec.bitmath import MIN_SCALE, largest_scale
+from rfcompile.codec.bitmath import MIN_SCALE, largest_scale, mixed_seed
 from rfcompile.codec.formats import QuantFormat
-from rfcompile.codec.rotation import axes_of, signs
+from rfcompile.codec.rotation import axes_of, sign_bits
 
 WARPS = 4
 TILE = 1024
@@ -125,11 +125,6 @@ def block_of(group: int, parts: int) -> int:
     return max(TILE * parts // group, 1)
 
 
-def mixed_seed(seed: int) -> int:
-    """What ``bitmath.noise`` makes of the seed, as an int32."""
-    return (seed * 0x85EBCA6B + 2**31) % 2**32 - 2**31
-
-
 @cache
 def layout_of(fmt: QuantFormat) -> Any:
     """The :class:`triton_kernels.Layout` of a format with groups."""
@@ -139,8 +134,7 @@ def layout_of(fmt: QuantFormat) -> Any:
     axes, after = [], fmt.rotate or 1
     for place, n in enumerate(axes_of(fmt.rotate) if fmt.rotate else ()):
         after //= n
-        bits = sum(1 << i for i, sign in enumerate(signs(n, fmt.seed)) if sign < 0)
-        axes.append((n, after if place else 0, bits))
+        axes.append((n, after if place else 0, sign_bits(n, fmt.seed)))
     return Layout(
         bits=fmt.bits,
         planes=fmt.planes,
