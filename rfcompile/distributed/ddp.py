@@ -310,11 +310,11 @@ def _group_of(ddp: object) -> Any:
 
 def _prepared(ddp: object, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
     chosen = as_policy(policy)
-    _require_free(ddp)
+    require_free(ddp)
     return chosen, coder_of(coder)
 
 
-def _require_free(ddp: object) -> None:
+def require_free(ddp: object) -> None:
     """Raise HookError unless ``ddp`` is a DDP module that can take a hook."""
     name = type(ddp).__name__
     if not isinstance(ddp, DistributedDataParallel):
