@@ -46,5 +46,14 @@ def derived(kind: Any, base: type) -> type:
     """``kind`` as a class of the library too: its instances are of both."""
     if issubclass(kind, base):
         return cast(type, kind)
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__reduce__": lambda self: (_made, (kind,), vars(self)),  # no pickle finds this class
+    }
     return type(kind.__name__, (kind, base), names)
+
+
+def _made(kind: Any) -> Any:
+    """An instance without its fields, for pickle."""
+    return kind.__new__(kind)
