@@ -13,9 +13,7 @@ import rfcompile as rf
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(16, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4)
-    )
+    model = torch.nn.Sequential(torch.nn.Linear(16, 256), torch.nn.ReLU(), torch.nn.Linear(256, 4))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     x = torch.randn(512, 16)
     data = DataLoader(TensorDataset(x, (x[:, 0] > 0) + 2 * (x[:, 1] > 0).long()), 16, shuffle=True)

@@ -23,9 +23,6 @@ class TrafficCallback:
         PolicyError, FormatError: the policy is not understood, or there is none.
     """
 
-    handle: TrafficHandle | None
-    """While training: what :func:`~rfcompile.quantize_traffic` returned."""
-
     def __init__(
         self,
         policy: Policyish = None,
@@ -40,7 +37,8 @@ class TrafficCallback:
             "weight_delta": weight_delta,
             "coder": coder,
         }
-        self.handle = None
+        self.handle: TrafficHandle | None = None
+        """What :func:`~rfcompile.quantize_traffic` returned, while the library trains."""
         self._state: Mapping[str, Any] = {}
         self._report = Report.of(self._policy, (), names=(), notes=["training has not begun"])
 

@@ -138,7 +138,9 @@ class TrafficHandle(Handle):
 
     @property
     def handles(self) -> Mapping[str, Handle]:
-        """The handle of each door by its name: "ddp 0", "fsdp 0", "stage 0", "optimizer 0"."""
+        """Return the handle of each door by its name ("ddp 0", "fsdp 0", "stage 0",
+        "optimizer 0").
+        """
         return dict(self._handles)
 
     def report(self) -> Report:

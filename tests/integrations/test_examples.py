@@ -40,6 +40,7 @@ def run(*command: str, folder: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 @pytest.mark.parametrize("name", ["train_lightning.py", "train_accelerate.py"])
 def test_an_example_trains_a_classifier(name: str, tmp_path: Path) -> None:
@@ -50,6 +51,7 @@ def test_an_example_trains_a_classifier(name: str, tmp_path: Path) -> None:
     assert re.search(r"sent by each rank \(7\.\d\dx less\)", output)
 
 
+@pytest.mark.slow
 @pytest.mark.clients
 def test_the_example_of_trainer(tmp_path: Path) -> None:
     output = run(str(EXAMPLES / "train_trainer.py"), folder=tmp_path)
@@ -58,6 +60,7 @@ def test_the_example_of_trainer(tmp_path: Path) -> None:
     assert "21 of 21 parameters quantized" in output
 
 
+@pytest.mark.slow
 @pytest.mark.torchtitan
 def test_the_example_of_torchtitan(tmp_path: Path) -> None:
     output = run(
