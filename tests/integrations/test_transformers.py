@@ -144,6 +144,22 @@ def check_fsdp2(rank: Rank, folder: str) -> None:
         assert report.ratio > 4
 
 
+def check_compiled_and_again(rank: Rank, folder: str) -> None:
+    """DDP inside of a compiled module, with a default policy; then another ``train``."""
+    from rfcompile.integrations.transformers import QuantizeTraffic
+
+    rf.set_default_policy(8)
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    with as_torchrun(rank):
+        callback = QuantizeTraffic()
+        trainer = train(folder, callback, 4, save_strategy="no", **compiled)
+        assert callback.report().bytes_after == wire_bytes(trainer.model, 8, rank.world)
+        trainer.train()
+        assert callback.report().num_quantized == 1
+        rank.assert_same(values(trainer.model))
+    rf.set_default_policy(None)
+
+
 def check_fsdp_that_became_ddp(rank: Rank, folder: str) -> None:
     from rfcompile.integrations.transformers import QuantizeTraffic
 
@@ -196,6 +212,10 @@ def test_ddp_with_error_feedback_in_checkpoints(ranks: RunRanks, tmp_path: Path)
 
 def test_fsdp2(ranks: RunRanks, tmp_path: Path) -> None:
     ranks(2, check_fsdp2, str(tmp_path))
+
+
+def test_a_compiled_model_and_another_run(ranks: RunRanks, tmp_path: Path) -> None:
+    ranks(2, check_compiled_and_again, str(tmp_path))
 
 
 def test_fsdp_that_became_ddp_is_an_error(ranks: RunRanks, tmp_path: Path) -> None:

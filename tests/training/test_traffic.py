@@ -128,6 +128,14 @@ def check_ddp_and_optimizer(rank: Rank) -> None:
         model(batch(rank, 10)).square().mean().backward()
     for p, q in zip(one.parameters(), exact.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+    again_quantized = rf.quantize_traffic(one, POLICY)  # DDP takes one hook, once: it has ours
+    quantize_ddp(exact, POLICY)
+    for model in (one, exact):
+        model.zero_grad()
+        model(batch(rank, 11)).square().mean().backward()
+    for p, q in zip(one.parameters(), exact.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+    assert again_quantized.report().num_quantized == again_quantized.report().num_sites > 0
 
 
 def check_fsdp(rank: Rank) -> None:
@@ -222,7 +230,8 @@ def check_all_or_nothing(rank: Rank) -> None:
     assert isinstance(error, RankMismatchError)
     quantize_states(optimizer, POLICY).remove()
     quantize_fsdp(net, POLICY).remove()
-    quantize_ddp(ddp, POLICY).remove()
+    for _ in range(2):
+        quantize_ddp(ddp, POLICY).remove()
 
 
 def check_a_hook_that_is_there(rank: Rank) -> None:
