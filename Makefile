@@ -4,6 +4,8 @@
 #   make test-slow, make test-benchmarks   the other tests; the scripts of benchmarks/, tiny
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
+#   make test-clients   tests with the real Lightning, transformers and accelerate, in .venv-clients
+#   make test-torchtitan   the same with torchtitan, patched for CPU, in .venv-torchtitan
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
 
@@ -14,12 +16,14 @@ TORCH ?= 2.13.0
 TRITON ?= 3.7.1
 TORCH_VENV = .venv-torch-$(TORCH)
 KERNELS_VENV = .venv-kernels
+CLIENTS_VENV = .venv-clients
+TITAN_VENV = .venv-torchtitan
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-benchmarks test-kernels test-torch pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -42,13 +46,37 @@ test-kernels: $(KERNELS_VENV)/kernels.stamp
 
 # Triton beside the packages of the other environment, whose torch would act otherwise with it.
 $(KERNELS_VENV)/kernels.stamp: $(VENV)/dev.stamp
-	$(PYTHON) -m venv $(KERNELS_VENV)
-	$(BIN)/python -c 'import sysconfig; path = sysconfig.get_path("purelib"); \
-		print(f"import site; site.addsitedir({path!r})")' \
-		> $$($(KERNELS_VENV)/bin/python -c 'import sysconfig; \
-		print(sysconfig.get_path("purelib"))')/with_dev.pth
+	$(call beside,$(KERNELS_VENV))
 	$(KERNELS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet triton==$(TRITON)
 	touch $@
+
+test-clients: $(CLIENTS_VENV)/clients.stamp
+	$(CLIENTS_VENV)/bin/python -m pytest -q -m clients tests/integrations
+
+$(CLIENTS_VENV)/clients.stamp: $(VENV)/dev.stamp
+	$(call beside,$(CLIENTS_VENV))
+	$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c constraints.txt lightning
+	touch $@
+
+test-torchtitan: $(TITAN_VENV)/torchtitan.stamp
+	$(TITAN_VENV)/bin/python -m pytest -q -m torchtitan tests/integrations
+
+# What it asks for contradicts constraints.txt: the list is installed as it is.
+$(TITAN_VENV)/torchtitan.stamp: $(VENV)/dev.stamp tests/integrations/torchtitan.txt
+	$(call beside,$(TITAN_VENV))
+	$(TITAN_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+		-r tests/integrations/torchtitan.txt triton==$(TRITON)
+	touch $@
+
+# An environment that sees the packages of the other one, torch among them, and has some more.
+define beside
+	$(PYTHON) -m venv $(1)
+	$(BIN)/python -c 'import sysconfig; path = sysconfig.get_path("purelib"); \
+		print(f"import site; site.addsitedir({path!r})")' \
+		> $$($(1)/bin/python -c 'import sysconfig; \
+		print(sysconfig.get_path("purelib"))')/with_dev.pth
+endef
 
 # A warning is an error, a name without an entry in the reference too.
 pages: $(VENV)/docs.stamp
@@ -76,7 +104,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .venv-kernels .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
+	rm -rf $(VENV) .venv-torch-* .venv-kernels .venv-clients .venv-torchtitan .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
 
 # torch comes first and by exact version, so that no later install resolves it anew.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.rewrites.residual.find import find_residuals
     from rfcompile.rewrites.residual.rewrite import ResidualFree
     from rfcompile.rewrites.wires import Wire
+    from rfcompile.training.traffic import quantize_traffic
     from rfcompile.wire.collectives import (
         all_gather,
         all_reduce,
@@ -55,6 +56,7 @@ _HOMES = {
     "rewrites.residual.find": "find_residuals",
     "rewrites.residual.rewrite": "ResidualFree",
     "rewrites.wires": "Wire",
+    "training.traffic": "quantize_traffic",
     "wire.collectives": "all_gather all_reduce all_to_all broadcast reduce_scatter",
     "wire.default_policy": "set_default_policy",
     "wire.policy": "Policy",
@@ -93,6 +95,7 @@ __all__ = [
     "measure_step",
     "merge_reports",
     "quantize",
+    "quantize_traffic",
     "reduce_scatter",
     "reports",
     "rewrites_of",

@@ -70,6 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {
         "gpu": "" if torch.cuda.is_available() else "a CUDA device, and torch sees none",
         "kernels": "" if importlib.util.find_spec("triton") else "triton (make test-kernels)",
+        "clients": "" if importlib.util.find_spec("lightning") else "Lightning (make test-clients)",
+        "torchtitan": ""
+        if importlib.util.find_spec("torchtitan")
+        else "torchtitan (make test-torchtitan)",
     }
     for item in items:
         for marker, what in missing.items():

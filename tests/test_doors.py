@@ -82,6 +82,7 @@ DOORS: dict[str, Callable[[Any], Any]] = {
     "quantize_ddp": ddp_door,
     "quantize_fsdp": fsdp_door,
     "quantize_states": lambda policy: quantize_states(stepped(), policy),
+    "quantize_traffic": lambda policy: rf.quantize_traffic(stepped(), policy),
     "pack_state_dict": lambda policy: pack_state_dict(stepped().state_dict(), policy),
     "broadcast_states": broadcast_door,
     "set_default_policy": rf.set_default_policy,

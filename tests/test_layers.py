@@ -30,6 +30,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("inductor",),
     ("distributed",),
     ("training",),
+    ("integrations",),
     # The doors; "" is rfcompile/__init__.py, which lists the public names.
     ("adapters", "low_rank", "experimental", "analyze", "api", "explain", "cli", ""),
 )

@@ -46,6 +46,7 @@ PUBLIC_NAMES = [
     "measure_step",
     "merge_reports",
     "quantize",
+    "quantize_traffic",
     "reduce_scatter",
     "reports",
     "rewrites_of",

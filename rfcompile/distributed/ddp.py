@@ -6,6 +6,7 @@ its ``_get_ddp_logging_data``, which names the hook it has.
 
 # DDP compares the annotations of a hook with classes: no postponed annotations in this file.
 import copy
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,8 @@ def quantize_ddp(
     between two steps of a training works too.
 
     Args:
-        ddp: a DDP module, wrapped as usual, without a communication hook.
+        ddp: a DDP module, wrapped as usual, without a communication hook (that of an earlier handle
+            is none after its ``remove()``).
         policy: bits, a format, a mapping or a Policy; None is exact. ``sites`` takes names of
             parameters, or of their modules. Parameters of a bucket that share a format travel
             together. ``min_bytes`` counts the parameters of a bucket that ``sites`` does not name.
@@ -78,16 +80,31 @@ def quantize_ddp(
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
     require_same(ddp.process_group, plan)
     handle = DDPHandle(ddp, chosen, codes, error_feedback=error_feedback)
-    ddp.register_comm_hook(handle, quantized_hook)
+    if ddp in _PLACES:
+        _PLACES[ddp].handle = handle
+    else:
+        place = _Place(handle)
+        ddp.register_comm_hook(place, quantized_hook)
+        _PLACES[ddp] = place
     return handle
 
 
+@dataclass
+class _Place:
+    """Of a DDP module, which takes one hook, once: the handle that the hook asks."""
+
+    handle: "DDPHandle"
+
+
+_PLACES: weakref.WeakKeyDictionary[DistributedDataParallel, _Place] = weakref.WeakKeyDictionary()
+
+
 def quantized_hook(
-    handle: "DDPHandle",
+    place: _Place,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[torch.Tensor]:
     """What DDP calls with each bucket as soon as its gradients are there."""
-    future: torch.futures.Future[Tensor] = handle._reduce(bucket)
+    future: torch.futures.Future[Tensor] = place.handle._reduce(bucket)
     return future
 
 
@@ -280,7 +297,8 @@ class DDPHandle(Handle):
         The thread ends and the process group is destroyed. (Both also happen when the module is
         garbage collected.) DDP cannot unregister a hook. So the hook stays, averages in the
         module's own process group, and adds the residuals of error feedback to the first exact
-        gradients.
+        gradients. ``quantize_ddp`` takes the module again; residuals that no exact step has taken
+        are then gone.
         """
         self._policy, self._is_removed = Policy(), True
         self._buckets.clear()
@@ -310,11 +328,11 @@ def _group_of(ddp: object) -> Any:
 
 def _prepared(ddp: object, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
     chosen = as_policy(policy)
-    _require_free(ddp)
+    require_free(ddp)
     return chosen, coder_of(coder)
 
 
-def _require_free(ddp: object) -> None:
+def require_free(ddp: object) -> None:
     """Raise HookError unless ``ddp`` is a DDP module that can take a hook."""
     name = type(ddp).__name__
     if not isinstance(ddp, DistributedDataParallel):
@@ -329,7 +347,7 @@ def _require_free(ddp: object) -> None:
             "with backend='rfquant' instead, or choose another optimize_ddp.",
         )
     hook = ddp._get_ddp_logging_data().get("comm_hook", "")
-    if hook:
+    if hook and not (ddp in _PLACES and _PLACES[ddp].handle._is_removed):
         raise HookError(
             name,
             f"it has the communication hook {hook!r}, and DDP takes one, once. Wrap the module in "

@@ -8,8 +8,8 @@ private ones included, tried on torch 2.11 to 2.15: ``get_fwd_send_ops``, ``get_
 ``_retrieve_recv_grads``, ``set_local_fwd_input``, ``get_local_bwd_output``,
 ``clear_runtime_states``; ``stage._PipelineStageBase``, ``stage._normalize_model_output_as_tuple``;
 ``args_recv_info``, ``grad_recv_info``, ``group_rank``, ``stage_index_to_group_rank`` of a stage,
-and where it keeps its outputs (``torch_versions.py``). A new stage checks that all of them are
-there.
+and where it keeps its outputs (``torch_versions.py``); ``_stage`` and ``_stages`` of a schedule. A
+new stage checks that all of them are there.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 from torch.distributed.pipelining.stage import (
     _normalize_model_output_as_tuple,
     _PipelineStageBase,
@@ -274,6 +275,21 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName =
             stage.__class__ = kind
         raise
     return stage
+
+
+def stages_of(thing: object) -> list[Any]:
+    """The stages of a schedule, a stage by itself, or nothing where ``thing`` is neither.
+
+    Raises:
+        HookError: this torch keeps the stages of a schedule elsewhere.
+    """
+    if isinstance(thing, PipelineScheduleSingle):
+        require(thing, ["_stage"], f"schedule {type(thing).__name__}")
+        return [thing._stage]
+    if isinstance(thing, PipelineScheduleMulti):
+        require(thing, ["_stages"], f"schedule {type(thing).__name__}")
+        return list(thing._stages)
+    return [thing] if isinstance(thing, _PipelineStageBase) else []
 
 
 def _quantized_kind(stage: object) -> type:
