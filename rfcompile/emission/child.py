@@ -7,7 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -35,10 +35,10 @@ def in_children(
         EmissionError: a child met an error that is not of this package, or died.
     """
     fork = multiprocessing.get_context("fork")
-    ends: dict[Connection, Any] = {}
+    ends: dict[Any, Any] = {}  # a pipe from each process
     try:
         for number in range(min(children, len(given))):
-            end, far = fork.Pipe(duplex=False)
+            near, far = fork.Pipe(duplex=False)
             mine = list(enumerate(given))[number::children]
             process = fork.Process(target=_child, args=(far, prepare, work, mine), daemon=True)
             with warnings.catch_warnings():
@@ -46,12 +46,11 @@ def in_children(
                 warnings.simplefilter("ignore", DeprecationWarning)
                 process.start()
             far.close()
-            ends[end] = process
+            ends[near] = process
         while ends:
-            for ready in wait(list(ends)):
-                end: Any = ready
+            for end in wait(list(ends)):
                 try:
-                    done = end.recv()
+                    done = cast(Connection, end).recv()
                 except EOFError:
                     process = ends.pop(end)
                     process.join()
