@@ -22,6 +22,7 @@ from math import prod
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config, ir
@@ -40,7 +41,7 @@ from rfcompile.errors import EmissionError
 from rfcompile.graph.places import source_of
 
 _KERNEL = re.compile(r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str", re.DOTALL)
-_VIEWS = ("reshape", "_unsafe_view", "expand", "clone")
+_MOVES = ("reshape", "_unsafe_view", "expand", "clone", "convert_element_type", "_to_copy")
 _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -179,9 +180,13 @@ def _launch(name: str, schedule: Any, kernel: Any) -> Launch:
     origins = _in_order({origin for node in nodes for origin in node.node.get_origins()})
     if not reads:  # it fills: what its nodes name beside the last one is read elsewhere
         origins = origins[-1:]
+    if torch.uint8 not in {V.graph.get_dtype(buffer) for buffer in (*reads, *writes)}:
+        # It touches no payload: if it does anything else, it only reads what was decoded before.
+        origins = [node for node in origins if not _is_of_codec(node)] or origins
+    computing = [node for node in origins if _computes(node)] or origins
     return Launch(
         kernel=name,
-        operators=tuple(dict.fromkeys(_operator(node) for node in origins if _computes(node))),
+        operators=tuple(dict.fromkeys(map(_operator, computing))),
         nodes=tuple(node.name for node in origins),
         sources=tuple(dict.fromkeys(filter(None, map(source_of, origins)))),
         numels={prefix: int(numel) for prefix, numel in kernel.numels.items()},
@@ -218,8 +223,12 @@ def _in_order(nodes: set[fx.Node]) -> list[fx.Node]:
     )
 
 
+def _is_of_codec(node: fx.Node) -> bool:
+    return str(node.target).startswith("rfcompile.")
+
+
 def _computes(node: fx.Node) -> bool:
-    return not getattr(node.target, "is_view", False) and _operator(node) not in _VIEWS
+    return not getattr(node.target, "is_view", False) and _operator(node) not in _MOVES
 
 
 def _operator(node: fx.Node) -> str:

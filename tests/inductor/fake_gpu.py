@@ -104,9 +104,9 @@ class Emitted:
 
 
 def emit(cases: Sequence[Case], target: str = "sm_90") -> list[Emitted]:
-    """Emit and compile the kernels of each case, in a process of its own."""
+    """Emit and compile the kernels of each case, in processes of their own."""
     gpu = gpu_of(target)
-    found = dict(in_children(lambda: install(gpu), emitted, cases, 1))
+    found = dict(in_children(lambda: install(gpu), emitted, cases, 2))
     return [found[number] for number in range(len(cases))]
 
 
