@@ -69,14 +69,18 @@ def install(gpu: GPU) -> None:
 
 
 def _replace_guarded_operators() -> None:
-    """``~x`` and ``x[...]`` of tensors on a GPU, whose own code asks a CUDA that is not linked."""
+    """``~x``, ``x[...]``, ``x.copy_(y)`` on a GPU: their own code asks for a CUDA to be linked."""
     tensor: Any = Tensor
-    get = tensor.__getitem__
+    get, copy = tensor.__getitem__, tensor.copy_
 
     def getitem(x: Tensor, index: Any) -> Any:
         return _indexed(x, index) if x.is_cuda else get(x, index)
 
-    tensor.__getitem__ = getitem
+    def copy_(x: Tensor, src: Tensor, non_blocking: bool = False) -> Any:
+        call = torch.ops.aten.copy_.default if x.is_cuda else copy
+        return call(x, src, non_blocking)
+
+    tensor.__getitem__, tensor.copy_ = getitem, copy_
     tensor.__invert__ = lambda x: torch.bitwise_not(x)
 
 

@@ -50,7 +50,8 @@ def capture(
 
     def take(gm: fx.GraphModule, example_inputs: Sequence[Any], **given: Any) -> Any:
         direction = "backward" if given.get("is_backward") else "forward"
-        found.append(CapturedGraph(copy.deepcopy(gm), direction, bool(given.get("is_inference"))))
+        same = fx.GraphModule(gm, copy.deepcopy(gm.graph))  # it shares the constants
+        found.append(CapturedGraph(same, direction, bool(given.get("is_inference"))))
         return _boxed(gm)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

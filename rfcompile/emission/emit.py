@@ -13,6 +13,7 @@ text of a wrapper the places where kernels stand.
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -228,7 +229,9 @@ def _is_of_codec(node: fx.Node) -> bool:
 
 
 def _computes(node: fx.Node) -> bool:
-    return not getattr(node.target, "is_view", False) and _operator(node) not in _MOVES
+    if not isinstance(node.target, OpOverload):
+        return node.target is not operator.getitem
+    return not node.target.is_view and _operator(node) not in _MOVES
 
 
 def _operator(node: fx.Node) -> str:

@@ -38,7 +38,8 @@ class MachineCode:
         registers: of a thread.
         spilled: bytes of local memory a thread, 0 where all fits into registers.
         shared: bytes of shared memory a block.
-        loads, stores: instructions to and from global memory by the bits that each moves.
+        loads, stores: instructions to and from global memory by the bits that each moves; an
+            atomic one is a store.
         instructions: of a thread, by kind (``GPU.lanes``); loops count by their trips.
         programs: blocks that are launched.
         ir: PTX, or on AMD the assembler text.
@@ -117,7 +118,7 @@ def _read(result: Any, source: str, numels: Mapping[str, int]) -> MachineCode:
             registers=int(found[1]),
             spilled=int(found[2]) + int(found[3]),
             loads=_widths(code, "LDG", _sass_bits),
-            stores=_widths(code, "STG", _sass_bits),
+            stores=_widths(code, "STG|RED|ATOM", _sass_bits),
             instructions=_counted(code, trips, _sass_kind),
             ir=asm["ptx"],
             text=sass,
@@ -129,7 +130,7 @@ def _read(result: Any, source: str, numels: Mapping[str, int]) -> MachineCode:
         registers=_metadata(text, "vgpr_count"),
         spilled=_metadata(text, "private_segment_fixed_size"),
         loads=_widths(code, "(global|buffer|flat)_load", _gcn_bits),
-        stores=_widths(code, "(global|buffer|flat)_store", _gcn_bits),
+        stores=_widths(code, "(global|buffer|flat)_(store|atomic)", _gcn_bits),
         instructions=_counted(code, trips, _gcn_kind),
         ir=text,
         text=text,

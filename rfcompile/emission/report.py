@@ -141,6 +141,10 @@ class GraphKernels:
         )
 
     @property
+    def title(self) -> str:
+        return self.direction + (f" from {self.place}" if self.place else "")
+
+    @property
     def launches(self) -> int:
         return sum(kernel.launches for kernel in self.kernels)
 
@@ -204,7 +208,7 @@ class KernelReport(TableReport):
             yield f"policy: {self.policy}"
         for graph in self.graphs:
             yield ""
-            yield f"{graph.direction} from {graph.place}: {_counts([graph])}"
+            yield f"{graph.title}: {_counts([graph])}"
             yield from table(_rows(graph)) if graph.kernels else []
             if graph.collective_calls:
                 yield f"collectives: {_listed(graph.collective_calls)}"
@@ -282,7 +286,7 @@ def _ratio(moved: int, least: int) -> str:
 
 
 _HEADER = (
-    *("", "fuses", "place", "launches", "read", "written", "/least", "loads", "stores"),
+    *("", "fuses", "place", "launches", "read", "written", "least", "loads", "stores"),
     *("regs", "spilled", "shared", "instr/elem", "model us", "share"),
 )
 
@@ -298,7 +302,7 @@ def _rows(graph: GraphKernels) -> list[list[str]]:
                 str(kernel.launches),
                 f"{kernel.read:,}",
                 f"{kernel.written:,}",
-                _ratio(kernel.read + kernel.written, kernel.least),
+                f"{kernel.least:,}",
                 _widths(kernel.loads),
                 _widths(kernel.stores),
                 str(kernel.registers),
