@@ -27,6 +27,7 @@ from rfcompile.wire.policy import Policyish
 
 log = logging.getLogger(__name__)
 
+_CPU_ATTENTION = ("_for_cpu", "_for_cpu_backward")
 PROCESSES = 2
 """So many kernels are compiled at a time."""
 
@@ -128,8 +129,7 @@ def _codes(
 
 
 def _notes(emissions: Sequence[Emission], notes: Sequence[str]) -> list[str]:
-    attention = {
-        call for emission in emissions for call in emission.external_calls if "_for_cpu" in call
-    }
-    mine = [f"{call} stands for the attention that PyTorch picks on a GPU" for call in attention]
-    return [*sorted(mine), *(note for note in notes if " ran " not in note)]
+    calls = [call for emission in emissions for call in emission.external_calls]
+    attention = "the attention of the CPU stands for the one that PyTorch picks on a GPU"
+    mine = [attention] if any(call.endswith(_CPU_ATTENTION) for call in calls) else []
+    return [*mine, *(note for note in notes if " ran " not in note)]
