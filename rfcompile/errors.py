@@ -268,7 +268,8 @@ class EmissionError(RFCompileError, RuntimeError):
 
     def __init__(self, what: str, place: str, reason: str) -> None:
         super().__init__(
-            f"{what}{f' at {place}' if place else ''} has no kernels without a GPU: {reason}"
+            f"{what}{f' at {place}' if place else ''} has no kernels without a GPU: {reason}. Leave "
+            "it out of the model, or read TORCH_LOGS=output_code on the GPU."
         )
         self.what, self.place, self.reason = what, place, reason
 

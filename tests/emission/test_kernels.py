@@ -78,7 +78,9 @@ def test_every_graph_is_reported(made: Made) -> None:
     assert (report.target, report.gpu) == ("sm_90", "NVIDIA H100")
     assert {graph.direction for graph in report.graphs} == {"forward", "backward"}
     assert report.policy.startswith("activations=4b:g128:rise")
-    assert sum(graph.external_calls.count("aten.mm") for graph in report.graphs) == 5
+    products = [call for graph in report.graphs for call in graph.external_calls]
+    assert {*products} <= {"aten.mm", "aten.addmm"}
+    assert len(products) == 5  # the first block has no gradient of its input
 
 
 def test_a_payload_is_counted_to_the_byte(made: Made) -> None:
@@ -140,6 +142,7 @@ def test_data_and_sources(made: Made, tmp_path: Path) -> None:
     assert all(change.before == change.after for change in same.changes)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], made: Made) -> None:
     before = tmp_path / "before.json"
     before.write_text(made.report.json())
@@ -148,12 +151,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], made: M
     result = capsys.readouterr()
     assert "before: NVIDIA H100 (sm_90), activations=4b:g128:rise" in result.out
     assert "after:  AMD Instinct MI300X (gfx942), activations=2b:g128:rise" in result.out
-    assert "forward  least bytes" in result.out
+    assert "forward least bytes" in " ".join(result.out.split())
     assert "rfcompile: generated graph 1 of " in result.err
     assert "rfcompile: compiled kernel 1 of " in result.err
     assert list((tmp_path / "code").glob("*_forward/*.asm"))
 
 
+@pytest.mark.slow
 def test_every_configuration_finds_no_slower_one() -> None:
     model, x = nn.Sequential(nn.Tanh(), nn.Softmax(-1)), torch.randn(512, 512)
     given = {"wire": rf.Wire(4, modules=["0"]), "example_inputs": (x,)}
