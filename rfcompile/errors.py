@@ -267,9 +267,10 @@ class EmissionError(RFCompileError, RuntimeError):
     """GPU kernels could not be generated without the GPU; ``place`` is the line of the model."""
 
     def __init__(self, what: str, place: str, reason: str) -> None:
+        where = f" at {place}" if place else ""
         super().__init__(
-            f"{what}{f' at {place}' if place else ''} has no kernels without a GPU: {reason}. Leave "
-            "it out of the model, or read TORCH_LOGS=output_code on the GPU."
+            f"{what}{where} has no kernels without a GPU: {reason}. Leave it out of the model, or "
+            "read TORCH_LOGS=output_code on the GPU."
         )
         self.what, self.place, self.reason = what, place, reason
 
