@@ -4,6 +4,8 @@
 ``--all`` every row. A row that the file has is not made again, so that a run that was cut off goes
 on; with ``--again`` it is. Tensors have 8 rows of 2^20 elements, as a large one for 8 ranks.
 
+Not made yet are the rows of formats with a rotation; each run says how many rows are missing.
+
 Fields of a row: launches; spilled bytes a thread, of the worst kernel; bits of each load and store
 to and from global memory; bytes over the least; registers of the worst kernel; instructions an
 element, of all kernels. Needs Triton.
@@ -56,7 +58,7 @@ SAMPLE = (
 Row = dict[str, Any]
 
 
-def keys() -> Iterator[tuple[str, ...]]:
+def all_keys() -> Iterator[tuple[str, ...]]:
     """Every row, the plain formats first."""
     for rotation, rounding, group in itertools.product(ROTATIONS, ROUNDINGS, GROUPS):
         words = [group, rotation, "stoch" if rounding == "stoch" else ""]
@@ -102,7 +104,7 @@ def table() -> dict[tuple[str, ...], Row]:
 
 
 def write(rows: dict[tuple[str, ...], Row]) -> None:
-    order = {key: number for number, key in enumerate(keys())}
+    order = {key: number for number, key in enumerate(all_keys())}
     lines = [json.dumps(rows[key]) for key in sorted(rows, key=order.__getitem__)]
     FILE.write_text("".join(f"{line}\n" for line in lines))
 
@@ -114,12 +116,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only formats that hold this text")
     args = parser.parse_args()
     rows = table()
-    wanted = [key for key in (keys() if args.all else SAMPLE) if args.only in key[2]]
+    wanted = [key for key in (all_keys() if args.all else SAMPLE) if args.only in key[2]]
     wanted = [key for key in wanted if args.again or key not in rows]
     for number, row in enumerate(rows_of(wanted), 1):
         rows[tuple(row[name] for name in KEY)] = row
         write(rows)
         print(f"{number} of {len(wanted)}: {json.dumps(row)}", file=sys.stderr, flush=True)
+    missing = sum(key not in rows for key in all_keys())
+    print(f"{FILE.name} has {len(rows)} rows, {missing} are missing", file=sys.stderr)
 
 
 if __name__ == "__main__":
