@@ -75,6 +75,7 @@ def test_kernels_do_not_spill_and_move_wide_words(
         assert "fma" not in code.ir
 
 
+@pytest.mark.slow
 def test_on_an_amd_gpu_too(tmp_path: Path) -> None:
     (kernels,) = run("gfx942", [Case("4b:g128:h32", torch.bfloat16, 8, 2**20)], tmp_path)
     _check(kernels)
