@@ -41,7 +41,7 @@ from rfcompile.report.report import Report
 from rfcompile.rewrites.residual.find import as_json, as_text, find_residuals
 from rfcompile.rewrites.wires import Wire
 from rfcompile.wire.default_policy import bits_of_text, default_policy
-from rfcompile.wire.policy import Policy, Policyish, as_policy
+from rfcompile.wire.policy import as_policy
 from rfcompile.wire.process_groups import simulated
 
 
@@ -90,12 +90,12 @@ def _parser() -> argparse.ArgumentParser:
             "--bits",
             dest="policy_of_bits",
             metavar="FORMAT",
-            type=_checked(bits_of_text),
+            type=_checked(lambda text: as_policy(bits_of_text(text))),
             help='bits, or a format such as "4b:g64:h32" (default: the default policy, else 4)',
         )
         formats.add_argument(
             "--policy",
-            type=_checked(Path),
+            type=_checked(lambda text: as_policy(Path(text))),
             metavar="FILE",
             help="a policy in TOML, instead of --bits",
         )
@@ -143,7 +143,7 @@ def _add_gpu_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--diff",
-        type=_checked_file(read_report),
+        type=_checked(lambda text: read_report(Path(text))),
         metavar="FILE",
         help="print what differs from a report that --json printed before",
     )
@@ -181,24 +181,12 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) < 20
 
 
-def _checked(read: Callable[[str], Policyish]) -> Callable[[str], Policy]:
-    """A reader of policies for argparse."""
-
-    def policy(text: str) -> Policy:
-        try:
-            return as_policy(read(text))
-        except RFCompileError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return policy
-
-
-def _checked_file(read: Callable[[Path], Any]) -> Callable[[str], Any]:
-    """A reader of files for argparse."""
+def _checked(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader for argparse."""
 
     def given(text: str) -> Any:
         try:
-            return read(Path(text))
+            return read(text)
         except (RFCompileError, OSError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 

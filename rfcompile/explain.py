@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from rfcompile.errors import OptionError
 from rfcompile.graph.capture import inputs_of
 from rfcompile.graph.models import (
     NO_COLLECTIVES,
@@ -25,7 +24,7 @@ from rfcompile.report.measures import excess_kurtosis, sqnr_db
 from rfcompile.report.report import GraphChange, Report, Site
 from rfcompile.report.step import merge_reports
 from rfcompile.rewrites.protocol import rewrites_of
-from rfcompile.rewrites.wires import Wire, rewrite_graph, wires_of, with_fake_wire
+from rfcompile.rewrites.wires import Wire, rewrite_graph, wire_of, wires_of, with_fake_wire
 from rfcompile.wire.fake import Crossing, round_trip, watch
 from rfcompile.wire.policy import Policy, Policyish
 
@@ -58,12 +57,7 @@ def explain(
         OptionError: ``wire`` is no Wire, or ``wire`` and ``bits`` are both given.
         CaptureError: there are no inputs. And every error that :func:`transform` raises.
     """
-    if wire is not None and not isinstance(wire, Wire):
-        rule = "give an rf.Wire(...), or bits=4. Inputs go to example_inputs=(x,)."
-        raise OptionError("wire", wire, rule)
-    if wire is not None and bits is not None:
-        raise OptionError("bits", bits, "give bits or a Wire, not both.")
-    wire = Wire(bits) if wire is None else wire
+    wire = wire_of(wire, bits)
     wanted = wire.chosen
     check_module(model)
     model = uncompiled(model)

@@ -16,13 +16,13 @@ from rfcompile.emission.emit import Emission, emit
 from rfcompile.emission.gpus import GPU, gpu_of
 from rfcompile.emission.machine_code import MachineCode, compile_kernel
 from rfcompile.emission.report import GraphKernels, KernelReport, model_text
-from rfcompile.errors import CaptureError, OptionError
+from rfcompile.errors import CaptureError
 from rfcompile.graph.capture import inputs_of
 from rfcompile.graph.models import check_module, copy_of, is_compiled_for_wire, uncompiled
 from rfcompile.graph.one_step import state_kept
 from rfcompile.report import journal
 from rfcompile.report.step import merge_reports
-from rfcompile.rewrites.wires import Wire, with_fake_wire
+from rfcompile.rewrites.wires import Wire, wire_of, with_fake_wire
 from rfcompile.wire.policy import Policyish
 
 log = logging.getLogger(__name__)
@@ -64,9 +64,7 @@ def kernels(
     """
     check_triton()
     gpu = gpu_of(target)
-    if bits is not None and wire is not None:
-        raise OptionError("bits", bits, "give bits or a Wire, not both.")
-    wire = Wire(bits) if wire is None else wire
+    wire = wire_of(wire, bits)
     check_module(model)
     model = uncompiled(model)
     if isinstance(model, fx.GraphModule):

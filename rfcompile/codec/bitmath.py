@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rfcompile.codec.formats import QuantFormat
 
-_EXPONENT_BITS = 0x7F800000
-_NAN_SCALE = 0x7FC00000
+EXPONENT_BITS = 0x7F800000
+NAN_SCALE = 0x7FC00000
 MIN_SCALE = (127 - 120) << 23
 """Smallest step, 2**-120: half of it is still a normal float32, so flushing devices agree."""
 
@@ -34,12 +34,12 @@ def scale_bits(peak: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> tuple[Tens
     range of ``dtype``.
     """
     bits = (peak * (fmt.clip / fmt.half_range)).view(torch.int32) & 0x7FFFFFFF
-    is_nonfinite = bits >= _EXPONENT_BITS
+    is_nonfinite = bits >= EXPONENT_BITS
     rounded = (torch.clamp(bits, MIN_SCALE, largest_scale(fmt, dtype)) + 0xFFFF) & -65536
     # Round-to-nearest-even to 15 significant bits: two ulp of device error never change it.
     inverse = (1.0 / rounded.view(torch.float32)).view(torch.int32)
     inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512
-    stored = torch.where(is_nonfinite, _NAN_SCALE, torch.where(bits == 0, 0, rounded))
+    stored = torch.where(is_nonfinite, NAN_SCALE, torch.where(bits == 0, 0, rounded))
     return stored, inverse.view(torch.float32), is_nonfinite.logical_not().to(torch.int32)
 
 

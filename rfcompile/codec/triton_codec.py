@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rfcompile.codec import arithmetic
-from rfcompile.codec.bitmath import MIN_SCALE, largest_scale, mixed_seed
+from rfcompile.codec.bitmath import largest_scale, mixed_seed
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.codec.rotation import axes_of, sign_bits
 
@@ -54,14 +54,12 @@ def dequantize(payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> Tens
     """``arithmetic.dequantize``."""
     from rfcompile.codec import triton_kernels
 
-    payload_CB = payload_CB.contiguous()
-    C, B = payload_CB.shape
-    G, E = arithmetic.groups_of(B, fmt)
-    out = payload_CB.new_empty((C, G * E), dtype=dtype)
+    payload, C, G, E = _payload(payload_CB, fmt)
+    out = payload.new_empty((C, G * E), dtype=dtype)
     is_clamped = fmt.rotate is not None and dtype == torch.float16
     _launch(
         triton_kernels.dequantize, C, G, E,
-        payload_CB, out, G, _codes_size(G, fmt),
+        payload, out, G, _codes_size(G, fmt),
         layout_of(fmt), torch.finfo(dtype).max if is_clamped else None, fmt.num_parts,
     )  # fmt: skip
     return out
@@ -73,13 +71,11 @@ def dequantize_sum(
     """``arithmetic.dequantize_sum``."""
     from rfcompile.codec import triton_kernels
 
-    payload_CB = payload_CB.contiguous()
-    C, B = payload_CB.shape
-    G, E = arithmetic.groups_of(B, fmt)
-    out = payload_CB.new_empty((G * E,), dtype=dtype)
+    payload, C, G, E = _payload(payload_CB, fmt)
+    out = payload.new_empty((G * E,), dtype=dtype)
     _launch(
         triton_kernels.dequantize_sum, 1, G, E,
-        payload_CB, out, G, _codes_size(G, fmt), C, 1.0 / C, layout_of(fmt), average, fmt.num_parts,
+        payload, out, G, _codes_size(G, fmt), C, 1.0 / C, layout_of(fmt), average, fmt.num_parts,
     )  # fmt: skip
     return out
 
@@ -90,13 +86,11 @@ def requantize(
     """``arithmetic.requantize``."""
     from rfcompile.codec import triton_kernels
 
-    payload_CB = payload_CB.contiguous()
-    C, B = payload_CB.shape
-    G, E = arithmetic.groups_of(B, fmt)
-    total = payload_CB.new_empty((1, B))
+    payload, C, G, E = _payload(payload_CB, fmt)
+    total = payload.new_empty((1, payload.shape[1]))
     _launch(
         triton_kernels.requantize, 1, G, E,
-        payload_CB, total, G, _codes_size(G, fmt), C, 1.0 / C, mixed_seed(fmt.seed + seed + 1),
+        payload, total, G, _codes_size(G, fmt), C, 1.0 / C, mixed_seed(fmt.seed + seed + 1),
         layout_of(fmt), largest_scale(fmt, torch.float32), average, 8 // fmt.planes[-1],
     )  # fmt: skip
     return total
@@ -108,25 +102,26 @@ def _codes_size(groups: int, fmt: QuantFormat) -> int:
     return groups * fmt.group_size * fmt.bits // 8
 
 
+def _payload(payload_CB: Tensor, fmt: QuantFormat) -> tuple[Tensor, int, int, int]:
+    """In one piece, its rows, its groups and the elements of a group."""
+    C, B = payload_CB.shape
+    return payload_CB.contiguous(), C, *arithmetic.groups_of(B, fmt)
+
+
 def _launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) -> None:
-    block = block_of(group, arguments[-1])
+    parts = arguments[-1]
+    block = max(TILE * parts // group, 1)
     programs = rows * -(-groups // block)
-    if not programs:
-        return
+    if programs:
+        warps = 2 if torch.version.hip else 4  # 128 threads
+        # No fused multiply-adds: a rotation may round where its signs are multiplied in.
+        _run(kernel, programs, (*arguments, block), num_warps=warps, enable_fp_fusion=False)
+
+
+def _run(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
     first = arguments[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-        # No fused multiply-adds: a rotation may round where its signs are multiplied in.
-        kernel[(programs,)](*arguments, block, num_warps=warps(), enable_fp_fusion=False)
-
-
-def warps() -> int:
-    """Of 32 threads, on AMD of 64."""
-    return 2 if torch.version.hip else 4
-
-
-def block_of(group: int, parts: int) -> int:
-    """Groups that a program codes, cut into ``parts`` tiles."""
-    return max(TILE * parts // group, 1)
+        kernel[(programs,)](*arguments, **options)
 
 
 @cache
@@ -149,5 +144,4 @@ def layout_of(fmt: QuantFormat) -> Any:
         clip_over_half_range=fmt.clip / fmt.half_range,
         zero_offset=fmt.zero_offset,
         axes=tuple(axes),
-        smallest_scale=MIN_SCALE,
     )

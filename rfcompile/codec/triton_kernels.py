@@ -22,9 +22,12 @@ from typing import NamedTuple
 import triton
 from triton import language as tl
 
-_EXPONENT = tl.constexpr(0x7F800000)
+from rfcompile.codec import bitmath
+
+_EXPONENT = tl.constexpr(bitmath.EXPONENT_BITS)
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
-_NAN_SCALE = tl.constexpr(0x7FC00000)
+_NAN_SCALE = tl.constexpr(bitmath.NAN_SCALE)
+_MIN_SCALE = tl.constexpr(bitmath.MIN_SCALE)
 _ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23. Added to a value below 2**22 it leaves the nearest integer in the low bits, ties to
 even, and costs a sixth of what a conversion does."""
@@ -49,8 +52,6 @@ class Layout(NamedTuple):
     axes: tuple[tuple[int, int, int], ...]
     """Of the rotation: size, steps in a tile from one element to the next (0: tiles are), and signs
     as bits, 1 for a negative one. Without a rotation empty."""
-    smallest_scale: int
-    """As the bits of a float32."""
 
 
 # ---- the four operators --------------------------------------------------------------------------
@@ -306,7 +307,7 @@ def _scale(peak, F: tl.constexpr, LARGEST_SCALE: tl.constexpr):
     """The step as float32 bits, ``1 / step``, int32 1 for a finite group: ``scale_bits``."""
     bits = (peak.to(tl.float32, bitcast=True) * F.clip_over_half_range).to(tl.int32, bitcast=True)
     bits = bits & _MAGNITUDE
-    rounded = tl.minimum(tl.maximum(bits, F.smallest_scale), LARGEST_SCALE)
+    rounded = tl.minimum(tl.maximum(bits, _MIN_SCALE), LARGEST_SCALE)
     rounded = (rounded + 0xFFFF) & -65536
     inverse = (1.0 / rounded.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
     inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512

@@ -14,7 +14,6 @@ register_interface_for_device}``, ``utils._triton`` (its caches),
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._inductor.runtime.hints import DeviceProperties
 from torch.utils import _triton
 
+from rfcompile.codec.triton_codec import has_triton
 from rfcompile.emission.gpus import GPU
 from rfcompile.errors import MissingPackageError
 
@@ -39,7 +39,7 @@ def check_triton() -> None:
     Raises:
         MissingPackageError.
     """
-    if find_spec("triton") is None:
+    if not has_triton():
         raise MissingPackageError("triton", "kernels")
 
 

@@ -12,6 +12,7 @@ from rfcompile.emission.emit import Emission, Launch
 from rfcompile.emission.gpus import GPU
 from rfcompile.emission.machine_code import MachineCode
 from rfcompile.emission.roofline import REACHED, Estimate, estimate, memory_time
+from rfcompile.report.report import format_bytes
 from rfcompile.report.table import TableReport, table
 
 CODEC = ("quantize", "requantize", "dequantize", "dequantize_sum", "quantize_dequantize")
@@ -264,7 +265,7 @@ def _counts(graphs: Sequence[GraphKernels]) -> str:
         f"{_many(sum(len(g.kernels) for g in graphs), 'kernel')}",
         _many(sum(len(g.collective_calls) for g in graphs), "collective call"),
         _many(sum(len(g.external_calls) for g in graphs), "external call"),
-        f"{_bytes(moved)} moved, {_ratio(moved, least)} of the least",
+        f"{format_bytes(moved)} moved, {_ratio(moved, least)} of the least",
         f"{sum(g.model_us for g in graphs):.1f} us (model)",
     ]
     return ", ".join(parts)
@@ -272,13 +273,6 @@ def _counts(graphs: Sequence[GraphKernels]) -> str:
 
 def _many(count: int, one: str, more: str = "") -> str:
     return f"{count} {one if count == 1 else more or one + 's'}"
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 def _ratio(moved: int, least: int) -> str:

@@ -67,6 +67,20 @@ class Wire:
         return self.policy
 
 
+def wire_of(wire: Wire | None, bits: Policyish) -> Wire:
+    """The wire that a caller gave, in one of two ways; neither: ``Wire()``.
+
+    Raises:
+        OptionError: ``wire`` is no Wire, or both are given.
+    """
+    if wire is not None and not isinstance(wire, Wire):
+        rule = "give an rf.Wire(...), or bits=4. Inputs go to example_inputs=(x,)."
+        raise OptionError("wire", wire, rule)
+    if wire is not None and bits is not None:
+        raise OptionError("bits", bits, "give bits or a Wire, not both.")
+    return Wire(bits) if wire is None else wire
+
+
 def with_fake_wire(twin: nn.Module, wire: Wire) -> nn.Module:
     """The module, with a fake wire at its boundaries in place of those that it may have."""
     inner = uncompiled(twin)

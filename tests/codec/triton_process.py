@@ -110,15 +110,12 @@ def _compile(case: Case) -> dict[str, MachineCode]:
 
     made: dict[str, MachineCode] = {}
 
-    def launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) -> None:
-        block = triton_codec.block_of(group, arguments[-1])
+    def compiled(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
         given = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
-        programs = rows * -(-groups // block)
-        options = {"num_warps": triton_codec.warps(), "enable_fp_fusion": False}
-        done = kernel.warmup(*given, block, grid=(programs,), **options)
-        made[kernel.__name__] = machine_code_of(done, {"BLOCK": block}, programs)
+        done = kernel.warmup(*given, grid=(programs,), **options)
+        made[kernel.__name__] = machine_code_of(done, {"BLOCK": arguments[-1]}, programs)
 
-    triton_codec._launch = launch
+    triton_codec._run = compiled
     fmt, dtype = QuantFormat.parse(case.format), case.dtype
     payload = triton_codec.quantize(torch.empty(case.rows, case.numel, dtype=dtype), fmt)
     triton_codec.dequantize(payload, fmt, dtype)

@@ -90,7 +90,7 @@ def test_a_stored_report_is_read_again(tmp_path: Path) -> None:
 
 def test_without_triton_the_message_names_the_extra() -> None:
     with (
-        mock.patch.object(absent_gpu, "find_spec", return_value=None),
+        mock.patch.object(absent_gpu, "has_triton", return_value=False),
         pytest.raises(MissingPackageError, match=r"pip install 'rfcompile\[kernels\]'"),
     ):
         rf.kernels(nn.Linear(2, 2), bits=4)
