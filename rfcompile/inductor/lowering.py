@@ -41,6 +41,7 @@ from rfcompile.codec import operators, triton_codec
 from rfcompile.codec.fingerprint import source_digest
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire import collectives
+from rfcompile.wire import fake as _fake  # noqa: F401  # its operator is decomposed too
 
 _NEVER = 1_000_000
 
