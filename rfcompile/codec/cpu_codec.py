@@ -1,6 +1,6 @@
 """The codec operators on a CPU: ``cpu_kernels.cpp``, called by ctypes.
 
-Whoever codes much has the library built, once a machine and in some seconds: see
+Hooks have the library built when they are installed, once a machine and in some seconds: see
 :func:`load_kernels`. Until then, and where there is no C++ compiler, an eager operator runs the
 formula of ``arithmetic.py`` as torch operators. The bytes are the same.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -98,9 +99,15 @@ def load_kernels() -> str:
     return _failure
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels are loaded, and code tensors there."""
-    return device.type == "cpu" and _library is not None
+def load_kernels_for(devices: Iterable[torch.device]) -> None:
+    """:func:`load_kernels`, where one of the devices is a CPU: for hooks, as they are installed."""
+    if any(device.type == "cpu" for device in devices):
+        load_kernels()
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels are loaded, and code such a tensor: one on a CPU that is not empty."""
+    return x.device.type == "cpu" and _library is not None and x.numel() > 0
 
 
 # ---- the four operators --------------------------------------------------------------------------

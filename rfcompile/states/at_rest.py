@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from rfcompile.codec.cpu_codec import load_kernels_for
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import StateError
 from rfcompile.report.handle import Handle
@@ -168,6 +169,7 @@ class StatesHandle(Handle):
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hook an optimizer, as it is; a copy attaches itself."""
+        load_kernels_for(p.device for group in optimizer.param_groups for p in group["params"])
         self._optimizers.append(optimizer)
         self._hooks += [
             optimizer.register_step_pre_hook(lambda o, *_: self._unpack(o)),
