@@ -265,7 +265,8 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish) -> Any:
     is_stage = isinstance(stage, _PipelineStageBase) and hasattr(stage, "group")
     group = resolved(stage.group, site) if is_stage else sole_group()
     try:
-        stage._start_wire(together(group, site, changed))
+        chosen = together(group, site, changed)
+        stage._start_wire(chosen)
     except BaseException:
         if type(stage) is not kind:
             stage.__class__ = kind
