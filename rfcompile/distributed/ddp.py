@@ -51,7 +51,8 @@ def quantize_ddp(
         error_feedback: add to each step the error that quantization made in the step before. This
             costs 4 bytes a parameter. A checkpoint should hold the handle's state_dict.
 
-    Stochastic rounding takes another seed on each rank, for each bucket and in each step.
+    Stochastic rounding takes another seed on each rank, for each bucket and in each step. On a CPU
+    the first call on a machine builds the codec's C++ library, in some seconds.
 
     The backward pass raises the errors of a collective: NonFiniteError if the format asks for it,
     and TransportError if a rank died or did not answer within the timeout of the process group.

@@ -48,7 +48,7 @@ def quantize_fsdp(
 
     Stochastic rounding of gradients takes another seed on each rank and in each step. Stochastic
     rounding of weights takes one seed, so that the backward pass sees the weights of the forward
-    pass.
+    pass. On a CPU the first call on a machine builds the codec's C++ library, in some seconds.
 
     Forward and backward raise the errors of a collective: NonFiniteError if the format asks for it,
     and TransportError if a rank died or did not answer within the timeout of the process group.

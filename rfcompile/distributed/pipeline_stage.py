@@ -211,7 +211,8 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
             compared with ``stages.N``, where N is the stage that sends: activations to the next
             stage, gradients to the stage before. ``min_bytes`` counts a tensor of one micro-batch.
 
-    Stochastic rounding takes another seed for each tensor, micro-batch, step and stage.
+    Stochastic rounding takes another seed for each tensor, micro-batch, step and stage. On a CPU
+    the first stage on a machine builds the codec's C++ library, in some seconds.
 
     With ``nonfinite="raise"`` a step raises NonFiniteError on the rank that sends NaN or Inf, and
     on the rank that receives it. The other ranks get an error of their process group when these two

@@ -51,7 +51,8 @@ def quantize_states(
     A wrapper that holds the optimizer (accelerate's, Lightning's, ZeroRedundancyOptimizer,
     Lookahead) may be given in place of the optimizer. A copy of the optimizer (``copy.deepcopy``,
     ``pickle``, ``torch.save``) is quantized, too, and has a handle of its own:
-    :meth:`StatesHandle.of`.
+    :meth:`StatesHandle.of`. For parameters on a CPU the first call on a machine builds the codec's
+    C++ library, in some seconds.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one.
