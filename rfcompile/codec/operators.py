@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from rfcompile.codec import arithmetic, triton_codec
+from rfcompile.codec import arithmetic, cpu_codec, triton_codec
 from rfcompile.codec.derivatives import Library
 from rfcompile.codec.formats import DTYPES, QuantFormat
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
@@ -142,6 +142,9 @@ def requantize_formula(
 
 
 def _codec_for(x: Tensor, fmt: QuantFormat) -> Any:
+    """What codes ``x``: a kernel of its device, or the formula."""
+    if cpu_codec.runs_on(x):
+        return cpu_codec
     return triton_codec if triton_codec.runs_on(x.device, fmt) else arithmetic
 
 
