@@ -42,7 +42,8 @@ test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
 
 test-kernels: $(KERNELS_VENV)/kernels.stamp
-	$(KERNELS_VENV)/bin/python -m pytest -q tests/inductor/test_emitted.py tests/codec/test_triton.py
+	$(KERNELS_VENV)/bin/python -m pytest -q -m kernels tests/codec/test_triton.py \
+		tests/inductor/test_emitted.py tests/emission
 
 # Triton beside the packages of the other environment, whose torch would act otherwise with it.
 $(KERNELS_VENV)/kernels.stamp: $(VENV)/dev.stamp

@@ -8,6 +8,8 @@ if __name__ != "rfcompile.passes":
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import torch
+
 from rfcompile.find.origins import Origin
 from rfcompile.graph.pipeline import GraphPass
 from rfcompile.passes.find_residuals import FindResiduals
@@ -26,15 +28,17 @@ def wire_pipeline(
     *,
     merge: bool = True,
     saved: Mapping[str, Origin] | None = None,
+    device: torch.device | None = None,
 ) -> tuple[GraphPass, ...]:
     """The passes on a forward or backward graph, in order: merge, then quantize what is left.
 
     ``saved``: what the forward graph returned (``Statistics.returned``), for its backward graph.
+    ``device``: where the graph is to run, if not where its tensors are.
     """
     known, origins = decompositions or {}, saved or {}
     return (
         *([MergeCollectives(direction, policy, parameters, origins)] if merge else []),
-        QuantizeCollectives(policy, direction, parameters, known, origins),
+        QuantizeCollectives(policy, direction, parameters, known, origins, device),
         QuantizeTransfers(policy, direction, known, origins),
     )
 

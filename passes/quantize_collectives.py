@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
@@ -57,6 +58,8 @@ class QuantizeCollectives:
         saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
+        device: where the graph is to run: the number of segments depends on it. None: where the
+            collective's tensor is.
     """
 
     policy: Policy
@@ -64,6 +67,7 @@ class QuantizeCollectives:
     parameters: frozenset[str] = frozenset()
     decompositions: Decompositions = field(default_factory=dict)
     saved: Mapping[str, Origin] = field(default_factory=dict)
+    device: torch.device | None = None
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -77,12 +81,13 @@ class QuantizeCollectives:
         for collective in collectives:
             kind = traffic_kind(collective, self.direction, self.parameters)
             decision = self._decide(collective, kind, statistics)
+            device = self.device or collective.input.device
             fmt, before = decision.format, sent_by_each(collective)
             site = Site.of(
                 decision,
                 collective.input.shape,
                 collective.input.dtype,
-                (before, _sent_quantized(collective, fmt) if fmt else before),
+                (before, _sent_quantized(collective, fmt, device) if fmt else before),
                 collective=collective.kind,
                 direction=self.direction,
                 kind=kind,
@@ -93,7 +98,7 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(collective, fmt, site.place, self.decompositions)
+                _replace(collective, fmt, site.place, self.decompositions, device)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
@@ -139,13 +144,13 @@ _CODED: frozenset[object] = frozenset(
 )
 
 
-def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
+def _sent_quantized(c: Collective, fmt: QuantFormat, device: torch.device) -> int | None:
     """Bytes one rank sends in the collectives that replace ``c``."""
     n = c.input.numel()
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, c.input.device)
+        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, device)
     if c.kind == "all_gather":
         return exchanges.all_gather_sent_bytes(n, fmt, c.world)
     if c.kind == "reduce_scatter":
@@ -160,11 +165,13 @@ def _sent_quantized(c: Collective, fmt: QuantFormat) -> int | None:
     return sent + exchanges.flag_sent_bytes(fmt, c.world)
 
 
-def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tensor], Tensor]:
+def _replacement(
+    c: Collective, fmt: QuantFormat, place: str, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = exchanges.default_segments(c.input.numel(), fmt, c.input.device)
+        segments = exchanges.default_segments(c.input.numel(), fmt, device)
         return partial(
             exchanges.all_reduce_wire,
             fmt=fmt.spec,
@@ -210,7 +217,13 @@ def _replacement(c: Collective, fmt: QuantFormat, place: str) -> Callable[[Tenso
     return exchange
 
 
-def _replace(c: Collective, fmt: QuantFormat, place: str, decompositions: Decompositions) -> None:
+def _replace(
+    c: Collective,
+    fmt: QuantFormat,
+    place: str,
+    decompositions: Decompositions,
+    device: torch.device,
+) -> None:
     assert c.wait is not None
     inputs: list[Any] = [c.node.args[0]]
     if c.kind == "all_to_all":
@@ -227,7 +240,7 @@ def _replace(c: Collective, fmt: QuantFormat, place: str, decompositions: Decomp
             place_of_next = c.wait
         return place_of_next
 
-    result = splice(_replacement(c, fmt, place), inputs, c.node, before, decompositions)
+    result = splice(_replacement(c, fmt, place, device), inputs, c.node, before, decompositions)
     graph = c.node.graph
     c.wait.replace_all_uses_with(result)
     graph.erase_node(c.wait)

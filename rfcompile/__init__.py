@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.formats import QuantFormat
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
+    from rfcompile.kernels import kernels
     from rfcompile.report.journal import reports
     from rfcompile.report.report import Report, Site
     from rfcompile.report.step import measure_step, merge_reports
@@ -47,6 +48,7 @@ _HOMES = {
     "codec.formats": "QuantFormat",
     "codec.functions": "dequantize quantize",
     "explain": "explain",
+    "kernels": "kernels",
     "report.journal": "reports",
     "report.report": "Report Site",
     "report.step": "measure_step merge_reports",
@@ -91,6 +93,7 @@ __all__ = [
     "experimental",
     "explain",
     "find_residuals",
+    "kernels",
     "low_rank",
     "measure_step",
     "merge_reports",

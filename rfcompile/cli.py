@@ -1,4 +1,4 @@
-"""The command line ``rfcompile``: explain, diff, residuals and analyze on MODULE:FACTORY.
+"""The command line ``rfcompile``: explain, diff, residuals, analyze, kernels on MODULE:FACTORY.
 
 Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 
@@ -11,13 +11,14 @@ code explain                                        diff                      re
 3    an error, printed to stderr                    (the same)                (the same)
 ==== ============================================== ========================= ================
 
-``analyze`` has 0, 2 and 3.
+``analyze`` and ``kernels`` have 0, 2 and 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,8 @@ from torch import nn
 from rfcompile import api
 from rfcompile.analyze import analyze
 from rfcompile.codec.fingerprint import package_version
+from rfcompile.emission.compare import compare, read_report
+from rfcompile.emission.gpus import GPUS
 from rfcompile.errors import RFCompileError, TargetError
 from rfcompile.explain import explain
 from rfcompile.graph.capture import inputs_of
@@ -70,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     residuals.set_defaults(command=_residuals)
     analysis = commands.add_parser("analyze", help="condition numbers, kurtosis, attention norms")
     analysis.set_defaults(command=_analyze)
-    for command in (explain, diff, residuals, analysis):
+    gpu = commands.add_parser("kernels", help="the GPU kernels, generated without the GPU")
+    gpu.set_defaults(command=_kernels)
+    for command in (explain, diff, residuals, analysis, gpu):
         command.add_argument(
             "target",
             type=_target,
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             "(model, args, kwargs); MODULE is importable or a path to a .py file",
         )
         command.add_argument("--json", action="store_true", help="print JSON")
-    for command in (explain, diff):
+    for command in (explain, diff, gpu):
         formats = command.add_mutually_exclusive_group()
         formats.add_argument(
             "--bits",
@@ -108,14 +113,40 @@ def _parser() -> argparse.ArgumentParser:
             help="for a model with collectives: simulate this many ranks while FACTORY and the "
             "model run; nothing is sent",
         )
-    for command in (explain, diff, analysis):
+    for command in (explain, diff, analysis, gpu):
         command.add_argument(
             "--modules",
             default="auto",
             help='the blocks: "auto", "blocks", "branches", or module paths with commas',
         )
     diff.add_argument("--html", type=_new_file, metavar="FILE", help="also write a page to FILE")
+    _add_gpu_options(gpu)
     return parser
+
+
+def _add_gpu_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--target",
+        dest="gpu",
+        choices=[*GPUS],
+        default="sm_90",
+        help=", ".join(f"{gpu.target}: {gpu.name}" for gpu in GPUS.values()) + " (default: sm_90)",
+    )
+    command.add_argument(
+        "--every-config",
+        action="store_true",
+        help="compile every configuration that Inductor would try, and report the one that the "
+        "model of time takes for the fastest (default: the widest)",
+    )
+    command.add_argument(
+        "--source", type=Path, metavar="DIR", help="write the Triton and the machine code to DIR"
+    )
+    command.add_argument(
+        "--diff",
+        type=_checked_file(read_report),
+        metavar="FILE",
+        help="print what differs from a report that --json printed before",
+    )
 
 
 def _target(text: str) -> str:
@@ -162,6 +193,18 @@ def _checked(read: Callable[[str], Policyish]) -> Callable[[str], Policy]:
     return policy
 
 
+def _checked_file(read: Callable[[Path], Any]) -> Callable[[str], Any]:
+    """A reader of files for argparse."""
+
+    def given(text: str) -> Any:
+        try:
+            return read(Path(text))
+        except (RFCompileError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return given
+
+
 def _explain(args: argparse.Namespace) -> int:
     with _ranks(args), redirect_stdout(sys.stderr):
         report = _report(args, *_load(args.target))
@@ -204,6 +247,33 @@ def _analyze(args: argparse.Namespace) -> int:
         model, inputs, kwargs = _load(args.target)
         found = analyze(model, modules=_modules(args), example_inputs=(inputs, kwargs))
     print(found.json() if args.json else found)
+    return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from rfcompile.kernels import kernels, log  # it loads Inductor, which takes a second
+
+    progress = logging.StreamHandler(sys.stderr)
+    progress.setFormatter(logging.Formatter("rfcompile: %(message)s"))
+    log.addHandler(progress)
+    log.setLevel(logging.INFO)
+    try:
+        with _ranks(args), redirect_stdout(sys.stderr):
+            model, inputs, kwargs = _load(args.target)
+            report = kernels(
+                model,
+                _wire(args),
+                example_inputs=(inputs, kwargs),
+                target=args.gpu,
+                every_config=args.every_config,
+            )
+    finally:
+        log.removeHandler(progress)
+    if args.source:
+        written = report.write_sources(args.source)
+        print(f"rfcompile: wrote {len(written)} files to {args.source}", file=sys.stderr)
+    result = compare(args.diff, report.to_dict()) if args.diff else report
+    print(result.json() if args.json else result.text())
     return 0
 
 

@@ -263,5 +263,17 @@ class CaptureError(RFCompileError, RuntimeError):
     """A model could not be captured as a graph."""
 
 
+class EmissionError(RFCompileError, RuntimeError):
+    """GPU kernels could not be generated without the GPU; ``place`` is the line of the model."""
+
+    def __init__(self, what: str, place: str, reason: str) -> None:
+        where = f" at {place}" if place else ""
+        super().__init__(
+            f"{what}{where} has no kernels without a GPU: {reason}. Leave it out of the model, or "
+            "read TORCH_LOGS=output_code on the GPU."
+        )
+        self.what, self.place, self.reason = what, place, reason
+
+
 class TargetError(RFCompileError, ValueError):
     """A command line target MODULE:FACTORY could not be loaded or called."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor
+from torch import fx, nn
 
 from rfcompile.errors import OptionError
 from rfcompile.graph.capture import inputs_of
@@ -20,6 +18,7 @@ from rfcompile.graph.models import (
     is_compiled_for_wire,
     uncompiled,
 )
+from rfcompile.graph.one_step import run_backward, state_kept
 from rfcompile.graph.pipeline import Record
 from rfcompile.report import journal
 from rfcompile.report.measures import excess_kurtosis, sqnr_db
@@ -71,7 +70,7 @@ def explain(
     if isinstance(model, fx.GraphModule):
         return _explain_graph(rewrite_graph(model, wire, example_inputs), wanted)
     args, kwargs = inputs_of(model, example_inputs)
-    with _state_kept(model):
+    with state_kept(model):
         if is_compiled_for_wire(model, wire.modules):
             report = _explain_compiled(model, args, kwargs, wanted)
             exact = () if report.sites else (NO_COLLECTIVES.format(type(model).__name__),)
@@ -83,7 +82,7 @@ def explain(
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
             with watch() as crossings:
                 outputs = twin(*args, **kwargs)
-            _backward(twin, outputs)
+            run_backward(twin, outputs)
     sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
     notes = (*_first_lines(model), *_idle_boundaries(twin, crossings))
     return Report.of(wanted, sites, notes=notes)
@@ -93,20 +92,6 @@ def _first_lines(model: nn.Module) -> Iterator[str]:
     """Of the reports on how the model was rewritten."""
     for report in rewrites_of(model):
         yield str(report).partition("\n")[0]
-
-
-@contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Random state and buffers are afterwards as before."""
-    devices = {tensor.device for tensor in model.parameters() if tensor.is_cuda}
-    local = [b.to_local() if isinstance(b, DTensor) else b for b in model.buffers()]
-    buffers = [(buffer, buffer.clone()) for buffer in local]
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            for buffer, old in buffers:
-                buffer.data.copy_(old)  # a pending backward pass must not take it for a change
 
 
 def _explain_graph(record: Record, policy: Policy) -> Report:
@@ -130,24 +115,8 @@ def _explain_compiled(
     options: dict[str, Any] = {"policy": policy}
     compiled = torch.compile(call, backend="rfquant", options=options, dynamic=False)
     with journal.aside() as reports:
-        _backward(model, compiled(*args, **kwargs))
+        run_backward(model, compiled(*args, **kwargs))
     return merge_reports(reports)
-
-
-def _backward(model: nn.Module, outputs: Any) -> None:
-    leaves = [leaf for leaf in _tensors(outputs) if leaf.requires_grad]
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if leaves and parameters:
-        grads = [torch.full_like(leaf, 1 / max(leaf.numel(), 1)) for leaf in leaves]
-        torch.autograd.grad(leaves, parameters, grads, allow_unused=True)
-
-
-def _tensors(outputs: Any) -> Iterator[Tensor]:
-    for leaf in torch.utils._pytree.tree_leaves(outputs):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf):
-            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 def _idle_boundaries(model: nn.Module, crossings: Sequence[Crossing]) -> Iterator[str]:

@@ -38,6 +38,7 @@ def _num_cpus() -> int:
 # One cache for the session and the next ones: kernels are stored by their own text. Compiled graphs
 # are not (no key of torch covers our lowerings), so their keys carry a hash of the sources.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".cache" / "triton"))
 os.environ.setdefault("TORCH_COMPILE_CACHE_KEY_TAG", _source_hash())
 # A container may show the host's cores: more threads than granted cores only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, _num_cpus())))

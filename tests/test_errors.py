@@ -103,6 +103,13 @@ CASES: dict[str, Case] = {
         "Linear cannot be quantized: wrap it first.",
         {"module": "Linear", "rule": "wrap it first."},
     ),
+    "EmissionError": (
+        lambda: errors.EmissionError("aten.nonzero", "model.py:3", "its size is not known"),
+        RuntimeError,
+        "aten.nonzero at model.py:3 has no kernels without a GPU: its size is not known. Leave it "
+        "out of the model, or read TORCH_LOGS=output_code on the GPU.",
+        {"what": "aten.nonzero", "place": "model.py:3", "reason": "its size is not known"},
+    ),
     "StateError": (
         lambda: StateError("residuals of nothing", list("abcdef"), "Load it elsewhere."),
         ValueError,

@@ -28,11 +28,12 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("rewrites",),
     ("states",),
     ("inductor",),
+    ("emission",),
     ("distributed",),
     ("training",),
     ("integrations",),
     # The doors; "" is rfcompile/__init__.py, which lists the public names.
-    ("adapters", "low_rank", "experimental", "analyze", "api", "explain", "cli", ""),
+    ("adapters", "low_rank", "experimental", "analyze", "api", "explain", "kernels", "cli", ""),
 )
 PRIVATE_TORCH: dict[str, tuple[str, ...]] = {
     "torch_versions": ("distributed._functional_collectives",),
@@ -47,6 +48,7 @@ PRIVATE_TORCH: dict[str, tuple[str, ...]] = {
     "report": ("_dynamo", "_guards"),
     "rewrites": ("_dynamo",),
     "inductor": ("_functorch", "_inductor", "utils._python_dispatch"),
+    "emission": ("_dynamo", "_guards", "_inductor", "_subclasses", "utils._triton"),
     "distributed": (
         "distributed.fsdp._fully_shard",
         "distributed.pipelining.stage._PipelineStageBase",

@@ -42,6 +42,7 @@ PUBLIC_NAMES = [
     "experimental",
     "explain",
     "find_residuals",
+    "kernels",
     "low_rank",
     "measure_step",
     "merge_reports",

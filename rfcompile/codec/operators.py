@@ -141,9 +141,10 @@ def requantize_formula(
 
 
 def _codec_for(x: Tensor, fmt: QuantFormat) -> Any:
-    if triton_codec.runs_on(x.device, fmt):
-        return triton_codec
-    return cpu_codec if cpu_codec.takes(x) else arithmetic
+    """What codes ``x``: a kernel of its device, or the formula."""
+    if cpu_codec.runs_on(x):
+        return cpu_codec
+    return triton_codec if triton_codec.runs_on(x.device, fmt) else arithmetic
 
 
 def _quantize(x: Tensor, format: str, seed: int = 0) -> Tensor:

@@ -19,9 +19,8 @@ from rfcompile.codec.bitmath import MIN_SCALE, largest_scale, mixed_seed
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.codec.rotation import axes_of, sign_bits
 
-WARPS = 4
 TILE = 1024
-"""Elements of a tile: 8 for each thread, which loads them by one or two instructions."""
+"""Elements of a tile: 8 for each of 128 threads, which load them by one or two instructions."""
 
 
 def runs_on(device: torch.device, fmt: QuantFormat) -> bool:
@@ -117,7 +116,12 @@ def _launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) ->
     first = arguments[0]
     with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
         # No fused multiply-adds: a rotation may round where its signs are multiplied in.
-        kernel[(programs,)](*arguments, block, num_warps=WARPS, enable_fp_fusion=False)
+        kernel[(programs,)](*arguments, block, num_warps=warps(), enable_fp_fusion=False)
+
+
+def warps() -> int:
+    """Of 32 threads, on AMD of 64."""
+    return 2 if torch.version.hip else 4
 
 
 def block_of(group: int, parts: int) -> int:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
@@ -124,10 +125,27 @@ def rfquant(
         UnquantizedSiteError: ``strict`` and an eligible collective stays exact.
         RankMismatchError: the ranks of a process group have different options or package versions.
     """
+    given = options if mode is None else {"mode": mode, **(options or {})}
+    return rewritten(gm, example_inputs, given, compile_fx_inner)
+
+
+def rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Mapping[str, Any] | None,
+    inner: Callable[..., Any],
+    device: torch.device | None = None,
+) -> Callable[..., Any]:
+    """:func:`rfquant` with another last step: what the passes made goes to ``inner``.
+
+    Args:
+        inner: called as Inductor's ``compile_fx_inner``, once a graph.
+        device: where the wire takes the graph to run; None: where its tensors are.
+    """
     try:
         warn_if_untried()
         tag_caches()
-        settings = Settings.of(options if mode is None else {"mode": mode, **(options or {})})
+        settings = Settings.of(options)
         left_out.check_settings(strict=settings.strict)
         left_out.watch_recompile_limit()
         entry = _entry(gm, settings)
@@ -135,7 +153,7 @@ def rfquant(
             compiled = compile_fx(
                 gm,
                 list(example_inputs),
-                inner_compile=_Inner(settings, entry),
+                inner_compile=_Inner(settings, entry, inner, device),
                 config_patches=dict(settings.inductor) or None,
             )
     except (RFCompileError, NotImplementedError) as error:
@@ -166,11 +184,17 @@ def _entry(gm: fx.GraphModule, settings: Settings) -> Entry:
 
 
 class _Inner:
-    """Rewrites the forward and the backward graph of one compile, then calls Inductor."""
+    """Rewrites the forward and the backward graph of one compile, then calls ``inner``."""
 
-    def __init__(self, settings: Settings, entry: Entry) -> None:
-        self.settings = settings
-        self.entry = entry
+    def __init__(
+        self,
+        settings: Settings,
+        entry: Entry,
+        inner: Callable[..., Any],
+        device: torch.device | None,
+    ) -> None:
+        self.settings, self.entry = settings, entry
+        self.inner, self.device = inner, device
         self.parameters: frozenset[str] = frozenset()
         self.saved: dict[str, Origin] = {}
 
@@ -187,6 +211,7 @@ class _Inner:
             select_decomp_table(),
             merge=self.settings.merge,
             saved=self.saved,
+            device=self.device,
         )
         if direction == "forward":
             self.saved = Statistics(gm, direction, self.parameters).returned()
@@ -197,7 +222,7 @@ class _Inner:
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
-        compiled = compile_fx_inner(record.gm, example_inputs, **kwargs)
+        compiled = self.inner(record.gm, example_inputs, **kwargs)
         return counted(compiled, runs, static if direction == "forward" else ())
 
     def _agree(self, sites: Sequence[Site]) -> None:

@@ -6,14 +6,15 @@ No GPU is needed: ``triton_process.py`` says how. On one they are tested by test
 from __future__ import annotations
 
 from itertools import cycle
+from pathlib import Path
 
 import pytest
 import torch
 
 from rfcompile.codec import triton_codec
 from rfcompile.codec.formats import BITS, DTYPES, QuantFormat
+from rfcompile.emission.machine_code import MachineCode
 from tests.codec.triton_process import Case, differing, run
-from tests.inductor.fake_gpu import Kernel
 
 pytestmark = pytest.mark.kernels
 
@@ -54,9 +55,9 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, str]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Kernel]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, MachineCode]]:
     folder = tmp_path_factory.mktemp("compiled")
-    return dict(zip(COMPILED, run("compile", COMPILED, folder), strict=True))
+    return dict(zip(COMPILED, run("sm_90", COMPILED, folder), strict=True))
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
@@ -66,24 +67,31 @@ def test_the_bytes_are_those_of_the_formulas(case: Case, differences: dict[Case,
 
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case.format)
 def test_kernels_do_not_spill_and_move_wide_words(
-    case: Case, compiled: dict[Case, dict[str, Kernel]]
+    case: Case, compiled: dict[Case, dict[str, MachineCode]]
 ) -> None:
     """All but the scales, which are two bytes a group."""
-    kernels = compiled[case]
+    _check(compiled[case])
+    for code in compiled[case].values():
+        assert "fma" not in code.ir
+
+
+def test_on_an_amd_gpu_too(tmp_path: Path) -> None:
+    (kernels,) = run("gfx942", [Case("4b:g128:h32", torch.bfloat16, 8, 2**20)], tmp_path)
+    _check(kernels)
+
+
+def _check(kernels: dict[str, MachineCode]) -> None:
     assert list(kernels) == ["quantize", "dequantize", "dequantize_sum", "requantize"]
-    for kernel in kernels.values():
-        assert kernel.spills() == 0
-        assert "fma" not in kernel.ptx
-    assert set(kernels["quantize"].load_widths()) == {128}
-    assert set(kernels["dequantize"].store_widths()) == {128}
-    assert set(kernels["dequantize_sum"].store_widths()) == {128}
-    for name, widths in (
-        ("quantize", kernels["quantize"].store_widths()),
-        ("requantize", kernels["requantize"].store_widths()),
-        *((name, kernel.load_widths()) for name, kernel in kernels.items() if name != "quantize"),
-    ):
-        assert set(widths) <= {8, 64, 128}, name
-        assert widths.count(8) <= 4, name
+    for name, code in kernels.items():
+        assert code.spilled == 0, name
+        floats, payloads = (
+            (code.loads, code.stores) if name == "quantize" else (code.stores, code.loads)
+        )
+        if name == "requantize":
+            floats, payloads = {128: 1}, code.loads | code.stores
+        assert set(floats) == {128}, name
+        assert set(payloads) <= {8, 64, 128}, name
+        assert payloads.get(8, 0) <= 4, name
 
 
 def test_one_scale_a_tensor_and_the_cpu_have_no_kernel() -> None:

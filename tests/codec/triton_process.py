@@ -1,8 +1,8 @@
 """The Triton kernels of the codec without a GPU: interpreted, or compiled for an absent one.
 
 ``python -m tests.codec.triton_process ROLE FILE`` is a process of its own: "interpret" needs
-``TRITON_INTERPRET=1`` before it imports Triton, and "compile" replaces parts of torch and Triton.
-FILE holds a list of cases and receives what became of each; :func:`run` does all of this.
+``TRITON_INTERPRET=1`` before it imports Triton, and a GPU's name replaces parts of torch. FILE
+holds a list of cases and receives what became of each; :func:`run` does all of this.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from rfcompile.codec import arithmetic, triton_codec
 from rfcompile.codec.formats import QuantFormat
+from rfcompile.emission.absent_gpu import install
+from rfcompile.emission.gpus import gpu_of
+from rfcompile.emission.machine_code import MachineCode, machine_code_of
 from tests.inductor import fake_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +49,7 @@ class Case:
 
 
 def run(role: str, cases: list[Case], folder: Path) -> list[Any]:
-    """Of each case: for "interpret" what differs ("" for nothing), for "compile" its kernels."""
+    """Of each case: for "interpret" what differs ("" for nothing), for a GPU its kernels there."""
     file = folder / f"{role}.pt"
     torch.save(cases, file)
     interprets = str(int(role == "interpret"))
@@ -61,25 +64,19 @@ def run(role: str, cases: list[Case], folder: Path) -> list[Any]:
     return found
 
 
-def both(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """By operator, the result of the kernel and that of the formula."""
+def both(case: Case, codec: Any = triton_codec) -> dict[str, tuple[Tensor, Tensor]]:
+    """By operator, the result of the codec's kernel and that of the formula."""
     fmt, dtype, average = QuantFormat.parse(case.format), case.dtype, case.average
     x = case.given()
     payload = arithmetic.quantize(x, fmt, 5)
     return {
-        "quantize": (triton_codec.quantize(x, fmt, 5), payload),
-        "dequantize": (
-            triton_codec.dequantize(payload, fmt, dtype),
-            arithmetic.dequantize(payload, fmt, dtype),
-        ),
-        "dequantize_sum": (
-            triton_codec.dequantize_sum(payload, fmt, dtype, average),
-            arithmetic.dequantize_sum(payload, fmt, dtype, average),
-        ),
-        "requantize": (
-            triton_codec.requantize(payload, fmt, average, 3),
-            arithmetic.requantize(payload, fmt, average, 3),
-        ),
+        name: (getattr(codec, name)(*arguments), getattr(arithmetic, name)(*arguments))
+        for name, arguments in (
+            ("quantize", (x, fmt, 5)),
+            ("dequantize", (payload, fmt, dtype)),
+            ("dequantize_sum", (payload, fmt, dtype, average)),
+            ("requantize", (payload, fmt, average, 3)),
+        )
     }
 
 
@@ -101,19 +98,19 @@ def _interpret(case: Case) -> str:
     return ", ".join(f"{name}: {text}" for name, text in found.items() if text)
 
 
-def _compile(case: Case) -> dict[str, fake_gpu.Kernel]:
+def _compile(case: Case) -> dict[str, MachineCode]:
     """The operators' kernels, as a launch would compile them for the sizes of the case."""
     from triton.runtime.jit import MockTensor
 
-    made: list[fake_gpu.Kernel] = []
+    made: dict[str, MachineCode] = {}
 
     def launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) -> None:
         block = triton_codec.block_of(group, arguments[-1])
         given = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
-        options = {"num_warps": triton_codec.WARPS, "enable_fp_fusion": False}
-        done = kernel.warmup(*given, block, grid=(rows * -(-groups // block),), **options)
-        sass = fake_gpu.disassemble(done.asm["cubin"])
-        made.append(fake_gpu.Kernel(kernel.__name__, "", {}, done.asm["ptx"], sass))
+        programs = rows * -(-groups // block)
+        options = {"num_warps": triton_codec.warps(), "enable_fp_fusion": False}
+        done = kernel.warmup(*given, block, grid=(programs,), **options)
+        made[kernel.__name__] = machine_code_of(done, {"BLOCK": block}, programs)
 
     triton_codec._launch = launch
     fmt, dtype = QuantFormat.parse(case.format), case.dtype
@@ -121,7 +118,7 @@ def _compile(case: Case) -> dict[str, fake_gpu.Kernel]:
     triton_codec.dequantize(payload, fmt, dtype)
     triton_codec.dequantize_sum(payload, fmt, dtype, case.average)
     triton_codec.requantize(payload, fmt, case.average)
-    return {kernel.name: kernel for kernel in made}
+    return made
 
 
 def main() -> None:
@@ -129,7 +126,7 @@ def main() -> None:
     if role == "interpret":
         fake_gpu.mend_interpreter()
     else:
-        fake_gpu.install_fake_gpu()
+        install(gpu_of(role))
     step = _interpret if role == "interpret" else _compile
     torch.save([step(case) for case in torch.load(file, weights_only=False)], file)
 

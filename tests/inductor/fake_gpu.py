@@ -1,35 +1,27 @@
-"""Generated GPU kernels without a GPU: emitted for an H100 that is not there, and interpreted.
+"""Kernels of single operators of the codec: emitted for a GPU that is not there, and interpreted.
 
-``python fake_gpu.py emit FILE`` makes Inductor emit the kernels of a list of cases for sm_90, and
-Triton compiles them by the ptxas it brings. ``python fake_gpu.py interpret FILE`` runs the same
-kernels on CPU tensors in Triton's interpreter. Each is a process of its own: the first one replaces
-parts of torch and Triton, and the second one needs ``TRITON_INTERPRET=1`` before it imports Triton.
-FILE holds the list, and receives what came out; :func:`emit` and :func:`interpret` do all of this.
+Emitting and compiling is the product's own (``rfcompile/emission/``). :func:`interpret` runs the
+same kernels on CPU tensors in Triton's interpreter, in a process of its own: ``TRITON_INTERPRET=1``
+must be set before it imports Triton.
 
 What the interpreter cannot show: flushed subnormals except those of ``floor`` (look for ``.ftz`` in
 the PTX), how a device rounds a division, fused multiply-adds, races.
 
-ALL private parts of torch and Triton that this needs are in this file, run with torch 2.13.0 and
-Triton 3.7.1. torch: ``_dynamo.device_interface``, ``utils._triton``, ``_inductor.{graph, debug,
-virtualized, decomposition, config}``, ``_inductor.fx_passes.{joint_graph, post_grad}``,
-``_inductor.runtime.{hints, triton_helpers, triton_heuristics}``, ``_subclasses.fake_tensor``,
-``_C._dynamo.guards``, and the text of a wrapper. Triton: ``runtime.driver``, ``backends``,
-``runtime.interpreter``.
+The interpreter's part uses private parts of Triton 3.7.1: ``runtime.interpreter``, and the text of
+a wrapper.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,30 +29,16 @@ import torch
 from torch import Tensor
 
 from rfcompile.codec import operators
+from rfcompile.codec.formats import QuantFormat
+from rfcompile.emission.absent_gpu import install
+from rfcompile.emission.capture import CapturedGraph
+from rfcompile.emission.child import in_children
+from rfcompile.emission.emit import Emission
+from rfcompile.emission.emit import emit as emit_graph
+from rfcompile.emission.gpus import gpu_of
+from rfcompile.emission.machine_code import MachineCode, compile_kernel, load_module
 
 ROOT = Path(__file__).resolve().parents[2]
-WIDEST_BLOCK = 32
-"""Reductions of wider blocks are left out: one may take a minute, and autotuning drops it."""
-
-WIDTHS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
-"""Bits that an instruction moves, by its modifier; without one, 32."""
-
-H100: dict[str, Any] = {
-    "name": "NVIDIA H100",
-    "major": 9,
-    "minor": 0,
-    "multi_processor_count": 132,
-    "total_memory": 80 << 30,
-    "max_threads_per_multi_processor": 2048,
-    "L2_cache_size": 50 << 20,
-    "regs_per_multiprocessor": 65536,
-    "max_threads_per_block": 1024,
-    "warp_size": 32,
-    "gcnArchName": "",
-    "shared_memory_per_block": 49152,
-    "shared_memory_per_block_optin": 232448,
-    "shared_memory_per_multiprocessor": 233472,
-}
 
 
 @dataclass(frozen=True)
@@ -102,248 +80,75 @@ class Case:
             return x.to(self.dtype)
         return operators.quantize(x, self.format)
 
-
-@dataclass
-class Kernel:
-    """One generated kernel, compiled with one of its configurations."""
-
-    name: str
-    source: str
-    config: dict[str, int]
-    ptx: str
-    sass: str
-    """What the GPU would run, by the disassembler that Triton brings."""
-
-    def instructions(self) -> list[str]:
-        """Name and modifiers of each instruction, ``LDG.E.128``; loops are not unrolled."""
-        pattern = r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
-        return [name for name in re.findall(pattern, self.sass, re.MULTILINE) if name != "NOP"]
-
-    def load_widths(self) -> list[int]:
-        """Bits of each instruction that loads from global memory."""
-        return self._widths("LDG.")
-
-    def store_widths(self) -> list[int]:
-        """Bits of each instruction that stores to global memory."""
-        return self._widths("STG.")
-
-    def _widths(self, start: str) -> list[int]:
-        found = [name.split(".") for name in self.instructions() if name.startswith(start)]
-        return [next((WIDTHS[part] for part in parts if part in WIDTHS), 32) for parts in found]
-
-    def spills(self) -> int:
-        """Instructions that move registers to or from local memory."""
-        return sum(name.split(".")[0] in ("LDL", "STL") for name in self.instructions())
+    def like(self) -> Tensor:
+        """A tensor as :meth:`given` is, without values."""
+        if self.operator == "quantize":
+            return torch.empty(self.rows, self.numel, dtype=self.dtype)
+        nbytes = QuantFormat.parse(self.format).payload_bytes(self.numel)
+        return torch.empty(self.rows, nbytes, dtype=torch.uint8)
 
 
 @dataclass
 class Emitted:
-    """What became of a case; ``error`` says why there is nothing else."""
+    """What became of a case, with the machine code of each kernel by name; ``error`` says why there
+    is nothing else.
+    """
 
     case: Case
-    wrapper: str = ""
-    kernels: list[Kernel] = field(default_factory=list)
+    emission: Emission | None = None
+    codes: dict[str, MachineCode] = field(default_factory=dict)
     error: str = ""
-
-    def launches(self) -> int:
-        return len(re.findall(r"^\s*\w+\.run\(", self.wrapper, re.MULTILINE))
-
-    def external_calls(self) -> list[str]:
-        return re.findall(r"(?:extern_kernels|torch\.ops)\.[\w.]+\(", self.wrapper)
 
 
 # ---- called by the tests -------------------------------------------------------------------------
 
 
-def emit(cases: list[Case], folder: Path) -> list[Emitted]:
-    """Emit and compile the kernels of each case, in a process of its own."""
-    result: list[Emitted] = _run("emit", cases, folder, {"TRITON_INTERPRET": "0"})
-    return result
+def emit(cases: Sequence[Case], target: str = "sm_90") -> list[Emitted]:
+    """Emit and compile the kernels of each case, in processes of their own."""
+    gpu = gpu_of(target)
+    found = dict(in_children(lambda: install(gpu), emitted, cases, 2))
+    return [found[number] for number in range(len(cases))]
 
 
 def interpret(emitted: list[Emitted], folder: Path) -> list[str]:
     """Run each case's kernels in Triton's interpreter: "" for eager's bytes, else what differs."""
-    result: list[str] = _run("interpret", emitted, folder, {"TRITON_INTERPRET": "1"})
-    return result
-
-
-def _run(role: str, given: list[Any], folder: Path, environment: dict[str, str]) -> list[Any]:
-    file = folder / f"{role}.pt"
-    torch.save(given, file)
+    file = folder / "interpret.pt"
+    torch.save(emitted, file)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.inductor.fake_gpu", role, str(file)],
-        env=os.environ | environment | {"TRITON_CACHE_DIR": str(folder / "triton")},
+        [sys.executable, "-m", "tests.inductor.fake_gpu", str(file)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    result: list[Any] = torch.load(file, weights_only=False)
+    result: list[str] = torch.load(file, weights_only=False)
     return result
 
 
 # ---- emit ----------------------------------------------------------------------------------------
 
 
-def install_fake_gpu() -> None:
-    """Let torch and Triton find an H100."""
-    import triton
-    from torch._dynamo import device_interface
-    from torch._inductor.runtime import triton_helpers
-    from torch._inductor.runtime.hints import DeviceProperties
-    from torch.utils import _triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-
-    properties: Any = SimpleNamespace(**H100)
-
-    class FakeInterface(device_interface.CudaInterface):
-        class Worker(device_interface.CudaInterface.Worker):
-            current_device = staticmethod(lambda: 0)
-            get_device_properties = staticmethod(lambda device=None: properties)
-
-        current_device = staticmethod(lambda: 0)
-        device_count = staticmethod(lambda: 1)
-        set_device = staticmethod(lambda device: None)
-        exchange_device = staticmethod(lambda device: 0)
-        maybe_exchange_device = staticmethod(lambda device: 0)
-        synchronize = staticmethod(lambda device=None: None)
-        get_raw_stream = staticmethod(lambda device: 0)
-        get_device_properties = staticmethod(lambda device=None: properties)
-        is_available = staticmethod(lambda: True)
-        is_bf16_supported = staticmethod(lambda including_emulation=False: True)
-        get_compute_capability = staticmethod(lambda device=None: 90)
-        is_triton_capable = staticmethod(lambda device=None: True)
-        raise_if_triton_unavailable = staticmethod(lambda device=None: None)
-
-    class FakeDriver(DriverBase):
-        def __init__(self) -> None:
-            limits = {
-                "max_shared_mem": properties.shared_memory_per_block_optin,
-                "multiprocessor_count": properties.multi_processor_count,
-                "warpSize": properties.warp_size,
-                "max_num_regs": properties.regs_per_multiprocessor,
-            }
-            self.utils = SimpleNamespace(get_device_properties=lambda device: limits)
-
-        is_active = staticmethod(lambda: True)
-
-        def map_python_to_cpp_type(self, ty: str) -> str:
-            return ty
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_active_torch_device(self) -> torch.device:
-            return torch.device("cuda", 0)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: object = None) -> int:
-            return 0
-
-        def get_benchmarker(self) -> Any:
-            raise RuntimeError("there is no GPU to measure on")
-
-    device_interface.get_interface_for_device("cpu")  # registers the real ones, once
-    for name in ("cuda", "cuda:0"):
-        device_interface.register_interface_for_device(name, FakeInterface)
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    torch.cuda.get_device_properties = lambda device=None: properties
-    triton.runtime.driver.set_active(FakeDriver())
-    triton_helpers.set_driver_to_gpu = lambda: None
-    for cached in (*vars(_triton).values(), DeviceProperties.create):
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
-
-
-def _emit(case: Case) -> Emitted:
-    emitted = Emitted(case)
+def emitted(case: Case) -> Emitted:
+    """The case, in a process that ``install`` gave its GPU."""
     try:
-        emitted.wrapper = _wrapper(lambda given: case.call(given), case.given())
-        for name, source in _kernels_of(emitted.wrapper):
-            emitted.kernels.append(_compile(name, source))
+        emission = emit_graph(graph_of(lambda given: [case.call(given)], case.like()))
+        codes = {}
+        for name, source in emission.kernels.items():
+            numels = next(one.numels for one in emission.launches if one.kernel == name)
+            (codes[name],) = compile_kernel(name, source, numels)
+        return Emitted(case, emission, codes)
     except Exception as error:
-        emitted.error = "".join(traceback.format_exception(error))[-2000:]
-    return emitted
+        return Emitted(case, error="".join(traceback.format_exception(error))[-2000:])
 
 
-def _wrapper(call: Callable[[Tensor], Tensor], like: Tensor) -> str:
-    """The Python module that Inductor writes for ``call``: its kernels, and a function of calls."""
-    from torch._inductor.debug import DebugContext
+def graph_of(call: Callable[[Tensor], list[Tensor]], given: Tensor) -> CapturedGraph:
+    """The graph of a function of one tensor, as Inductor gets it."""
     from torch._inductor.decomposition import select_decomp_table
-    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-    from torch._inductor.fx_passes.post_grad import post_grad_passes
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     import rfcompile.inductor.lowering  # noqa: F401  # registers the lowerings
 
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
-    with fake_mode:
-        fake = torch.empty(like.shape, dtype=like.dtype, device="cuda")
-        gm = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="real")(fake)
-    with fake_mode, V.set_fake_mode(fake_mode):
-        joint_graph_passes(gm)
-        post_grad_passes(gm, is_inference=True)
-        graph = GraphLowering(
-            gm, is_inference=True, shape_env=fake_mode.shape_env, example_inputs=[fake]
-        )
-        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()):
-            graph.run(fake)
-            code = graph.codegen()[0]
-    return str(getattr(code, "value", code))
-
-
-def _kernels_of(wrapper: str) -> list[tuple[str, str]]:
-    pattern = r"(\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str"
-    return re.findall(pattern, wrapper, re.DOTALL)
-
-
-def _compile(name: str, source: str) -> Kernel:
-    """Compile the widest of the kernel's own configurations, up to WIDEST_BLOCK for reductions."""
-    kernel = getattr(_module(source), name)
-    usable = [
-        config
-        for config in kernel.configs
-        if "r0_numel" not in source or config.kwargs["XBLOCK"] <= WIDEST_BLOCK
-    ]
-    kernel.configs = [max(usable, key=lambda config: config.kwargs["XBLOCK"])]
-    kernel.precompile(warm_cache_only=True)
-    (result,) = kernel.compile_results
-    asm = result.kernel.asm
-    return Kernel(name, source, dict(result.config.kwargs), asm["ptx"], disassemble(asm["cubin"]))
-
-
-def disassemble(cubin: bytes) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        done = subprocess.run([tool, "-c", file], capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-_MODULES: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def _module(source: str) -> ModuleType:
-    """The source as a module of its own file, which Triton reads again."""
-    folder = tempfile.TemporaryDirectory()
-    _MODULES.append(folder)
-    path = Path(folder.name) / f"generated_{len(_MODULES)}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+    gm = make_fx(call, decomposition_table=select_decomp_table(), tracing_mode="fake")(given)
+    return CapturedGraph(gm, "forward", is_inference=True)
 
 
 # ---- interpret -----------------------------------------------------------------------------------
@@ -417,20 +222,17 @@ def _libdevice() -> SimpleNamespace:
 class _Interpreted:
     """A generated kernel without its heuristics, to be launched on CPU tensors."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        before, _, after = kernel.source.partition("@triton.jit")
+    def __init__(self, name: str, source: str, config: dict[str, int]) -> None:
+        before, _, after = source.partition("@triton.jit")
         imports = re.sub(r"@triton_heuristics\..*", "", before, flags=re.DOTALL)
-        self.function = getattr(_module(f"{imports}\n@triton.jit{after}"), kernel.name)
+        self.function = getattr(load_module(f"{imports}\n@triton.jit{after}"), name)
         self.function.fn.__globals__["libdevice"] = _libdevice()
         signature = re.search(r"def \w+\((.*?)\):", after, re.DOTALL)
         assert signature is not None
-        names = [name.strip() for name in signature[1].split(",")]
-        self.names = [name for name in names if ":" not in name]
-        self.constants = {
-            name.split(":")[0].strip(): kernel.config[name.split(":")[0].strip()]
-            for name in names
-            if ":" in name
-        }
+        arguments = [argument.partition(":") for argument in signature[1].split(",")]
+        self.names = [argument.strip() for argument, kind, _ in arguments if not kind]
+        constants = [argument.strip() for argument, kind, _ in arguments if kind]
+        self.constants = {constant: config[constant] for constant in constants}
 
     def run(self, *args: Any, stream: object = None) -> None:
         given = dict(zip(self.names, args, strict=True))
@@ -460,7 +262,11 @@ def _interpret(emitted: Emitted) -> str:
 
 def _call(emitted: Emitted, given: Tensor) -> Any:
     """Run the wrapper on a CPU tensor."""
-    kernels = {kernel.name: _Interpreted(kernel) for kernel in emitted.kernels}
+    assert emitted.emission is not None
+    kernels = {
+        name: _Interpreted(name, source, emitted.codes[name].config)
+        for name, source in emitted.emission.kernels.items()
+    }
 
     class Compile:
         def triton(self, name: str, source: str, **more: Any) -> _Interpreted:
@@ -469,7 +275,7 @@ def _call(emitted: Emitted, given: Tensor) -> Any:
         def wait(self, scope: object) -> None:
             pass
 
-    code = emitted.wrapper
+    code = emitted.emission.wrapper
     for pattern, replacement in (
         (r"with torch\.cuda\._DeviceGuard\(0\):", "if True:"),
         (r"torch\.cuda\.set_device\(0\)", "pass"),
@@ -489,24 +295,10 @@ def _call(emitted: Emitted, given: Tensor) -> Any:
     return names["call"]([given.clone()])
 
 
-# ---- the two processes ---------------------------------------------------------------------------
-
-
-def _steps(role: str, given: list[Any]) -> Iterator[Any]:
-    if role == "emit":
-        from torch._inductor import config
-
-        config.use_static_triton_launcher = False  # keeps the PTX of a compiled kernel
-        install_fake_gpu()
-        yield from map(_emit, given)
-    else:
-        mend_interpreter()
-        yield from map(_interpret, given)
-
-
 def main() -> None:
-    role, file = sys.argv[1:]
-    torch.save(list(_steps(role, torch.load(file, weights_only=False))), file)
+    mend_interpreter()
+    (file,) = sys.argv[1:]
+    torch.save(list(map(_interpret, torch.load(file, weights_only=False))), file)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.inductor.fake_gpu import Case, Emitted, Kernel, emit, interpret
+from rfcompile.emission.machine_code import MachineCode
+from tests.inductor.fake_gpu import Case, Emitted, emit, interpret
 
 pytestmark = pytest.mark.kernels
 
@@ -39,9 +40,8 @@ CASES = cases()
 
 
 @pytest.fixture(scope="module")
-def emitted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Emitted]:
-    found = emit(list(CASES.values()), tmp_path_factory.mktemp("emitted"))
-    return dict(zip(CASES, found, strict=True))
+def emitted() -> dict[str, Emitted]:
+    return dict(zip(CASES, emit(list(CASES.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -52,46 +52,48 @@ def differences(
     return dict(zip(emitted, found, strict=True))
 
 
-def the_kernel(emitted: Emitted) -> Kernel:
+def the_code(emitted: Emitted) -> MachineCode:
     assert emitted.error == ""
-    (kernel,) = emitted.kernels
-    return kernel
+    (code,) = emitted.codes.values()
+    return code
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_operator_is_one_launch(name: str, emitted: dict[str, Emitted]) -> None:
     assert emitted[name].error == ""
-    assert emitted[name].launches() == 1
-    assert emitted[name].external_calls() == []
+    emission = emitted[name].emission
+    assert emission is not None
+    assert len(emission.launches) == 1
+    assert emission.external_calls == ()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_register_is_spilled(name: str, emitted: dict[str, Emitted]) -> None:
-    kernel = the_kernel(emitted[name])
-    assert "STG" in kernel.sass, "not the code of a kernel"
-    assert kernel.spills() == 0
+    code = the_code(emitted[name])
+    assert "STG" in code.text, "not the code of a kernel"
+    assert code.spilled == 0
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_subnormal_is_flushed(name: str, emitted: dict[str, Emitted]) -> None:
-    assert ".ftz" not in the_kernel(emitted[name]).ptx
+    assert ".ftz" not in the_code(emitted[name]).ir
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("quantize")])
 def test_quantize_reads_vectors(name: str, emitted: dict[str, Emitted]) -> None:
-    assert set(the_kernel(emitted[name]).load_widths()) == {128}
+    assert the_code(emitted[name]).loads.keys() == {128}
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("quantize")])
 def test_codes_are_read_in_words(name: str, emitted: dict[str, Emitted]) -> None:
     """A byte at a time come only the scales: two bytes a group and row."""
-    loads = the_kernel(emitted[name]).load_widths()
-    wide = [bits for bits in loads if bits >= 64]
+    loads = the_code(emitted[name]).loads
+    wide = {bits for bits in loads if bits >= 64}
     assert wide
-    assert set(loads) <= {8, *wide}
+    assert loads.keys() <= {8, *wide}
     if name.startswith("dequantize"):  # a thread has one group
         rows = CASES[name].rows if name.startswith("dequantize_sum") else 1
-        assert loads.count(8) == 2 * rows
+        assert loads[8] == 2 * rows
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -104,5 +106,5 @@ def test_the_interpreter_sees_another_formula(emitted: dict[str, Emitted], tmp_p
     case = CASES["quantize-4b-tail"]
     other = Case(case.operator, "4b:g128:tread", case.rows, case.numel)
     made = emitted["quantize-4b-tail"]
-    (found,) = interpret([Emitted(other, made.wrapper, made.kernels)], tmp_path)
+    (found,) = interpret([Emitted(other, made.emission, made.codes)], tmp_path)
     assert found.endswith("elements differ")
