@@ -40,7 +40,7 @@ from common import RESULTS, machine, write
 from ranks import Work, clock, measure, ready, serve
 from study_tasks import GPT, Language
 from torch import Tensor
-from traffic_kinds import TIMED_ONLY, WIRES, trainer, wires_of
+from traffic_kinds import TIMED_ONLY, WIRES, trainer
 from traffic_plots import plot, table
 from traffic_settings import Setting, Size, size_of
 
@@ -171,7 +171,7 @@ def main() -> int:
         missing: list[tuple[Job, list[str]]] = []
         for job in (job for job in jobs if job.world == world):
             done = [row["wire"] for row in rows if job.is_of(row)]
-            wires = wires_of(job.kind, job.task) + (options.also if job.kind == "ddp" else [])
+            wires = WIRES[job.kind] + (options.also if job.kind == "ddp" else [])
             new = [wire for wire in wires if wire not in done]
             if job.task == "loss":  # each by itself: what is done stays when the script is stopped
                 missing += [(job, [wire]) for wire in new]

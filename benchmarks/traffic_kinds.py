@@ -2,7 +2,7 @@
 
 "float32" is plain torch. "bf16" sends bfloat16: DDP by a hook that casts, FSDP2 by its own
 MixedPrecisionPolicy (which also computes in bfloat16), pipelines by casts where stages end. "torch
-..." are hooks that torch has for DDP. The rest is this package, with ``coder="compiled"``.
+..." are hooks that torch has for DDP. The rest is this package.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,15 +49,8 @@ WIRES = {
     "states muon": ["float32", "int8", "int4"],
 }
 TIMED_ONLY = ("pipeline narrow",)
-EAGER = "int4 eager"
-"""Timed only: it sends what int4 sends."""
 CHUNKS = 4
 """Micro-batches of a pipeline's step."""
-
-
-def wires_of(kind: str, task: str) -> list[str]:
-    has_eager = task == "time" and kind in ("ddp", "fsdp", "pipeline narrow")
-    return WIRES[kind] + [EAGER] * has_eager
 
 
 @dataclass
@@ -81,10 +74,6 @@ def bits_of(wire: str) -> int | None:
     """Of this package's wires."""
     name = wire.partition(" ")[0]
     return int(name.removeprefix("int")) if name.startswith("int") else None
-
-
-def coder_of(wire: str) -> Literal["eager", "compiled"]:
-    return "eager" if wire == EAGER else "compiled"
 
 
 def adamw(model: nn.Module, setting: Setting) -> torch.optim.Optimizer:
@@ -130,8 +119,7 @@ def ddp(wire: str, setting: Setting) -> Trainer:
         module.register_comm_hook(None, quantization_hooks.quantization_pertensor_hook)
     elif bits := bits_of(wire):
         fmt = f"{bits}b:tread:stoch" if option == "stochastic" else f"{bits}b"
-        feedback, coder = option == "feedback", coder_of(wire)
-        handle = quantize_ddp(module, fmt, error_feedback=feedback, coder=coder)
+        handle = quantize_ddp(module, fmt, error_feedback=option == "feedback")
     step = steps_of(module, task, adamw(model, setting))
     return Trainer(step, model.state_dict, promised(handle))
 
@@ -157,7 +145,7 @@ def fsdp(wire: str, setting: Setting) -> Trainer:
     if bits := bits_of(wire):
         delta = wire.endswith("delta")
         wanted = Policy(weights=bits if delta else 8, gradients=bits)
-        handle = quantize_fsdp(model, wanted, weight_delta=delta, coder=coder_of(wire))
+        handle = quantize_fsdp(model, wanted, weight_delta=delta)
 
     def weights() -> dict[str, Tensor]:
         return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
@@ -176,7 +164,7 @@ def pipeline(wire: str, setting: Setting) -> Trainer:
     place = (module, rank, world, torch.device("cpu"))
     stage: Any = None
     if bits := bits_of(wire):
-        stage = QuantizedPipelineStage(*place, policy=bits, coder=coder_of(wire))
+        stage = QuantizedPipelineStage(*place, policy=bits)
     loss_fn = F.mse_loss if size.inner else cross_entropy
     schedule = ScheduleGPipe(stage or PipelineStage(*place), CHUNKS, loss_fn=loss_fn)
     optimizer = adamw(module, setting)

@@ -73,12 +73,13 @@ MAIN: Styles = {
     "int4": ("4 bits", pictures.WIRES["4 bits"]),
     "int4 delta": ("4 bits, weight differences too", pictures.PURPLE),
 }
-"""By wire: what it means, and its colour. The others are for the appendix picture."""
+"""By wire: what it means, and its colour. The others are for the appendix picture. Of "int4 eager"
+there are only older results, of before a library coded outside graphs."""
 VARIANTS: Styles = {
     "int4": MAIN["int4"],
     "int4 feedback": ("4 bits, error feedback", pictures.ORANGE),
     "int4 stochastic": ("4 bits, stochastic rounding", pictures.SKY),
-    "int4 eager": ("4 bits, codec not compiled", pictures.VERMILLION),
+    "int4 eager": ("4 bits, codec as torch operators", pictures.VERMILLION),
     "powersgd": ("torch's PowerSGD", pictures.WINE),
 }
 

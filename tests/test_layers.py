@@ -37,7 +37,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 )
 PRIVATE_TORCH: dict[str, tuple[str, ...]] = {
     "torch_versions": ("distributed._functional_collectives",),
-    "codec": ("_ops",),
+    "codec": ("_ops", "_inductor.codecache.CppCodeCache"),
     "wire": ("_C", "_dispatch", "testing._internal"),
     "nn": ("utils._python_dispatch",),
     "graph": (

@@ -229,7 +229,8 @@ def test_operators_are_defined_when_one_is_asked_for(output_of: OutputOf) -> Non
 def test_the_codec_does_not_load_the_compiler(output_of: OutputOf) -> None:
     # Seconds of start-up. (Dynamo comes along with torch.compiler's decorators.)
     heavy = {"torch._inductor.lowering", "torch._inductor.compile_fx", "rfcompile.inductor.backend"}
-    heavy |= {"torch.distributed.pipelining", "rfcompile.distributed", "rfcompile.adapters"}
+    heavy |= {"torch._inductor.codecache", "torch.distributed.pipelining"}
+    heavy |= {"rfcompile.distributed", "rfcompile.adapters"}
     code = (
         "import sys, torch, rfcompile as rf; rf.dequantize(rf.quantize(torch.ones(3), 4), 4, (3,));"
         f"print(sorted({heavy!r} & set(sys.modules)))"
@@ -300,7 +301,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    expected = {"rfcompile/py.typed"}
+    expected = {"rfcompile/py.typed", "rfcompile/codec/cpu_kernels.cpp"}
     for folder, prefix in (("rfcompile", "rfcompile"), ("passes", "rfcompile/passes")):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).as_posix()

@@ -1,7 +1,7 @@
 """The codec operators on a CPU: ``cpu_kernels.cpp``, called by ctypes.
 
-Whoever codes much has the library built, once a machine and in some seconds: see
-:func:`load_kernels`. Until then, and where there is no C++ compiler, an eager operator runs the
+Hooks, compiled graphs and the first large tensor have the library built: in some seconds, once a
+machine. Small tensors until then, and all where there is no C++ compiler, are coded by the
 formula of ``arithmetic.py`` as torch operators. The bytes are the same.
 
 Private torch symbol used here, tried on torch 2.11 to 2.15: ``_inductor.codecache.CppCodeCache``.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
 _FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=off", "-fsigned-zeros", "-fno-math-errno")
 """After Inductor's own, which turn the first off and the third around."""
+_WORTH_BUILDING = 2**18
+"""Bytes; loading the library takes a second or two in each process, building it some more."""
 _ELEMENTS_A_THREAD = 2**14
 """At least: less takes longer to hand out than to code."""
 
@@ -98,9 +101,16 @@ def load_kernels() -> str:
     return _failure
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernels are loaded, and code tensors there."""
-    return device.type == "cpu" and _library is not None
+def load_kernels_for(devices: Iterable[torch.device]) -> None:
+    """:func:`load_kernels`, where one of the devices is a CPU: for hooks, as they are installed."""
+    if any(device.type == "cpu" for device in devices):
+        load_kernels()
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels code ``x``, which is not empty; a large one has them loaded."""
+    is_small = x.numel() == 0 or (_library is None and x.nbytes < _WORTH_BUILDING)
+    return x.device.type == "cpu" and not is_small and not load_kernels()
 
 
 # ---- the four operators --------------------------------------------------------------------------

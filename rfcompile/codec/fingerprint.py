@@ -10,11 +10,12 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def source_digest() -> str:
-    """Hash of the package's Python sources, which decide what travels: 16 hex digits."""
+    """Hash of the package's sources, which decide what travels: 16 hex digits."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     # In a checkout passes/ is a link, which ** does not follow.
-    for path in sorted({*root.rglob("*.py"), *(root / "passes").glob("*.py")}):
+    sources = {*root.rglob("*.py"), *root.rglob("*.cpp"), *(root / "passes").glob("*.py")}
+    for path in sorted(sources):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -1,24 +1,23 @@
 """The codec as torch operators, so that a graph shows ``rfcompile.quantize`` as one node.
 
-Every operator has an eager kernel (``arithmetic.py`` itself, on GPUs ``triton_codec.py``), a fake
-kernel that works on symbolic sizes, and, once ``inductor/lowering.py`` is loaded, an Inductor
-lowering of the same formula. An
-operator takes a format as its text (:attr:`QuantFormat.spec`). So graphs are readable, and every
-format has its own cache key.
+Every operator has an eager kernel (``triton_codec.py`` on GPUs, ``cpu_codec.py`` on CPUs once its
+library is loaded, otherwise ``arithmetic.py`` itself), a fake kernel that works on symbolic sizes,
+and, once ``inductor/lowering.py`` is loaded, an Inductor lowering of the same formula. An operator
+takes a format as its text (:attr:`QuantFormat.spec`). So graphs are readable, and every format has
+its own cache key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from rfcompile.codec import arithmetic, triton_codec
+from rfcompile.codec import arithmetic, cpu_codec, triton_codec
 from rfcompile.codec.derivatives import Library
 from rfcompile.codec.formats import DTYPES, QuantFormat
 from rfcompile.errors import DtypeError, NonFiniteError, PayloadError, ShapeError
@@ -142,6 +141,9 @@ def requantize_formula(
 
 
 def _codec_for(x: Tensor, fmt: QuantFormat) -> Any:
+    """What codes ``x``: a kernel of its device, or the formula."""
+    if cpu_codec.runs_on(x):
+        return cpu_codec
     return triton_codec if triton_codec.runs_on(x.device, fmt) else arithmetic
 
 
@@ -222,19 +224,6 @@ requantize = _define(
     _requantize,
     _requantize_fake,
 )
-
-
-@dataclass(frozen=True)
-class Coder:
-    """The codec operators as a wire calls them; ``distributed/coders.py`` has compiled ones."""
-
-    quantize: Callable[..., Tensor]
-    dequantize: Callable[..., Tensor]
-    dequantize_sum: Callable[..., Tensor]
-    requantize: Callable[..., Tensor]
-
-
-OPERATORS = Coder(quantize, dequantize, dequantize_sum, requantize)
 
 
 # ---- nonfinite="raise" -------------------------------------------------------------------------

@@ -17,9 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.codec.operators import Coder
+from rfcompile.codec.cpu_codec import load_kernels_for
 from rfcompile.distributed.buckets import Part, elements_of, parts_of, path_of, site_of
-from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.error_feedback import ErrorFeedback
 from rfcompile.distributed.worker import Worker
 from rfcompile.errors import HookError, RFCompileError, StateError
@@ -32,11 +31,7 @@ from rfcompile.wire.together import together
 
 
 def quantize_ddp(
-    ddp: DistributedDataParallel,
-    policy: Policyish,
-    *,
-    error_feedback: bool = False,
-    coder: CoderName = "eager",
+    ddp: DistributedDataParallel, policy: Policyish, *, error_feedback: bool = False
 ) -> "DDPHandle":
     """Make a DDP module average its gradients in the format of ``policy.gradients``.
 
@@ -55,11 +50,9 @@ def quantize_ddp(
             together. ``min_bytes`` counts the parameters of a bucket that ``sites`` does not name.
         error_feedback: add to each step the error that quantization made in the step before. This
             costs 4 bytes a parameter. A checkpoint should hold the handle's state_dict.
-        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
-            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
-            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
-    Stochastic rounding takes another seed on each rank, for each bucket and in each step.
+    Stochastic rounding takes another seed on each rank, for each bucket and in each step. On a CPU
+    the first call on a machine builds the codec's C++ library, in some seconds.
 
     The backward pass raises the errors of a collective: NonFiniteError if the format asks for it,
     and TransportError if a rank died or did not answer within the timeout of the process group.
@@ -69,17 +62,17 @@ def quantize_ddp(
 
     Raises (on every rank, with the name of the rank that has the error):
         HookError: ``ddp`` is no DDP module, or has a hook already.
-        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
+        PolicyError, FormatError: the policy is not understood.
         RankMismatchError: ranks use another policy or version.
         TransportError: a rank died, or did not answer in time.
 
     A rank whose module is not DDP can tell the other ranks only if the default process group is the
     only one. Otherwise the other ranks wait for the timeout of their process group.
     """
-    chosen, codes = together(_group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy, coder))
+    chosen = together(_group_of(ddp), "quantize_ddp", lambda: _prepared(ddp, policy))
     plan = f"DDP gradients {chosen.describe()} error_feedback={error_feedback}"
     require_same(ddp.process_group, plan)
-    handle = DDPHandle(ddp, chosen, codes, error_feedback=error_feedback)
+    handle = DDPHandle(ddp, chosen, error_feedback=error_feedback)
     if ddp in _PLACES:
         _PLACES[ddp].handle = handle
     else:
@@ -122,7 +115,7 @@ class DDPHandle(Handle):
     """What :func:`quantize_ddp` returns: the report, the state for checkpoints, ``remove()``."""
 
     def __init__(
-        self, ddp: DistributedDataParallel, policy: Policy, coder: Coder, *, error_feedback: bool
+        self, ddp: DistributedDataParallel, policy: Policy, *, error_feedback: bool
     ) -> None:
         # The module holds this object through its hook: nothing here may hold the module.
         parameters = {n: p for n, p in ddp.module.named_parameters() if p.requires_grad}
@@ -135,7 +128,6 @@ class DDPHandle(Handle):
         if error_feedback:
             self._feedback = ErrorFeedback(parameters)
         self._buckets: dict[int, _Bucket] = {}
-        self._coder = coder
         self._num_sent = 0
         self._worker = Worker(self._group, next(iter(parameters.values())).device, owner=ddp)
         self._is_removed = False
@@ -211,7 +203,6 @@ class DDPHandle(Handle):
             # Coding a sum adds one to the seed: steps of two keep all of them apart.
             seed=2 * (self._num_sent * self._world + self._rank),
             residual=residual,
-            coder=self._coder,
         )
         if self._feedback is not None and residual is not None:
             self._feedback.keep(part.names, live, part.pieces(residual))
@@ -326,10 +317,11 @@ def _group_of(ddp: object) -> Any:
     return next(found, sole_group())
 
 
-def _prepared(ddp: object, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
+def _prepared(ddp: DistributedDataParallel, policy: Policyish) -> Policy:
     chosen = as_policy(policy)
     require_free(ddp)
-    return chosen, coder_of(coder)
+    load_kernels_for(parameter.device for parameter in ddp.parameters())
+    return chosen
 
 
 def require_free(ddp: object) -> None:

@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from rfcompile.codec.operators import Coder
+from rfcompile.codec.cpu_codec import load_kernels_for
 from rfcompile.distributed.buckets import path_of
-from rfcompile.distributed.coders import CoderName, coder_of
 from rfcompile.distributed.fsdp_comms import QuantizedAllGather, QuantizedReduceScatter
 from rfcompile.distributed.fsdp_units import Unit, units_of
 from rfcompile.errors import HookError, RankMismatchError, TransportError
@@ -26,11 +25,7 @@ T = TypeVar("T")
 
 
 def quantize_fsdp(
-    module: nn.Module,
-    policy: Policyish,
-    *,
-    weight_delta: bool = False,
-    coder: CoderName = "eager",
+    module: nn.Module, policy: Policyish, *, weight_delta: bool = False
 ) -> FSDPHandle:
     """Make every FSDP2 unit of a module gather weights and reduce gradients in quantized form.
 
@@ -50,13 +45,10 @@ def quantize_fsdp(
             decoded last time. So errors do not add up, and 4 bits are enough. Each rank then keeps
             a copy of the decoded weights, in the dtype in which they are gathered, and the backward
             pass gathers nothing. The first gather is exact. See ``weight_delta.py``.
-        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
-            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
-            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
     Stochastic rounding of gradients takes another seed on each rank and in each step. Stochastic
     rounding of weights takes one seed, so that the backward pass sees the weights of the forward
-    pass.
+    pass. On a CPU the first call on a machine builds the codec's C++ library, in some seconds.
 
     Forward and backward raise the errors of a collective: NonFiniteError if the format asks for it,
     and TransportError if a rank died or did not answer within the timeout of the process group.
@@ -67,7 +59,7 @@ def quantize_fsdp(
     Raises (on every rank, with the name of the rank that has the error):
         HookError: nothing in ``module`` is sharded by ``fully_shard``, a unit has replicas of a
             single shard (FSDP itself all-reduces them), or a unit has another custom communication.
-        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
+        PolicyError, FormatError: the policy is not understood.
         RankMismatchError: ranks use another policy or version.
         TransportError: a rank died, or did not answer in time.
 
@@ -75,10 +67,10 @@ def quantize_fsdp(
     one. Otherwise the other ranks wait for the timeout of their process group.
     """
     groups = _groups_of(module)
-    chosen, units, codes = _everywhere(groups, lambda: _prepared(module, policy, coder))
+    chosen, units = _everywhere(groups, lambda: _prepared(module, policy))
     plan = f"FSDP {len(units)} units {chosen.describe()} weight_delta={weight_delta}"
     _agree(groups, plan)
-    return FSDPHandle(module, units, chosen, weight_delta, codes)
+    return FSDPHandle(module, units, chosen, weight_delta)
 
 
 class FSDPHandle(Handle):
@@ -90,7 +82,6 @@ class FSDPHandle(Handle):
         units: tuple[Unit, ...],
         policy: Policy,
         weight_delta: bool,
-        coder: Coder,
     ) -> None:
         self._policy = policy
         self._weight_delta = weight_delta
@@ -98,8 +89,8 @@ class FSDPHandle(Handle):
         for unit in units:
             all_gather, reduce_scatter = unit.comms
             quantized = (
-                QuantizedAllGather(all_gather, unit, policy, coder, weight_delta),
-                QuantizedReduceScatter(reduce_scatter, unit, policy, coder),
+                QuantizedAllGather(all_gather, unit, policy, weight_delta),
+                QuantizedReduceScatter(reduce_scatter, unit, policy),
             )
             unit.set_comms(*quantized)
             self._comms.append(quantized)
@@ -192,16 +183,15 @@ def _return(value: T) -> T:
     return value
 
 
-def _prepared(
-    module: Any, policy: Policyish, coder: CoderName
-) -> tuple[Policy, tuple[Unit, ...], Coder]:
+def _prepared(module: Any, policy: Policyish) -> tuple[Policy, tuple[Unit, ...]]:
     warn_if_untried()
     chosen = as_policy(policy)
     if not isinstance(module, nn.Module):
         raise HookError(type(module).__name__, "give a module that fully_shard was applied to.")
     units = units_of(module)
     _require_free(module, units)
-    return chosen, units, coder_of(coder)
+    load_kernels_for(parameter.device for parameter in module.parameters())
+    return chosen, units
 
 
 def _require_free(module: nn.Module, units: tuple[Unit, ...]) -> None:

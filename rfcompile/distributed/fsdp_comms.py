@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rfcompile.codec.operators import Coder
 from rfcompile.distributed.buckets import Part, Span, joined, parts_of
 from rfcompile.distributed.fsdp_units import AllGather, ReduceScatter, Unit
 from rfcompile.distributed.weight_delta import WeightDelta, delta_sent_bytes
@@ -74,10 +73,9 @@ class Sent:
 class _Quantized:
     """What both have: the unit, its policy, and the communication that was there before."""
 
-    def __init__(self, inner: Any, unit: Unit, policy: Policy, coder: Coder) -> None:
+    def __init__(self, inner: Any, unit: Unit, policy: Policy) -> None:
         self.inner = inner
         self.unit = unit
-        self.coder = coder
         self.seen: dict[str, Sent] = {}
         self._policy = policy
         self._known: dict[Any, tuple[Part, ...]] = {}
@@ -128,10 +126,8 @@ class _Quantized:
 class QuantizedAllGather(_Quantized, AllGather):
     """Gather a unit's weights: each rank's shard is coded, and every rank decodes all of them."""
 
-    def __init__(
-        self, inner: AllGather, unit: Unit, policy: Policy, coder: Coder, weight_delta: bool
-    ) -> None:
-        super().__init__(inner, unit, policy, coder)
+    def __init__(self, inner: AllGather, unit: Unit, policy: Policy, weight_delta: bool) -> None:
+        super().__init__(inner, unit, policy)
         self._weight_delta = weight_delta
         self._deltas: dict[tuple[str, ...], WeightDelta] = {}
 
@@ -198,11 +194,11 @@ class QuantizedAllGather(_Quantized, AllGather):
             return finish
         spec = part.format.spec
         if self._weight_delta:
-            delta = self._deltas.setdefault(part.names, WeightDelta(self.coder))
+            delta = self._deltas.setdefault(part.names, WeightDelta())
             copy = delta.copy if self.unit.in_backward else None
             return delta.start(x, spec, group, site) if copy is None else lambda: copy
-        sent = start_all_gather(x, spec, world, name, site, self.coder)
-        return lambda: finish_all_gather(sent, spec, x.dtype, x.numel(), self.coder)
+        sent = start_all_gather(x, spec, world, name, site)
+        return lambda: finish_all_gather(sent, spec, x.dtype, x.numel())
 
 
 class QuantizedReduceScatter(_Quantized, ReduceScatter):
@@ -251,7 +247,7 @@ class QuantizedReduceScatter(_Quantized, ReduceScatter):
         self._num_sent += 1
         seed = self._num_sent * world + group.rank()  # of stochastic rounding
         name = group.group_name
-        values = reduce_scatter_wire(x, spec, op, world, name, site, seed, self.coder)
+        values = reduce_scatter_wire(x, spec, op, world, name, site, seed)
         return values if factor == 1 else values * factor
 
     def _all_reduce(self, rows: Tensor) -> Sent:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
@@ -29,8 +30,7 @@ from torch.distributed.pipelining.stage import (
     _PipelineStageBase,
 )
 
-from rfcompile.codec.operators import OPERATORS, Coder
-from rfcompile.distributed.coders import CoderName, coder_of
+from rfcompile.codec.cpu_codec import load_kernels_for
 from rfcompile.distributed.stage_wire import StageWire, place
 from rfcompile.errors import HookError, NonFiniteError, ProcessGroupError, ShapeError
 from rfcompile.report.handle import REMOVED, Handle
@@ -52,7 +52,7 @@ Operations = list[Any]
 
 _READ = (
     *("args_recv_info", "grad_recv_info", "group", "group_rank", "group_size", STAGE_OUTPUTS),
-    *("stage_index", "stage_index_to_group_rank", "num_stages"),
+    *("stage_index", "stage_index_to_group_rank", "num_stages", "device"),
 )
 _OVERRIDDEN = (
     *("get_fwd_send_ops", "get_bwd_send_ops", "get_fwd_recv_ops", "get_bwd_recv_ops"),
@@ -85,20 +85,22 @@ class _QuantizedStage(Handle, _PipelineStageBase):
         stage again.
         """
         self._is_removed = True
-        self._wire = StageWire(Policy(), self.stage_index, self.num_stages, OPERATORS)
+        self._wire = StageWire(Policy(), self.stage_index, self.num_stages)
 
-    def _wire_parts(self, policy: Policyish, coder: CoderName) -> tuple[Policy, Coder]:
+    def _checked(self, policy: Policyish) -> Policy:
         warn_if_untried()
         require(self, _READ, f"pipeline stage {type(self).__name__}")
         # A method that torch no longer has would never be called: payloads would stay coded.
         require(_PipelineStageBase, _OVERRIDDEN, "torch's pipeline stage")
-        return as_policy(policy), coder_of(coder)
+        chosen = as_policy(policy)
+        load_kernels_for([torch.device(self.device)])
+        return chosen
 
-    def _start_wire(self, policy: Policy, coder: Coder) -> None:
+    def _start_wire(self, policy: Policy) -> None:
         """Every rank of the group is here at the same time."""
         plan = f"pipeline of {self.num_stages} stages {policy.describe()}"
         require_same(resolve(self.group), plan)
-        self._wire = StageWire(policy, self.stage_index, self.num_stages, coder)
+        self._wire = StageWire(policy, self.stage_index, self.num_stages)
         self._is_removed = False
 
     def clear_runtime_states(self) -> None:
@@ -208,11 +210,9 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
         policy: bits, a format, a mapping or a Policy; None is exact. A pattern of ``sites`` is
             compared with ``stages.N``, where N is the stage that sends: activations to the next
             stage, gradients to the stage before. ``min_bytes`` counts a tensor of one micro-batch.
-        coder: "eager", or "compiled": kernels that Inductor generates, one kernel for each format
-            and all sizes. Compiled kernels are faster, and cost half a minute or less in the first
-            step. The bytes are the same. Stochastic rounding stays eager. See ``coders.py``.
 
-    Stochastic rounding takes another seed for each tensor, micro-batch, step and stage.
+    Stochastic rounding takes another seed for each tensor, micro-batch, step and stage. On a CPU
+    the first stage on a machine builds the codec's C++ library, in some seconds.
 
     With ``nonfinite="raise"`` a step raises NonFiniteError on the rank that sends NaN or Inf, and
     on the rank that receives it. The other ranks get an error of their process group when these two
@@ -221,24 +221,22 @@ class QuantizedPipelineStage(_QuantizedStage, PipelineStage):
     groups.
 
     Raises (on every rank, with the name of the rank that has the error):
-        PolicyError, FormatError, OptionError: the policy or the coder is not understood.
+        PolicyError, FormatError: the policy is not understood.
         RankMismatchError: ranks use another policy or version.
         PeerError: another rank failed by an error of torch's own PipelineStage.
         TransportError: a rank died, or did not answer in time.
         ShapeError: in a step: a micro-batch has another size than the first.
     """
 
-    def __init__(
-        self, *args: Any, policy: Policyish, coder: CoderName = "eager", **kwargs: Any
-    ) -> None:
-        def made() -> tuple[Policy, Coder]:
+    def __init__(self, *args: Any, policy: Policyish, **kwargs: Any) -> None:
+        def made() -> Policy:
             super(QuantizedPipelineStage, self).__init__(*args, **kwargs)
-            return self._wire_parts(policy, coder)
+            return self._checked(policy)
 
-        self._start_wire(*together(_group_among(args, kwargs), "QuantizedPipelineStage", made))
+        self._start_wire(together(_group_among(args, kwargs), "QuantizedPipelineStage", made))
 
 
-def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName = "eager") -> Any:
+def quantize_pipeline_stage(stage: Any, policy: Policyish) -> Any:
     """Make an existing stage send quantized tensors, as :class:`QuantizedPipelineStage` does.
 
     Use this for the stage that ``pipeline(...).build_stage(...)`` returns, and for other stages
@@ -247,7 +245,7 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName =
 
     Args:
         stage: the stage.
-        policy, coder: as in :class:`QuantizedPipelineStage`.
+        policy: as in :class:`QuantizedPipelineStage`.
 
     Returns:
         ``stage``.
@@ -261,15 +259,15 @@ def quantize_pipeline_stage(stage: Any, policy: Policyish, *, coder: CoderName =
     """
     kind, site = type(stage), "quantize_pipeline_stage"
 
-    def changed() -> tuple[Policy, Coder]:
+    def changed() -> Policy:
         stage.__class__ = _quantized_kind(stage)
-        return stage._wire_parts(policy, coder)  # type: ignore[no-any-return]
+        return stage._checked(policy)  # type: ignore[no-any-return]
 
     is_stage = isinstance(stage, _PipelineStageBase) and hasattr(stage, "group")
     group = resolved(stage.group, site) if is_stage else sole_group()
     try:
-        chosen, codes = together(group, site, changed)
-        stage._start_wire(chosen, codes)
+        chosen = together(group, site, changed)
+        stage._start_wire(chosen)
     except BaseException:
         if type(stage) is not kind:
             stage.__class__ = kind

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
-from rfcompile.codec.operators import Coder
 from rfcompile.errors import NonFiniteError
 from rfcompile.report.report import Report, Site
 from rfcompile.wire.policy import Decision, Policy, exact
@@ -64,11 +64,9 @@ class StageWire:
         policy: the same on every rank.
         stage: index of the stage that sends with this object, and receives with it.
         num_stages: stages of the pipeline.
-        coder: what codes the tensors.
     """
 
-    def __init__(self, policy: Policy, stage: int, num_stages: int, coder: Coder) -> None:
-        self._coder = coder
+    def __init__(self, policy: Policy, stage: int, num_stages: int) -> None:
         self._policy, self._stage, self._num_stages = policy, stage, num_stages
         self._num_encoded = 0
         self._arrivals: dict[tuple[str, int], list[_Arrival]] = {}
@@ -98,7 +96,7 @@ class StageWire:
         # Rounds every tensor of every stage, step and micro-batch at random in another way.
         seed = self._num_encoded * self._num_stages + self._stage
         with torch.no_grad():
-            payload = self._coder.quantize(x.detach().reshape(1, -1), fmt.spec, seed)
+            payload = operators.quantize(x.detach().reshape(1, -1), fmt.spec, seed)
             return payload.view(-1), fmt.nonfinite == "raise" and not bool(x.isfinite().all())
 
     def note_hand_over(self, direction: str, index: int, x: Tensor, sender: int) -> None:
@@ -144,7 +142,7 @@ class StageWire:
         for arrival in self._arrivals.pop((direction, chunk), ()):
             buffer, fmt = arrival.buffer, arrival.format
             rows = arrival.payload.view(1, -1)
-            values = self._coder.dequantize(rows, fmt.spec, buffer.dtype)
+            values = operators.dequantize(rows, fmt.spec, buffer.dtype)
             values = values.view(-1).narrow(0, 0, buffer.numel())
             if fmt.nonfinite == "raise" and not bool(values.isfinite().all()):
                 raise NonFiniteError(place(direction, arrival.sender), [ranks[arrival.sender]])

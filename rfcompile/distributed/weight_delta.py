@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from rfcompile.codec.formats import QuantFormat
-from rfcompile.codec.operators import Coder
 from rfcompile.torch_versions import all_gather_single
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.exchanges import all_gather_sent_bytes, finish_all_gather, start_all_gather
@@ -34,13 +33,9 @@ class WeightDelta:
     they do not all have one of the same age (at first, after :meth:`reset` on any of them, after an
     error), the weights are sent exactly and all ranks start from these. So do they after a gather
     of NaN or Inf, which no difference could repair.
-
-    Args:
-        coder: what codes a difference.
     """
 
-    def __init__(self, coder: Coder) -> None:
-        self._coder = coder
+    def __init__(self) -> None:
         self._copy: Tensor | None = None
         self._age = 0
 
@@ -59,10 +54,10 @@ class WeightDelta:
             return self._start_exactly(x, group)
         difference = x.float() - copy[group.rank()].float()
         world, name = group.size(), group.group_name
-        sent = start_all_gather(difference, fmt, world, name, site, self._coder)
+        sent = start_all_gather(difference, fmt, world, name, site)
 
         def finish() -> Tensor:
-            decoded = finish_all_gather(sent, fmt, torch.float32, x.numel(), self._coder)
+            decoded = finish_all_gather(sent, fmt, torch.float32, x.numel())
             return self._keep((copy.float() + decoded).to(x.dtype), age + 1)
 
         return finish

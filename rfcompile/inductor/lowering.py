@@ -1,9 +1,9 @@
-"""How Inductor compiles the codec operators: one node each, fused with its neighbours.
+"""How Inductor compiles the codec operators: on a GPU one node each, fused with its neighbours.
 
 Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
 anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and
-lowering the trace in place, so generated kernels and eager kernels come from the same lines. What
-rotates is on a GPU a call of the Triton kernel instead.
+lowering the trace in place, so what is generated and the formula are the same lines. On a CPU, and
+for what rotates, a kernel of the package is called instead: see :func:`_is_called`.
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
@@ -15,7 +15,8 @@ FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -37,7 +38,7 @@ from torch._inductor.lowering import (
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from rfcompile.codec import operators, triton_codec
+from rfcompile.codec import cpu_codec, operators, triton_codec
 from rfcompile.codec.fingerprint import source_digest
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire import collectives
@@ -75,15 +76,39 @@ def _lower_pack(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     return ir.TensorBox(box)
 
 
-def _has_kernel_of_its_own(op: Any, tensor: Any, fmt: QuantFormat) -> bool:
-    """Whether a Triton kernel takes one launch where Inductor would take three: it rotates."""
+_generates_on_cpu = False
+
+
+@contextmanager
+def generating_on_cpu() -> Iterator[None]:
+    """Inside, the codec is generated for a CPU too, as it is for a GPU: to look at it.
+
+    Inductor takes seconds for the C++ of each site, which then waits for memory as a call does.
+    """
+    global _generates_on_cpu
+    tag = torch.compiler.config.cache_key_tag
+    _generates_on_cpu, torch.compiler.config.cache_key_tag = True, f"{tag}-generating"
+    try:
+        yield
+    finally:
+        _generates_on_cpu, torch.compiler.config.cache_key_tag = False, tag
+
+
+def _is_called(op: Any, tensor: Any, fmt: QuantFormat) -> bool:
+    """Whether a kernel of the package is called, where one could be generated.
+
+    On a CPU; on a GPU what rotates, for which Inductor would need three launches.
+    """
+    device = tensor.get_device()
+    if device.type == "cpu":
+        return not _generates_on_cpu and not cpu_codec.load_kernels()
     rotates = fmt.rotate is not None and op is not operators.requantize
-    return rotates and triton_codec.runs_on(tensor.get_device(), fmt)
+    return rotates and triton_codec.runs_on(device, fmt)
 
 
 def _lower_formula(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:
     def lower(tensor: Any, format: str, *args: Any, **kwargs: Any) -> Any:
-        if _has_kernel_of_its_own(op, tensor, QuantFormat.parse(format)):
+        if _is_called(op, tensor, QuantFormat.parse(format)):
             return fallback_handler(op, add_to_fallback_set=False)(tensor, format, *args, **kwargs)
 
         def call(x: torch.Tensor) -> Any:

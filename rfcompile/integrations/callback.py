@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rfcompile.distributed.coders import CoderName
 from rfcompile.report.report import Report
 from rfcompile.training.traffic import TrafficHandle, quantize_traffic
 from rfcompile.wire.default_policy import policy_of
@@ -17,7 +16,7 @@ class TrafficCallback:
 
     Args:
         policy: bits, a format, a mapping or a Policy; None is the default policy.
-        error_feedback, weight_delta, coder: as in :func:`~rfcompile.quantize_traffic`.
+        error_feedback, weight_delta: as in :func:`~rfcompile.quantize_traffic`.
 
     Raises:
         PolicyError, FormatError: the policy is not understood, or there is none.
@@ -29,13 +28,11 @@ class TrafficCallback:
         *,
         error_feedback: bool = False,
         weight_delta: bool = False,
-        coder: CoderName = "eager",
     ) -> None:
         self._policy = policy_of(policy)
         self._options: dict[str, Any] = {
             "error_feedback": error_feedback,
             "weight_delta": weight_delta,
-            "coder": coder,
         }
         self.handle: TrafficHandle | None = None
         """What :func:`~rfcompile.quantize_traffic` returned, while the library trains."""

@@ -16,7 +16,7 @@ class QuantizeTraffic(TrafficCallback):
     ``fit(ckpt_path=...)`` goes on from it.
 
     Args:
-        policy, error_feedback, weight_delta, coder: as in :func:`~rfcompile.quantize_traffic`.
+        policy, error_feedback, weight_delta: as in :func:`~rfcompile.quantize_traffic`.
 
     Raises:
         MissingPackageError: Lightning is not installed (the package ``lightning``).

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-from rfcompile.distributed.coders import CoderName
 from rfcompile.errors import HookError
 from rfcompile.training.traffic import TrafficHandle, quantize_traffic
 from rfcompile.wire.default_policy import policy_of
@@ -20,7 +19,6 @@ def quantized(
     policy: Policyish = None,
     *,
     weight_delta: bool = False,
-    coder: CoderName = "eager",
     on_start: Callable[[TrafficHandle], object] | None = None,
 ) -> Spec:
     """Return a ModelSpec whose FSDP2 units and pipeline stages send quantized tensors.
@@ -32,7 +30,7 @@ def quantized(
 
     Args:
         model_spec: torchtitan's ModelSpec; it stays as it is.
-        policy, weight_delta, coder: as in :func:`~rfcompile.quantize_traffic`.
+        policy, weight_delta: as in :func:`~rfcompile.quantize_traffic`.
         on_start: is called with the handle when it is there (``handles.append``), for its report.
 
     Raises:
@@ -47,7 +45,7 @@ def quantized(
     spec: Any = model_spec
 
     def start(thing: Any, **options: Any) -> None:
-        handle = quantize_traffic(thing, chosen, coder=coder, **options)
+        handle = quantize_traffic(thing, chosen, **options)
         if on_start is not None:
             on_start(handle)
 

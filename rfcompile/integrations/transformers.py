@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.distributed.coders import CoderName
 from rfcompile.errors import HookError, RFCompileWarning
 from rfcompile.integrations.callback import TrafficCallback
 from rfcompile.integrations.clients import client, derived
@@ -31,7 +30,7 @@ class QuantizeTraffic(TrafficCallback):
     gets the file ``rfcompile_traffic.pt``, and a run that resumes reads it.
 
     Args:
-        policy, error_feedback, weight_delta, coder: as in :func:`~rfcompile.quantize_traffic`.
+        policy, error_feedback, weight_delta: as in :func:`~rfcompile.quantize_traffic`.
         resume_from: the checkpoint folder that ``train(resume_from_checkpoint=...)`` gets, where
             that is not in the ``output_dir`` of the run.
 
@@ -56,12 +55,9 @@ class QuantizeTraffic(TrafficCallback):
         *,
         error_feedback: bool = False,
         weight_delta: bool = False,
-        coder: CoderName = "eager",
         resume_from: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(
-            policy, error_feedback=error_feedback, weight_delta=weight_delta, coder=coder
-        )
+        super().__init__(policy, error_feedback=error_feedback, weight_delta=weight_delta)
         self._resume_from = resume_from
         self._waiting: Any = None
 

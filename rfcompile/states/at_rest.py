@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
+from rfcompile.codec.cpu_codec import load_kernels_for
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import StateError
 from rfcompile.report.handle import Handle
@@ -50,7 +51,8 @@ def quantize_states(
     A wrapper that holds the optimizer (accelerate's, Lightning's, ZeroRedundancyOptimizer,
     Lookahead) may be given in place of the optimizer. A copy of the optimizer (``copy.deepcopy``,
     ``pickle``, ``torch.save``) is quantized, too, and has a handle of its own:
-    :meth:`StatesHandle.of`.
+    :meth:`StatesHandle.of`. For parameters on a CPU the first call on a machine builds the codec's
+    C++ library, in some seconds.
 
     Args:
         optimizer: a torch optimizer, or a wrapper that holds one.
@@ -168,6 +170,7 @@ class StatesHandle(Handle):
 
     def attach(self, optimizer: Optimizer) -> None:
         """Hook an optimizer, as it is; a copy attaches itself."""
+        load_kernels_for(p.device for group in optimizer.param_groups for p in group["params"])
         self._optimizers.append(optimizer)
         self._hooks += [
             optimizer.register_step_pre_hook(lambda o, *_: self._unpack(o)),

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rfcompile.distributed.coders import CoderName
 from rfcompile.distributed.ddp import quantize_ddp, require_free
 from rfcompile.distributed.fsdp import quantize_fsdp
 from rfcompile.distributed.pipeline_stage import quantize_pipeline_stage, stages_of
@@ -36,7 +35,6 @@ def quantize_traffic(
     *,
     error_feedback: bool = False,
     weight_delta: bool = False,
-    coder: CoderName = "eager",
 ) -> TrafficHandle:
     """Quantize what each of some things sends or keeps, by the door that is made for it.
 
@@ -63,7 +61,6 @@ def quantize_traffic(
             apply to optimizer states too, if an optimizer is given.
         error_feedback: as in quantize_ddp; it needs a DDP module among the things.
         weight_delta: as in quantize_fsdp; it needs a module with ``fully_shard``.
-        coder: "eager" or "compiled", as at the doors.
 
     Returns:
         A :class:`~rfcompile.training.traffic.TrafficHandle`, with one report, one state and one
@@ -89,16 +86,16 @@ def quantize_traffic(
     # DDP cannot give a hook back, so its modules, which were checked, come last.
     doors: list[tuple[str, Callable[[], Handle]]] = [
         *_named("optimizer", by_kind.optimizers, lambda x: _quantized_states(x, chosen)),
-        *_named("stage", by_kind.stages, lambda x: quantize_pipeline_stage(x, chosen, coder=coder)),
+        *_named("stage", by_kind.stages, lambda x: quantize_pipeline_stage(x, chosen)),
         *_named(
             "fsdp",
             by_kind.sharded,
-            lambda x: quantize_fsdp(x, chosen, weight_delta=weight_delta, coder=coder),
+            lambda x: quantize_fsdp(x, chosen, weight_delta=weight_delta),
         ),
         *_named(
             "ddp",
             by_kind.ddp,
-            lambda x: quantize_ddp(x, chosen, error_feedback=error_feedback, coder=coder),
+            lambda x: quantize_ddp(x, chosen, error_feedback=error_feedback),
         ),
     ]
     handles: dict[str, Handle] = {}

@@ -1,7 +1,7 @@
 """Each quantized collective as a sequence of codec operators and functional collectives.
 
 The ``quantize_collectives`` pass traces these functions into graphs. ``collectives.py`` runs them
-eagerly and gives them a gradient. An eager caller can pass a ``coder`` with compiled operators.
+eagerly and gives them a gradient.
 
 Every rank decodes the same bytes: the rank that owns a shard also sends its payload to itself
 through the collective, and decodes this payload. The owner never uses its exact values.
@@ -18,7 +18,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
-from rfcompile.codec.operators import OPERATORS, Coder
 from rfcompile.wire.cost import sent_bytes
 
 c10d = torch.ops._c10d_functional
@@ -44,7 +43,6 @@ def all_reduce_wire(
     site: str = "all_reduce",
     seed: int = 0,
     residual: Tensor | None = None,
-    coder: Coder = OPERATORS,
 ) -> Tensor:
     """Two-shot all-reduce: quantize, all_to_all, requantize the sum, all_gather, dequantize.
 
@@ -66,18 +64,18 @@ def all_reduce_wire(
     flags = _nonfinite_flags(x, format, world, group)
     sent, payloads = [], []
     for segment in [rows] if segments == 1 else rows.split(world):
-        payloads.append(_checked(coder.quantize(segment, fmt, seed), flags, site))
+        payloads.append(_checked(operators.quantize(segment, fmt, seed), flags, site))
         sent.append(_exchange(payloads[-1], world, group))
     if residual is not None:  # while the payloads travel
-        own = torch.cat([coder.dequantize(payload, fmt, torch.float32) for payload in payloads])
+        own = torch.cat([operators.dequantize(payload, fmt, torch.float32) for payload in payloads])
         residual.copy_((rows - own).view(-1).narrow(0, 0, n).view_as(x))
     gathered = []
     for received in sent:
-        total = coder.requantize(_wait(received), fmt, op == "avg", seed)
+        total = operators.requantize(_wait(received), fmt, op == "avg", seed)
         gathered.append(_all_gather(total, world, group))
     # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
     decoded = x.dtype if x.dtype != torch.float16 else torch.float32
-    parts = [coder.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
+    parts = [operators.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
     result = (parts[0] if segments == 1 else torch.cat(parts)).to(x.dtype)
     return (result if fits else result.reshape(-1).narrow(0, 0, n)).reshape(x.shape)
 
@@ -90,7 +88,6 @@ def reduce_scatter_wire(
     group: str,
     site: str = "reduce_scatter",
     seed: int = 0,
-    coder: Coder = OPERATORS,
 ) -> Tensor:
     """Reduce along dim 0, ``[W d, ..]`` to ``[d, ..]``: quantize, all_to_all, dequantize_sum.
 
@@ -99,9 +96,9 @@ def reduce_scatter_wire(
     shape = (x.shape[0] // world, *x.shape[1:])
     m = x.numel() // world
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(coder.quantize(x.reshape(world, m), fmt, seed), flags, site)
+    payload = _checked(operators.quantize(x.reshape(world, m), fmt, seed), flags, site)
     received = _wait(_exchange(payload, world, group))
-    total = coder.dequantize_sum(received, fmt, x.dtype, op == "avg")
+    total = operators.dequantize_sum(received, fmt, x.dtype, op == "avg")
     return _first(total, 0, m).reshape(shape)
 
 
@@ -115,20 +112,16 @@ def all_gather_wire(
     return rows.reshape(shape).contiguous()
 
 
-def start_all_gather(
-    x: Tensor, fmt: str, world: int, group: str, site: str, coder: Coder = OPERATORS
-) -> Tensor:
+def start_all_gather(x: Tensor, fmt: str, world: int, group: str, site: str) -> Tensor:
     """Quantize and send; :func:`finish_all_gather` waits for the payloads and decodes them."""
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
-    payload = _checked(coder.quantize(x.reshape(1, x.numel()), fmt), flags, site)
+    payload = _checked(operators.quantize(x.reshape(1, x.numel()), fmt), flags, site)
     return _all_gather(payload, world, group)
 
 
-def finish_all_gather(
-    sent: Tensor, fmt: str, dtype: torch.dtype, size: int, coder: Coder = OPERATORS
-) -> Tensor:
+def finish_all_gather(sent: Tensor, fmt: str, dtype: torch.dtype, size: int) -> Tensor:
     """What :func:`start_all_gather` sent of ``size`` elements, decoded: ``[W, size]``."""
-    return _first(coder.dequantize(_wait(sent), fmt, dtype), 1, size)
+    return _first(operators.dequantize(_wait(sent), fmt, dtype), 1, size)
 
 
 def all_to_all_wire(

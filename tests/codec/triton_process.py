@@ -64,25 +64,19 @@ def run(role: str, cases: list[Case], folder: Path) -> list[Any]:
     return found
 
 
-def both(case: Case) -> dict[str, tuple[Tensor, Tensor]]:
-    """By operator, the result of the kernel and that of the formula."""
+def both(case: Case, codec: Any = triton_codec) -> dict[str, tuple[Tensor, Tensor]]:
+    """By operator, the result of the codec's kernel and that of the formula."""
     fmt, dtype, average = QuantFormat.parse(case.format), case.dtype, case.average
     x = case.given()
     payload = arithmetic.quantize(x, fmt, 5)
     return {
-        "quantize": (triton_codec.quantize(x, fmt, 5), payload),
-        "dequantize": (
-            triton_codec.dequantize(payload, fmt, dtype),
-            arithmetic.dequantize(payload, fmt, dtype),
-        ),
-        "dequantize_sum": (
-            triton_codec.dequantize_sum(payload, fmt, dtype, average),
-            arithmetic.dequantize_sum(payload, fmt, dtype, average),
-        ),
-        "requantize": (
-            triton_codec.requantize(payload, fmt, average, 3),
-            arithmetic.requantize(payload, fmt, average, 3),
-        ),
+        name: (getattr(codec, name)(*arguments), getattr(arithmetic, name)(*arguments))
+        for name, arguments in (
+            ("quantize", (x, fmt, 5)),
+            ("dequantize", (payload, fmt, dtype)),
+            ("dequantize_sum", (payload, fmt, dtype, average)),
+            ("requantize", (payload, fmt, average, 3)),
+        )
     }
 
 

@@ -28,7 +28,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import rfcompile as rf
-from rfcompile.codec import arithmetic, operators
+from rfcompile.codec import operators
 from rfcompile.distributed import DDPHandle, quantize_ddp
 from rfcompile.errors import (
     FormatError,
@@ -41,7 +41,6 @@ from rfcompile.errors import (
 )
 from rfcompile.wire import exchanges, process_groups
 from rfcompile.wire.cost import sent_bytes
-from tests.distributed.test_coders import kernels_run_as_they_are
 from tests.ranks import error_of
 
 if TYPE_CHECKING:
@@ -342,37 +341,6 @@ def test_gradients_are_those_of_all_reduce(ranks: RunRanks, check: Callable[[Ran
     ranks(2, check)
 
 
-def check_compiled(rank: Rank) -> None:
-    """Kernels on the worker's thread give the same bytes, and the same residuals."""
-    with kernels_run_as_they_are():
-        check_kernels(rank)
-
-
-def check_kernels(rank: Rank) -> None:
-    module, twin = Net(), Net()
-    twin.load_state_dict(module.state_dict())
-    ddps = [DDP(m) for m in (module, twin)]
-    handles = [
-        quantize_ddp(ddp, policy(), error_feedback=True, coder=coder)
-        for ddp, coder in zip(ddps, ("compiled", "eager"), strict=True)
-    ]
-    for step in range(2):
-        for ddp in ddps:
-            ddp.zero_grad()
-            backward(ddp, batch(rank, step))
-        for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
-            assert p.grad is not None
-            assert q.grad is not None
-            assert torch.equal(p.grad, q.grad), (name, step)
-    states = [handle.state_dict() for handle in handles]
-    for name, residual in states[0].items():
-        assert torch.equal(residual, states[1][name]), name
-
-
-def test_compiled_coding_is_the_same(ranks: RunRanks) -> None:
-    ranks(2, check_compiled)
-
-
 class ComplexNet(nn.Module):
     """A complex parameter that does not lie in the order of its indices, a double one, a real."""
 
@@ -660,7 +628,7 @@ def check_stochastic(rank: Rank) -> None:
         ddp = DDP(module, bucket_cap_mb=SMALL)
         quantize_ddp(ddp, policy(fmt))
         x = torch.randn(8, 48)  # the same on every rank and in every step
-        with recorded(arithmetic, "quantize") as calls:
+        with recorded(operators, "quantize") as calls:
             for _ in range(3):
                 ddp.zero_grad()
                 backward(ddp, x)
@@ -821,7 +789,7 @@ def check_the_debt_is_paid(rank: Rank) -> None:
     roundings = torch.zeros(64, 64)
     for _ in range(steps):
         ddp.zero_grad()
-        with recorded(arithmetic, "requantize") as coded:
+        with recorded(operators, "requantize") as coded:
             backward(ddp, x)
         assert module.weight.grad is not None
         applied += module.weight.grad

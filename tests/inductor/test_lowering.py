@@ -1,4 +1,7 @@
-"""Compiled codec operators: the bytes of the eager ones, in one kernel, fused, still visible."""
+"""Compiled codec operators: the bytes of the eager ones; generated, in one kernel, fused, visible.
+
+What is generated for a GPU is looked at here in C++; by default a CPU calls a library instead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,8 +23,8 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
-import rfcompile.inductor.lowering  # noqa: F401  # registers the lowerings
 from rfcompile.codec import operators
+from rfcompile.inductor.lowering import generating_on_cpu
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +32,12 @@ FORMATS = ["2b:g16:tread:stoch:saturate", "3b:tensor", "4b:h128", "8b:h8"]
 """Each kind of group, grid, rotation, rounding and of what is not finite; 5 and 6 bits: below."""
 KERNEL = "async_compile.cpp_pybinding("
 EXTERNAL_CALL = re.compile(r"(\baten\.\w+|extern_kernels)\.\w+\(")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def generating() -> Iterator[None]:
+    with generating_on_cpu():
+        yield
 
 
 def wide_values() -> Tensor:

@@ -21,7 +21,7 @@ from rfcompile.distributed import (
     quantize_fsdp,
     quantize_pipeline_stage,
 )
-from rfcompile.errors import HookError, OptionError, StateError
+from rfcompile.errors import HookError, StateError
 from rfcompile.report.handle import REMOVED, Handle
 from rfcompile.training import quantize_states
 from tests.ranks import LOOPBACK
@@ -90,8 +90,3 @@ def test_a_stage_is_quantized_again_after_its_way_back() -> None:
         quantize_pipeline_stage(stage, 8)
     stage.remove()
     assert "8b" in quantize_pipeline_stage(stage, 8).report().policy
-
-
-def test_a_coder_that_there_is_not_is_an_error() -> None:
-    with pytest.raises(OptionError, match="coder='fast' is not supported: choose 'eager'"):
-        quantize_ddp(DistributedDataParallel(nn.Linear(2, 2)), 4, coder="fast")
