@@ -38,7 +38,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
 PRIVATE_TORCH: dict[str, tuple[str, ...]] = {
     "torch_versions": ("distributed._functional_collectives",),
     "codec": ("_ops", "_inductor.codecache.CppCodeCache"),
-    "wire": ("_C", "_dispatch", "testing._internal"),
+    "wire": ("_C", "_dispatch", "_subclasses", "testing._internal"),
     "nn": ("utils._python_dispatch",),
     "graph": (
         *("_C", "_dynamo", "_logging", "_subclasses"),

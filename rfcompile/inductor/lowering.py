@@ -7,8 +7,8 @@ for what rotates, a kernel of the package is called instead: see :func:`_is_call
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
-fallback_handler, _maybe_layout_constraints}``, ``_inductor.ir.{ConcatKernel,
-FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
+fallback_handler, _maybe_layout_constraints}``, ``_inductor.ir.{_CollectiveKernel,
+ConcatKernel, FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
 ``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
 ``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
 """
@@ -42,6 +42,7 @@ from rfcompile.codec import cpu_codec, operators, triton_codec
 from rfcompile.codec.fingerprint import source_digest
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire import collectives
+from rfcompile.wire.gathers import gather_payloads
 from rfcompile.wire import fake as _fake  # noqa: F401  # its operator is decomposed too
 
 _NEVER = 1_000_000
@@ -74,6 +75,14 @@ def _lower_pack(pieces: Sequence[Any], counts: Sequence[int]) -> Any:
     kernel.inputs = ir.ConcatKernel.unwrap_storage(written)
     V.graph.register_operation(kernel)
     return ir.TensorBox(box)
+
+
+def _lower_gather(x: Any, world: int, group: str) -> Any:
+    """torch's lowering, but of payloads on a CPU: see ``wire/gathers.py``."""
+    if x.get_device().type != "cpu" or x.get_dtype() != torch.uint8:
+        return _torch_gathers(x, world, group)
+    kernel = ir._CollectiveKernel.create_out_of_place(gather_payloads, x, world, group)
+    return ir.TensorBox.create(kernel)
 
 
 _generates_on_cpu = False
@@ -144,6 +153,11 @@ for _op in (
 register_lowering(operators.pack, type_promotion_kind=None)(_lower_pack)
 for _op, _formula in operators.FORMULAS.items():
     register_lowering(_op, type_promotion_kind=None)(_lower_formula(_op, _formula))
+
+_torch_gathers = lowerings[torch.ops._c10d_functional.all_gather_into_tensor.default]
+register_lowering(
+    torch.ops._c10d_functional.all_gather_into_tensor.default, type_promotion_kind=None
+)(_lower_gather)
 
 for _op, _wire in collectives.DECOMPOSITIONS.items():
     register_decomposition(_op)(_wire)

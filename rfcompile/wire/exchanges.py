@@ -19,10 +19,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.gathers import start_gather
 
 c10d = torch.ops._c10d_functional
 _wait: Callable[..., Tensor] = c10d.wait_tensor
-_all_gather: Callable[..., Tensor] = c10d.all_gather_into_tensor
 _all_to_all: Callable[..., Tensor] = c10d.all_to_all_single
 
 SEGMENT_BYTES = 2**18
@@ -72,7 +72,7 @@ def all_reduce_wire(
     gathered = []
     for received in sent:
         total = operators.requantize(_wait(received), fmt, op == "avg", seed)
-        gathered.append(_all_gather(total, world, group))
+        gathered.append(start_gather(total, world, group))
     # float16 is cast outside, so that a sum beyond its range becomes Inf as in an exact all-reduce.
     decoded = x.dtype if x.dtype != torch.float16 else torch.float32
     parts = [operators.dequantize(_wait(payload), fmt, decoded) for payload in gathered]
@@ -116,7 +116,7 @@ def start_all_gather(x: Tensor, fmt: str, world: int, group: str, site: str) -> 
     """Quantize and send; :func:`finish_all_gather` waits for the payloads and decodes them."""
     flags = _nonfinite_flags(x, QuantFormat.parse(fmt), world, group)
     payload = _checked(operators.quantize(x.reshape(1, x.numel()), fmt), flags, site)
-    return _all_gather(payload, world, group)
+    return start_gather(payload, world, group)
 
 
 def finish_all_gather(sent: Tensor, fmt: str, dtype: torch.dtype, size: int) -> Tensor:
@@ -229,7 +229,7 @@ def _nonfinite_flags(x: Tensor, fmt: QuantFormat, world: int, group: str) -> Ten
     """With nonfinite="raise": one byte a rank, 1 where that rank's ``x`` holds NaN or Inf."""
     if fmt.nonfinite != "raise":
         return None
-    return _wait(_all_gather(operators.nonfinite_flag(x), world, group))
+    return _wait(start_gather(operators.nonfinite_flag(x), world, group))
 
 
 def _checked(payload: Tensor, flags: Tensor | None, site: str) -> Tensor:
