@@ -351,6 +351,7 @@ def check_compiled(batches: tuple[int, ...], **how: Any) -> None:
         assert_same(results[0], results[1])
 
 
+@pytest.mark.slow
 def test_a_compiled_transformers_model_is_the_eager_one() -> None:
     model, inputs = llama()
     wired = rf.transform(model, rf.Wire(POLICY))

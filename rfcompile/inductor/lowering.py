@@ -42,8 +42,8 @@ from rfcompile.codec import cpu_codec, operators, triton_codec
 from rfcompile.codec.fingerprint import source_digest
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.wire import collectives
-from rfcompile.wire.gathers import gather_payloads
 from rfcompile.wire import fake as _fake  # noqa: F401  # its operator is decomposed too
+from rfcompile.wire.gathers import gather_payloads
 
 _NEVER = 1_000_000
 
@@ -81,7 +81,7 @@ def _lower_gather(x: Any, world: int, group: str) -> Any:
     """torch's lowering, but of payloads on a CPU: see ``wire/gathers.py``."""
     if x.get_device().type != "cpu" or x.get_dtype() != torch.uint8:
         return _torch_gathers(x, world, group)
-    kernel = ir._CollectiveKernel.create_out_of_place(gather_payloads, x, world, group)
+    kernel: Any = ir._CollectiveKernel.create_out_of_place(gather_payloads, x, world, group)
     return ir.TensorBox.create(kernel)
 
 

@@ -63,6 +63,7 @@ def test_threads_change_nothing(fmt: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_large_tensors_have_it_loaded_and_small_ones_do_not() -> None:
     code = """
 import sys, torch

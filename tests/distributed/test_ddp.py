@@ -653,7 +653,7 @@ def check_bytes(rank: Rank) -> None:
             backward(ddp, batch(rank, step))
         with (
             recorded(exchanges, "_all_to_all") as exchanged,
-            recorded(exchanges, "_all_gather") as gathered,
+            recorded(exchanges, "start_gather") as gathered,
             recorded(dist, "all_reduce") as exact,
         ):
             backward(ddp, batch(rank, 2))

@@ -144,6 +144,7 @@ def test_the_data_parallel_example_trains_with_4_bit_gradients() -> None:
     assert "note: 15 of 15 parameters quantized" in run.stdout
 
 
+@pytest.mark.slow
 def test_the_pipeline_example_trains_with_4_bits_in_both_directions(ranks: RunRanks) -> None:
     name = "train_pipeline.py"
     assert len((EXAMPLES / name).read_text().splitlines()) < 60

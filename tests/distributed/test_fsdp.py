@@ -533,7 +533,7 @@ def check_stochastic(rank: Rank) -> None:
         model.zero_grad()
         with (
             recorded(exchanges, "_all_to_all") as sent,
-            recorded(exchanges, "_all_gather") as gathered,
+            recorded(exchanges, "start_gather") as gathered,
         ):
             backward(model, x)
         forward, again = gathered[1][0][0], gathered[2][0][0]
@@ -553,7 +553,7 @@ def check_bytes(rank: Rank) -> None:
         backward(model, batch(rank, 0))
         with (
             recorded(exchanges, "_all_to_all") as exchanged,
-            recorded(exchanges, "_all_gather") as gathered,
+            recorded(exchanges, "start_gather") as gathered,
             recorded(type(handle._comms[0][0].inner), "__call__") as exact_gathers,
             recorded(type(handle._comms[0][1].inner), "__call__") as exact_reductions,
         ):
@@ -754,7 +754,7 @@ def check_delta(rank: Rank) -> None:
     assert error < (x - direct[rank.index]).abs().max() / 4
 
     counted = recorded(differences, "all_gather_single")
-    with recorded(exchanges, "_all_gather") as gathered, counted as ages:
+    with recorded(exchanges, "start_gather") as gathered, counted as ages:
         backward(model, batch(rank, 9))
     sent = sum(sent_bytes("all_gather", args[0].nbytes, rank.world) for args, _ in gathered)
     whole = [args[1] for args, _ in ages if args[1].dtype == torch.int64]

@@ -282,6 +282,7 @@ def test_models_of_the_zoo() -> None:
         assert "its attention is causal" in both(ZOO[name].build().eval(), (), **ZOO[name].inputs())
 
 
+@pytest.mark.slow
 def test_padding_given_to_a_public_model() -> None:
     pytest.importorskip("transformers")
     given = tokens() | {"attention_mask": torch.ones(2, 12, dtype=torch.int64)}

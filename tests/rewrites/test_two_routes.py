@@ -52,6 +52,7 @@ class Mixed(nn.Module):
 X = torch.randn(2, 5, WIDTH)
 
 
+@pytest.mark.slow
 def test_polynomial_attention_has_the_same_rows() -> None:
     for model, args, kwargs in ((NanoGPT().eval(), (), tokens()), (Mixed().eval(), (X,), None)):
         module, graph = reports(model, rf.experimental.PolynomialAttention(), args, kwargs)

@@ -144,7 +144,7 @@ def check_fsdp(rank: Rank, kind: str) -> None:
     assert torch.equal(again(tokens()), expected)
 
 
-@pytest.mark.parametrize("kind", ["plain", "sine", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "sine", "dora"])
 def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, kind: str) -> None:
     ranks(WORLD, check_fsdp, kind)
 

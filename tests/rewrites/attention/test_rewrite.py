@@ -127,6 +127,7 @@ def test_a_causal_model_stays_causal(gpt: NanoGPT) -> None:
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
 
+@pytest.mark.slow
 def test_it_compiles_exports_copies_and_pickles(gpt: NanoGPT) -> None:
     inputs = tokens()
     new = polynomial(gpt, inputs, scale="learned")
@@ -276,6 +277,7 @@ def test_keys_of_its_own_are_refused() -> None:
 # ---- all together --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_methods_in_one_call() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)

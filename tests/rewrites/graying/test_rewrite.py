@@ -121,6 +121,7 @@ def test_padding_of_torch_layers(batch_first: bool) -> None:
     torch.testing.assert_close(y, z)
 
 
+@pytest.mark.slow
 def test_public_models() -> None:
     pytest.importorskip("transformers")
     places = {"bert": "encoder.layer.0", "vit": "layers.0", "t5": "encoder.block.0"}
@@ -136,6 +137,7 @@ def test_public_models() -> None:
     torch.testing.assert_close(bert(**inputs)[0][0, :5], bert(**short)[0][0])
 
 
+@pytest.mark.slow
 def test_it_compiles_exports_copies_and_pickles(encoder: Encoder) -> None:
     new = grayed(encoder, epsilon=0.8)
     expected = new(X)

@@ -270,7 +270,7 @@ def test_exported_with_another_batch(mode: str) -> None:
     torch.testing.assert_close(program.module()(**other), new(**other))
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT2"])
+@pytest.mark.parametrize("name", [pytest.param("Llama", marks=pytest.mark.slow), "GPT2"])
 @pytest.mark.parametrize("mode", ["free", "anneal"])
 def test_generate_with_a_cache(name: str, mode: str) -> None:
     pytest.importorskip("transformers")
@@ -442,6 +442,7 @@ def test_parameters_without_values() -> None:
         rf.transform(model, residual="free", example_inputs=((), tokens()))
 
 
+@pytest.mark.slow
 def test_convolutions_are_reported() -> None:
     model, inputs = build("resnet")
     new = rf.transform(model, residual="free", example_inputs=((), inputs))

@@ -72,7 +72,9 @@ def attentive(model: nn.Module, parts: Anatomy) -> nn.Module:
 # ---- the mass ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["nanogpt", "llama-eager", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["nanogpt", "llama-eager", pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_every_attention_gets_its_mass(name: str) -> None:
     model, inputs = build(name)
     before = [mass(weights) for weights in scores(model, inputs, None, True)]
@@ -134,6 +136,7 @@ def test_queries_are_divided_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
+@pytest.mark.slow
 def test_fused_and_written_out_attention_agree(name: str) -> None:
     """One checkpoint, two implementations: the temperature is in the queries of both."""
     transformers = pytest.importorskip("transformers")
