@@ -39,6 +39,7 @@ from rfcompile.errors import FormatError, OptionError, PolicyError, UnquantizedS
 from rfcompile.graph.text import read_statements
 from rfcompile.report.report import Report
 from rfcompile.report.step import merge_reports
+from rfcompile.wire.gathers import gather_payloads
 from rfcompile.wire.process_groups import simulated
 
 if TYPE_CHECKING:
