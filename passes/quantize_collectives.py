@@ -81,13 +81,13 @@ class QuantizeCollectives:
         for collective in collectives:
             kind = traffic_kind(collective, self.direction, self.parameters)
             decision = self._decide(collective, kind, statistics)
-            device = self.device or collective.input.device
+            device, segments = self.device or collective.input.device, self.policy.segments or 0
             fmt, before = decision.format, sent_by_each(collective)
             site = Site.of(
                 decision,
                 collective.input.shape,
                 collective.input.dtype,
-                (before, _sent_quantized(collective, fmt, device) if fmt else before),
+                (before, _sent_quantized(collective, fmt, device, segments) if fmt else before),
                 collective=collective.kind,
                 direction=self.direction,
                 kind=kind,
@@ -98,7 +98,7 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(collective, fmt, site.place, self.decompositions, device)
+                _replace(collective, fmt, site.place, self.decompositions, device, segments)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
@@ -144,13 +144,15 @@ _CODED: frozenset[object] = frozenset(
 )
 
 
-def _sent_quantized(c: Collective, fmt: QuantFormat, device: torch.device) -> int | None:
+def _sent_quantized(
+    c: Collective, fmt: QuantFormat, device: torch.device, segments: int
+) -> int | None:
     """Bytes one rank sends in the collectives that replace ``c``."""
     n = c.input.numel()
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, device)
+        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, device, segments)
     if c.kind == "all_gather":
         return exchanges.all_gather_sent_bytes(n, fmt, c.world)
     if c.kind == "reduce_scatter":
@@ -166,12 +168,12 @@ def _sent_quantized(c: Collective, fmt: QuantFormat, device: torch.device) -> in
 
 
 def _replacement(
-    c: Collective, fmt: QuantFormat, place: str, device: torch.device
+    c: Collective, fmt: QuantFormat, place: str, device: torch.device, segments: int
 ) -> Callable[[Tensor], Tensor]:
     args: Any = c.node.args
     site = f"{c.kind} at {place}"
     if c.kind == "all_reduce":
-        segments = exchanges.default_segments(c.input.numel(), fmt, device)
+        segments = segments or exchanges.default_segments(c.input.numel(), fmt, device)
         return partial(
             exchanges.all_reduce_wire,
             fmt=fmt.spec,
@@ -223,6 +225,7 @@ def _replace(
     place: str,
     decompositions: Decompositions,
     device: torch.device,
+    segments: int,
 ) -> None:
     assert c.wait is not None
     inputs: list[Any] = [c.node.args[0]]
@@ -240,7 +243,8 @@ def _replace(
             place_of_next = c.wait
         return place_of_next
 
-    result = splice(_replacement(c, fmt, place, device), inputs, c.node, before, decompositions)
+    replacement = _replacement(c, fmt, place, device, segments)
+    result = splice(replacement, inputs, c.node, before, decompositions)
     graph = c.node.graph
     c.wait.replace_all_uses_with(result)
     graph.erase_node(c.wait)

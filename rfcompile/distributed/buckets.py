@@ -201,6 +201,7 @@ def site_of(
     world: int,
     device: torch.device,
     *,
+    segments: int = 0,
     is_sparse: bool = False,
 ) -> Site:
     """The line of a report on a part of DDP's bucket ``index``."""
@@ -209,7 +210,7 @@ def site_of(
         before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
     after = before
     if part.format is not None:
-        after = all_reduce_sent_bytes(part.size, part.format, world, device)
+        after = all_reduce_sent_bytes(part.size, part.format, world, device, segments)
     return part.site(
         "all_reduce", part.size, (before, after), kind="gradients", source=f"bucket {index}",
         dtype=dtype, group=group, world=world,

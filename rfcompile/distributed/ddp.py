@@ -199,6 +199,7 @@ class DDPHandle(Handle):
             "avg",
             self._world,
             self._worker.group_name,
+            segments=self._policy.segments or 0,
             site=site,
             # Coding a sum adds one to the seed: steps of two keep all of them apart.
             seed=2 * (self._num_sent * self._world + self._rank),
@@ -235,6 +236,7 @@ class DDPHandle(Handle):
                 name,
                 self._world,
                 bucket.device,
+                segments=self._policy.segments or 0,
                 is_sparse=bucket.is_sparse,
             )
             for index, bucket, part in parts

@@ -106,6 +106,10 @@ class Policy:
             a dot on. The first pattern that matches wins. ``min_bytes`` does not apply to a module
             that a pattern matches. In graphs a pattern with a format also quantizes the statistics
             of its module, which otherwise stay exact.
+        segments: number of segments of a quantized all-reduce, so that one segment is coded while
+            another is sent. None: on a CPU by size (1 to 8, from payloads of 512 KiB on), elsewhere
+            1, because there a segment costs launches. Values differ only for formats that round by
+            place: stochastic rounding, and one scale for a tensor.
 
     Raises:
         PolicyError, FormatError: an option is not understood.
@@ -117,6 +121,7 @@ class Policy:
     optimizer_state: Formatish = None
     min_bytes: int | None = None
     sites: Mapping[str, Formatish] = field(default_factory=dict)
+    segments: int | None = None
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -125,6 +130,8 @@ class Policy:
         size = self.min_bytes
         if size is not None and (type(size) is not int or not 0 <= size < 2**63):
             raise PolicyError("min_bytes", size, "use a number of bytes, 0 or more.")
+        if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
+            raise PolicyError("segments", self.segments, "use a number of 1 or more, or None.")
         is_mapping = isinstance(self.sites, Mapping)
         if not (is_mapping and all(isinstance(pattern, str) for pattern in self.sites)):
             raise PolicyError("sites", self.sites, "use {module path pattern: format}.")
@@ -290,6 +297,7 @@ class Policy:
             else [f"{kind}={fmt}" for kind, fmt in formats.items()]
         )
         parts.append(f"min_bytes={self.smallest}")
+        parts += [f"segments={self.segments}"] if self.segments is not None else []
         parts += [f"sites[{pattern!r}]={fmt or 'exact'}" for pattern, fmt in self.sites.items()]
         return " ".join(parts)
 

@@ -643,12 +643,12 @@ def check_stochastic(rank: Rank) -> None:
         assert torch.equal(second, again) == (fmt == "4b")
 
 
-def check_bytes(rank: Rank) -> None:
+def check_bytes(rank: Rank, segments: int | None = None) -> None:
     for fmt in ("4b", "3b:raise", "8b:tensor"):
         module = Net(depth=3)
         ddp = DDP(module, bucket_cap_mb=SMALL)
         sites = {"*.bias": None}
-        handle = quantize_ddp(ddp, policy(fmt, sites=sites))
+        handle = quantize_ddp(ddp, policy(fmt, sites=sites, segments=segments))
         for step in range(2):
             backward(ddp, batch(rank, step))
         with (
@@ -673,6 +673,7 @@ def check_bytes(rank: Rank) -> None:
 def check_bytes_of_segments(rank: Rank) -> None:
     with several_segments():
         check_bytes(rank)
+    check_bytes(rank, segments=3)
 
 
 @pytest.mark.parametrize(

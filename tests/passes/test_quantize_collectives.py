@@ -282,6 +282,14 @@ def test_off_the_cpu_a_large_all_reduce_goes_in_one_piece(trace: Trace) -> None:
     assert site.bytes_after == wire_bytes(text)
 
 
+@pytest.mark.parametrize(("device", "size"), [("meta", 2**21), ("cpu", 75), ("cpu", 2**21)])
+def test_a_policy_says_how_many_segments(trace: Trace, device: str, size: int) -> None:
+    text, (site,) = quantized(trace(all_reduce, torch.empty(size, device=device)), segments=3)
+    assert text.count("rfcompile.quantize.default") == 3
+    assert text.count("_c10d_functional.all_gather_into_tensor.default") == 3
+    assert site.bytes_after == wire_bytes(text)
+
+
 # ---- which, and in which format ------------------------------------------------------------------
 
 
