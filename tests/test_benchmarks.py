@@ -37,6 +37,13 @@ def test_codec(root: Path, tmp_path: Path) -> None:
         assert row["ratio"] > 0
 
 
+def test_compile_time(root: Path, tmp_path: Path) -> None:
+    script = ["benchmarks/compile_time.py", "--layers", "1", "--turns", "1"]
+    (row,) = rows_of(root, tmp_path / "compile_time.jsonl", *script)
+    assert row.keys() >= MACHINE | {"layers", "world_size", "seconds", "ratios"}
+    assert row["ratios"]["exact"] == [1.0]  # type: ignore[index]
+
+
 def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:
     rows = rows_of(root, tmp_path / "gpu.jsonl", "benchmarks/gpu.py", "--device", "cpu", "--tiny")
     assert len(rows) == 4
