@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.find.collectives import (
-    KNOWN,
     WAIT,
     Collective,
     find_collectives,
@@ -31,6 +30,7 @@ from rfcompile.graph.places import module_of, source_of
 from rfcompile.graph.splicing import Decompositions, splice
 from rfcompile.report.report import Site
 from rfcompile.wire import exchanges
+from rfcompile.wire.by_size import along_dim, by_size
 from rfcompile.wire.collectives import REDUCTIONS
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.policy import Decision, Policy, exact
@@ -47,7 +47,9 @@ class QuantizeCollectives:
         all_reduce = all_reduce(x, 'sum', group); wait = wait_tensor(all_reduce)
             -> quantize(x), all_to_all_single, wait_tensor, requantize, all_gather_into_tensor,
                wait_tensor, dequantize
-        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``wire/collectives.py``).
+        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``wire/collectives.py``);
+        registered = vllm.all_reduce(x, 'tp:0') -> the same, or, where the size is symbolic,
+            rfcompile.by_size(x, ...), which chooses at run time (``wire/by_size.py``)
 
     The tier is "rounding"; the bounds are those of the functions in ``wire/collectives.py``.
 
@@ -58,6 +60,8 @@ class QuantizeCollectives:
         saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
+        groups: torch's names of the process groups whose ranks agreed on the policy; a collective
+            in another one stays exact. None: all.
         device: where the graph is to run: the number of segments depends on it. None: where the
             collective's tensor is.
     """
@@ -68,6 +72,7 @@ class QuantizeCollectives:
     decompositions: Decompositions = field(default_factory=dict)
     saved: Mapping[str, Origin] = field(default_factory=dict)
     device: torch.device | None = None
+    groups: frozenset[str] | None = None
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -98,12 +103,13 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(collective, fmt, site.place, self.decompositions, device)
+                smallest = self._smallest(collective)
+                _replace(collective, fmt, smallest, site.place, self.decompositions, device)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
     def _decide(self, c: Collective, kind: str, statistics: Statistics) -> Decision:
-        module, sent = module_of(c.node), c.node.args[0]
+        module, sent = module_of(c.node), c.sent
         if isinstance(sent, fx.Node) and sent.target in _CODED:
             return exact("not traffic", "its input is quantized already")
         # Of an all_to_all no size tells: a rank that has nothing to send may still receive.
@@ -119,23 +125,50 @@ class QuantizeCollectives:
         is_named = self.policy.override_for(module) is not None
         if kind != "weights" and not is_named and (why := statistics.why_exact(sent, c.node)):
             return exact("statistic", why)
-        if decision.format is not None and (reason := _out_of_reach(c)):
+        if decision.format is None:
+            return decision
+        smallest = self._smallest(c)
+        if reason := _out_of_reach(c, smallest) or self._without_consent(c):
             return exact("out of reach", reason)
+        if smallest:
+            reason = f"exact below {smallest} bytes, which each call decides"
+            return replace(decision, reason=reason)
         return decision
 
+    def _smallest(self, c: Collective) -> int:
+        """From how many bytes on a collective is quantized, where only its run knows the size; 0
+        where that is decided here.
 
-def _out_of_reach(c: Collective) -> str:
+        Torch's own collectives of symbolic size count as large: a choice at run time hides from
+        Inductor what they are made of.
+        """
+        is_named = self.policy.override_for(module_of(c.node)) is not None
+        is_decided = c.foreign is None or size_to_compare(c) is not None or is_named
+        return 0 if is_decided else self.policy.smallest
+
+    def _without_consent(self, c: Collective) -> str:
+        if self.groups is None or c.group in self.groups:
+            return ""
+        name = c.foreign.theirs if c.foreign else c.group
+        return f"the ranks of process group {name!r} have not agreed on policy and operators"
+
+
+def _out_of_reach(c: Collective, smallest: int) -> str:
     """Why a collective cannot be quantized although it should be, "" if it can."""
-    if c.node.target not in KNOWN:
+    if not c.is_known:
         return f"{c.kind} is not rewritten in this version"
+    if c.foreign is not None and c.foreign.problem:
+        return c.foreign.problem
     if c.world == 0:
         return f"process group {c.group!r} is not known in this process"
     if "val" not in c.node.meta:
         return "its graph has no shapes"
-    if c.wait is None:
+    if c.result is None:
         return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
     if c.kind == "all_to_all" and any(map(free_unbacked_symbols, splits(c))):
         return "its split sizes depend on data that only the run has"
+    if smallest and c.foreign is not None and not c.foreign.as_text():
+        return f"its size and its arguments are symbolic, so min_bytes={smallest} cannot be kept"
     return ""
 
 
@@ -166,43 +199,41 @@ def _sent_quantized(c: Collective, fmt: QuantFormat, device: torch.device) -> in
 
 
 def _replacement(
-    c: Collective, fmt: QuantFormat, place: str, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    args: Any = c.node.args
+    c: Collective, fmt: QuantFormat, smallest: int, place: str, device: torch.device
+) -> Callable[..., Tensor]:
     site = f"{c.kind} at {place}"
-    if c.kind == "all_reduce":
-        segments = exchanges.default_segments(c.input.numel(), fmt, device)
-        return partial(
-            exchanges.all_reduce_wire,
-            fmt=fmt.spec,
-            op=c.op,
-            world=c.world,
-            group=c.group,
-            segments=segments,
-            site=site,
-        )
-    if c.kind == "reduce_scatter":
-        return partial(
-            exchanges.reduce_scatter_wire,
-            fmt=fmt.spec,
-            op=c.op,
-            world=c.world,
-            group=c.group,
-            site=site,
-        )
-    if c.kind == "all_gather":
-        return partial(
-            exchanges.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site
-        )
+    if c.kind == "all_to_all":
+        return _all_to_all(c, fmt, site)
     if c.kind == "broadcast":
+        source: Any = c.node.args[1]
         return partial(
             exchanges.broadcast_wire,
             fmt=fmt.spec,
-            src=args[1],
+            src=source,
             world=c.world,
             group=c.group,
             site=site,
         )
+    if smallest and c.foreign is not None:
+        call = c.foreign.as_text()
+        rest = (fmt.spec, c.op, c.world, c.group, c.foreign.dim, smallest, call, site)
+        return lambda x: by_size(x, c.kind, *rest)
+    segments = exchanges.default_segments(c.input.numel(), fmt, device)
+    return partial(
+        along_dim,
+        kind=c.kind,
+        fmt=fmt.spec,
+        op=c.op,
+        world=c.world,
+        group=c.group,
+        dim=c.foreign.dim if c.foreign else 0,
+        segments=segments,
+        site=site,
+    )
+
+
+def _all_to_all(c: Collective, fmt: QuantFormat, site: str) -> Callable[..., Tensor]:
+    args: Any = c.node.args
     outputs, inputs = len(args[1]), len(args[2])
     fixed = [None if isinstance(size, fx.Node) else size for size in (*args[1], *args[2])]
 
@@ -220,12 +251,13 @@ def _replacement(
 def _replace(
     c: Collective,
     fmt: QuantFormat,
+    smallest: int,
     place: str,
     decompositions: Decompositions,
     device: torch.device,
 ) -> None:
-    assert c.wait is not None
-    inputs: list[Any] = [c.node.args[0]]
+    assert c.result is not None
+    inputs: list[Any] = [c.sent]
     if c.kind == "all_to_all":
         sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
         inputs += [size for size in sizes if isinstance(size, fx.Node)]
@@ -235,13 +267,13 @@ def _replace(
 
     def before(node: fx.Node) -> fx.Node:
         nonlocal place_of_next
-        if node.target is WAIT:
-            assert c.wait is not None
+        if node.target is WAIT and c.wait is not None:
             place_of_next = c.wait
         return place_of_next
 
-    result = splice(_replacement(c, fmt, place, device), inputs, c.node, before, decompositions)
+    replacement = _replacement(c, fmt, smallest, place, device)
+    result = splice(replacement, inputs, c.node, before, decompositions)
     graph = c.node.graph
-    c.wait.replace_all_uses_with(result)
-    graph.erase_node(c.wait)
-    graph.erase_node(c.node)
+    c.result.replace_all_uses_with(result)
+    for dead in dict.fromkeys((c.result, c.node)):
+        graph.erase_node(dead)
