@@ -128,7 +128,7 @@ class InductorPass(CustomGraphPass):
         }
 
 
-_PLACE = "a graph of Inductor's post_grad_custom_post_pass"
+_PLACE = "Inductor's post_grad_custom_post_pass"
 
 
 def _direction_of(graph: fx.Graph) -> str:
