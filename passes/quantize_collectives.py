@@ -60,8 +60,8 @@ class QuantizeCollectives:
         saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
-        groups: torch's names of the process groups whose ranks agreed on the policy; a collective
-            in another one stays exact. None: all.
+        groups: the process groups whose ranks agreed on the policy, each as (name in a registered
+            operator, torch's name); a collective in another one stays exact. None: all.
         device: where the graph is to run: the number of segments depends on it. None: where the
             collective's tensor is.
     """
@@ -72,7 +72,7 @@ class QuantizeCollectives:
     decompositions: Decompositions = field(default_factory=dict)
     saved: Mapping[str, Origin] = field(default_factory=dict)
     device: torch.device | None = None
-    groups: frozenset[str] | None = None
+    groups: frozenset[tuple[str, str]] | None = None
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -147,7 +147,12 @@ class QuantizeCollectives:
         return 0 if is_decided else self.policy.smallest
 
     def _without_consent(self, c: Collective) -> str:
-        if self.groups is None or c.group in self.groups:
+        """Why a collective stays exact as long as its ranks did not agree, "" if they did."""
+        if self.groups is None:
+            return ""
+        if c.foreign is not None and (str(c.foreign.theirs), c.group) in self.groups:
+            return ""
+        if c.foreign is None and any(name == c.group for _, name in self.groups):
             return ""
         name = c.foreign.theirs if c.foreign else c.group
         return f"the ranks of process group {name!r} have not agreed on policy and operators"

@@ -23,12 +23,12 @@ from rfcompile.inductor import lowering as _lowering  # noqa: F401  # registers 
 from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.report.journal import new_entry
 from rfcompile.wire.default_policy import policy_of
-from rfcompile.wire.foreign import all_registered
+from rfcompile.wire.foreign import all_registered, registered_text
 from rfcompile.wire.policy import Policy, Policyish
 from rfcompile.wire.process_groups import agree, has_agreed, name_of, resolve
 
-_AGREED: dict[tuple[str, str], str] = {}
-"""By plan and by the name that :meth:`InductorPass.agree` was given: torch's name of the group."""
+_AGREED: set[tuple[str, str, str]] = set()
+"""A plan, the name of a group that :meth:`InductorPass.agree` was given, torch's name of it."""
 
 
 def inductor_pass(policy: Policyish = None) -> InductorPass:
@@ -67,18 +67,17 @@ class InductorPass(CustomGraphPass):
         nothing.
 
         Args:
-            groups: each as a registered operator names it ("tp:0"), or a process group of torch,
-                its name, or None for the default group.
+            groups: each as the registered operators name it ("tp:0"); for torch's own collectives
+                a process group, its name, or None for the default group.
 
         Raises:
             ProcessGroupError: no registered operator and not torch knows the group.
             RankMismatchError: ranks differ, on every rank. TransportError: a rank is not there.
         """
         for group in groups:
-            names = _torch_names(group)
-            for name in names:
+            for name in _torch_names(group):
                 agree(name, self._plan)
-                _AGREED[self._plan, f"{group if isinstance(group, str) else name}"] = name
+                _AGREED.add((self._plan, group if isinstance(group, str) else name, name))
         return self
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -86,7 +85,6 @@ class InductorPass(CustomGraphPass):
         gm = graph.owning_module
         if gm is None:
             raise CaptureError("the graph has no module: give the graph of a GraphModule.")
-        groups = frozenset(self._groups().values())
         record = run(
             gm,
             [
@@ -94,7 +92,7 @@ class InductorPass(CustomGraphPass):
                     self.policy,
                     _direction_of(graph),
                     decompositions=select_decomp_table(),
-                    groups=groups,
+                    groups=self._groups(),
                 )
             ],
         )
@@ -105,8 +103,7 @@ class InductorPass(CustomGraphPass):
         """What the rewrite depends on, for Inductor's cache: version, sources, policy, registered
         operators, and the groups whose ranks have agreed."""
         groups = (
-            f"{given}={name} of {resolve(name).size()}"
-            for given, name in sorted(self._groups().items())
+            f"{given}={name} of {resolve(name).size()}" for given, name in sorted(self._groups())
         )
         return ("rfcompile", package_version(), source_digest(), self._plan, *groups)
 
@@ -115,17 +112,16 @@ class InductorPass(CustomGraphPass):
 
     @property
     def _plan(self) -> str:
-        texts = (foreign.text for foreign in all_registered())
-        return "; ".join((f"inductor pass {self.policy.describe()}", *texts))
+        return f"inductor pass {self.policy.describe()}; {registered_text()}"
 
-    def _groups(self) -> dict[str, str]:
-        """The groups that agreed on this plan and live on, by the name that was given."""
+    def _groups(self) -> frozenset[tuple[str, str]]:
+        """The groups that agreed on this plan and live on: the name given, and torch's."""
         plan = self._plan
-        return {
-            given: name
-            for (agreed, given), name in _AGREED.items()
+        return frozenset(
+            (given, name)
+            for agreed, given, name in _AGREED
             if agreed == plan and has_agreed(name, plan)
-        }
+        )
 
 
 _PLACE = "Inductor's post_grad_custom_post_pass"

@@ -82,6 +82,11 @@ def all_registered() -> tuple[ForeignCollective, ...]:
     return tuple(sorted(_REGISTERED.values(), key=lambda foreign: foreign.text))
 
 
+def registered_text() -> str:
+    """Equal on ranks that registered the same; "" where nothing was."""
+    return "; ".join(foreign.text for foreign in all_registered())
+
+
 def register_collective(
     op: Any,
     *,

@@ -15,9 +15,11 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 import rfcompile as rf
+from rfcompile import QuantFormat
 from rfcompile.errors import PolicyError, ProcessGroupError, RankMismatchError
 from rfcompile.inductor import custom_pass
 from rfcompile.report.step import merge_reports
@@ -105,6 +107,20 @@ def test_a_graph_from_the_cache_of_another_process(ranks: RunRanks) -> None:
         assert run["of the other process"] == (1, 0, True)
         assert run["one of both"] in [(1, 0, True), (0, 1, True)]
         assert run["other policy"] == (0, 1, False)
+
+
+def test_the_backend_finds_them_too(ranks: RunRanks) -> None:
+    for run in ranks(2, serve_by_the_backend):
+        assert run["summary"].startswith("5 of 5 sites quantized")
+        assert run["large is rf's"] == [True] * len(NAMES)
+        assert run["small is exact"] == [True] * len(NAMES)
+
+
+def test_torchs_own_collectives_and_gradients(ranks: RunRanks) -> None:
+    sites = [("forward", "activations", "8b:g64:tread"), ("backward", "gradients", "4b:g64:tread")]
+    for run in ranks(2, train_by_the_pass):
+        assert run["sites"] == sites
+        assert run["is rf's"] == [True, True]
 
 
 def test_ranks_that_differ_are_told(ranks: RunRanks) -> None:
@@ -241,6 +257,47 @@ def serve_fixed_sizes(rank: Rank) -> dict[str, Any]:
         "sites": [(site.format, site.why) for site in report.sites],
         "large is rf's": torch.equal(found, rf.all_reduce(y, FORMAT)),
         "small is exact": torch.equal(exact, vllm.all_reduce(y[:SMALL], "tp:0")),
+    }
+
+
+def serve_by_the_backend(rank: Rank) -> dict[str, Any]:
+    start(rank)
+    small, large = (inputs(rank, rows, torch.bfloat16) for rows in (SMALL, LARGE))
+    with fresh(uuid.uuid4().hex):
+        call = torch.compile(
+            served, backend="rfquant", fullgraph=True, dynamic=True, options=POLICY
+        )
+        found, exact = call(*large), call(*small)
+        (report,) = rf.reports()
+        return {
+            "summary": report.summary(),
+            "large is rf's": list(map(torch.equal, found, wanted(*large))),
+            "small is exact": list(map(torch.equal, exact, served(*small))),
+        }
+
+
+def train_by_the_pass(rank: Rank) -> dict[str, Any]:
+    policy = {"activations": "8b:g64", "gradients": "4b:g64", "min_bytes": 0}
+    graph_pass = rf.inductor_pass(policy).agree(None)
+    x, weight = inputs(rank, LARGE, torch.float32)
+    leaf = x.clone().requires_grad_()
+    with fresh(uuid.uuid4().hex), torch.enable_grad():
+        call = compiled(
+            lambda x: funcol.all_gather_tensor_autograd(x @ weight, 0, dist.group.WORLD),
+            graph_pass,
+            dynamic=False,
+        )
+        y = call(leaf)
+        sent = inputs(rank, 2 * LARGE, torch.float32)[0]
+        y.backward(sent)
+        sites = [site for report in rf.reports() for site in report.sites]
+    gradient = rf.reduce_scatter(sent, QuantFormat.parse("4b:g64").for_kind("gradients"))
+    return {
+        "sites": [(site.direction, site.kind, site.format) for site in sites],
+        "is rf's": [
+            torch.equal(y, rf.all_gather(x @ weight, "8b:g64")),
+            torch.equal(leaf.grad, gradient @ weight.T),
+        ],
     }
 
 

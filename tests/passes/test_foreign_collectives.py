@@ -14,7 +14,9 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from rfcompile.find.collectives import find_collectives
 from rfcompile.graph.pipeline import run
 from rfcompile.graph.text import graph_text
+from rfcompile.graph.wire_bytes import wire_bytes
 from rfcompile.passes import wire_pipeline
+from rfcompile.passes.quantize_collectives import QuantizeCollectives
 from rfcompile.report.report import Site
 from rfcompile.wire.policy import Policy
 from tests import foreign
@@ -22,6 +24,7 @@ from tests import foreign
 if TYPE_CHECKING:
     from tests.traces import Trace
 
+c10d = torch.ops._c10d_functional
 vllm, sglang = foreign.vllm, foreign.sglang
 X = torch.randn(8, 64)
 
@@ -57,6 +60,12 @@ def functionalized(f: Callable[..., Any], *args: Tensor) -> fx.GraphModule:
     with torch.no_grad():
         torch.compile(f, backend=backend, fullgraph=True)(*args)
     return found[0]
+
+
+def in_place_all_reduce(x: Tensor) -> Tensor:
+    y = x * 2
+    sglang.inplace_all_reduce(y, "tp:0")
+    return y + 1
 
 
 def moved(text: str) -> list[str]:
@@ -121,13 +130,8 @@ def test_an_operator_that_stays_exact_is_left_as_it_is(trace: Trace) -> None:
 
 @pytest.mark.parametrize("is_second_form", [True, False])
 def test_in_place_operators_are_rewritten_in_functional_graphs(is_second_form: bool) -> None:
-    def f(x: Tensor) -> Tensor:
-        y = x * 2
-        sglang.inplace_all_reduce(y, "tp:0")
-        return y + 1
-
     with torch._inductor.config.patch(enable_auto_functionalized_v2=is_second_form):
-        gm = functionalized(f, X)
+        gm = functionalized(in_place_all_reduce, X)
     assert "auto_functionalized" in graph_text(gm)
     text, (site,) = quantized(gm)
     assert site.format == "4b:g128:rise"
@@ -147,16 +151,10 @@ def test_a_changed_part_of_a_tensor_is_refused_by_name() -> None:
     assert "auto_functionalized" in text
 
 
-def in_place(x: Tensor) -> Tensor:
-    y = x * 2
-    sglang.inplace_all_reduce(y, "tp:0")
-    return y + 1
-
-
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (in_place, "it changes its input in place in a graph that is not functional"),
+        (in_place_all_reduce, "it changes its input in place in a graph that is not functional"),
         (
             lambda x: vllm.all_reduce(x, "tp:1"),
             "process_group('tp:1') raised KeyError: 'tp:1'",
@@ -188,6 +186,35 @@ def test_statistics_stay_exact(trace: Trace) -> None:
     _, (statistic, traffic) = quantized(trace(f, X))
     assert statistic.why == "statistic"
     assert traffic.format == "4b:g128:rise"
+
+
+def test_bytes_of_a_text_with_them_are_not_known(trace: Trace) -> None:
+    def f(x: Tensor) -> Tensor:
+        return vllm.all_reduce(x * 2, "tp:0") + 1
+
+    static, symbolic = trace(f, X), trace(f, X, dynamic=True)
+    in_place = functionalized(in_place_all_reduce, X)
+    for gm in (static, in_place):
+        assert wire_bytes(graph_text(gm)) is None
+        assert wire_bytes(quantized(gm)[0]) == 396
+    assert wire_bytes(quantized(symbolic, min_bytes=4096)[0]) is None
+
+
+def test_only_groups_that_agreed_are_quantized(trace: Trace) -> None:
+    def f(x: Tensor) -> Tensor:
+        y = c10d.wait_tensor(c10d.all_reduce(x * 2, "sum", "0"))
+        return vllm.all_reduce(y * 2, "tp:0")
+
+    def formats(*groups: tuple[str, str]) -> list[str]:
+        quantize = QuantizeCollectives(Policy.of(bits=4, min_bytes=0), groups=frozenset(groups))
+        facts = run(trace(f, X), [quantize]).facts
+        return [fact.format or fact.reason for fact in facts]
+
+    refused = "the ranks of process group '{}' have not agreed on policy and operators"
+    assert formats() == [refused.format("0"), refused.format("tp:0")]
+    assert formats(("0", "0")) == ["4b:g128:rise", refused.format("tp:0")]
+    assert formats(("tp:0", "1")) == [refused.format("0"), refused.format("tp:0")]
+    assert formats(("tp:0", "0")) == ["4b:g128:rise"] * 2
 
 
 def test_symbolic_sizes_are_compared_at_run_time(trace: Trace) -> None:
