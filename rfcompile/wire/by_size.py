@@ -60,8 +60,8 @@ def _exactly(x: Tensor, exact: str) -> Tensor:
     op: OpOverload[..., Any] = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     if not op._schema.is_mutable:
         result: Tensor = op(**{sent: x}, **constants)
-        return result
-    copy = x.clone()
+        return result.contiguous()  # as the fake kernel promises
+    copy = x.clone(memory_format=torch.contiguous_format)
     op(**{sent: copy}, **constants)
     return copy
 

@@ -39,13 +39,13 @@ SMALL, LARGE = 3, 80
 
 
 def served(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """What a layer of a server does: in place, out of place, gathered, scattered."""
+    """What a layer of a server does: in place, out of place (strides too), gathered, scattered."""
     changed = x @ weight
     sglang.inplace_all_reduce(changed, "tp:0")
     return (
         vllm.all_reduce(x @ weight, "tp:0"),
         changed,
-        sglang.outplace_all_reduce(x @ weight, "tp:0", "ca"),
+        sglang.outplace_all_reduce((x @ weight).t(), "tp:0", "ca"),
         vllm.all_gather(x @ weight, -1, 2, "tp:0"),
         vllm.reduce_scatter(x @ weight, 1, 2, "tp:0"),
     )
@@ -193,7 +193,7 @@ def wanted(x: Tensor, weight: Tensor) -> list[Tensor]:
     total = rf.all_reduce(y, FORMAT)
     gathered = rf.all_gather(y.movedim(1, 0).contiguous(), FORMAT).movedim(0, 1)
     scattered = rf.reduce_scatter(y.movedim(1, 0).contiguous(), FORMAT).movedim(0, 1)
-    return [total, total, total, gathered, scattered]
+    return [total, total, rf.all_reduce(y.t(), FORMAT), gathered, scattered]
 
 
 def worst_error(rank: Rank, found: tuple[Tensor, ...], x: Tensor, weight: Tensor) -> float:
