@@ -30,7 +30,7 @@ def install() -> Any:
     """From now on ``vllm`` can be imported in this process; what this returns ends it."""
     foreign.GROUPS["tp:0"] = dist.group.WORLD
     tensor_parallel = SimpleNamespace(unique_name="tp:0", device_group=dist.group.WORLD)
-    names = {
+    names: dict[str, dict[str, Any]] = {
         "vllm.compilation.passes.inductor_pass": {"InductorPass": CustomGraphPass},
         "vllm.distributed.parallel_state": {
             "_groups": {"tp:0": lambda: tensor_parallel},

@@ -35,8 +35,8 @@ def inductor_pass(policy: Policyish = None) -> InductorPass:
     """A pass that quantizes collectives, for Inductor's option ``post_grad_custom_post_pass``.
 
     The pass sends nothing while a graph compiles: a rank that finds its graph in a cache compiles
-    nothing, and would be waited for. So call :meth:`InductorPass.agree` once at start, on every
-    rank; until then the pass leaves everything exact.
+    nothing, and would be waited for. So call its method ``agree`` once at start, on every rank;
+    until then the pass leaves everything exact.
 
     Args:
         policy: in any spelling; None: the default policy.
