@@ -117,7 +117,7 @@ class MergeCollectives:
         """What must be equal to merge; None: not at all."""
         module = module_of(c.node)
         is_named = self.policy is not None and self.policy.override_for(module) is not None
-        is_statistic = not is_named and bool(statistics.why_exact(c.node.args[0], c.node))
+        is_statistic = not is_named and bool(statistics.why_exact(c.sent, c.node))
         if self.policy is None or self.policy.is_exact:
             return "a statistic" if is_statistic else "traffic"
         if is_statistic:

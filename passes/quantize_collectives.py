@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.find.collectives import (
-    KNOWN,
     WAIT,
     Collective,
     find_collectives,
@@ -31,6 +30,7 @@ from rfcompile.graph.places import module_of, source_of
 from rfcompile.graph.splicing import Decompositions, splice
 from rfcompile.report.report import Site
 from rfcompile.wire import exchanges
+from rfcompile.wire.by_size import along_dim, by_size
 from rfcompile.wire.collectives import REDUCTIONS
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.policy import Decision, Policy, exact
@@ -47,7 +47,9 @@ class QuantizeCollectives:
         all_reduce = all_reduce(x, 'sum', group); wait = wait_tensor(all_reduce)
             -> quantize(x), all_to_all_single, wait_tensor, requantize, all_gather_into_tensor,
                wait_tensor, dequantize
-        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``wire/collectives.py``).
+        and likewise reduce_scatter, all_gather, all_to_all and broadcast (``wire/collectives.py``);
+        registered = vllm.all_reduce(x, 'tp:0') -> the same, or, where the size is symbolic,
+            rfcompile.by_size(x, ...), which chooses at run time (``wire/by_size.py``)
 
     The tier is "rounding"; the bounds are those of the functions in ``wire/collectives.py``.
 
@@ -58,6 +60,8 @@ class QuantizeCollectives:
         saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
+        groups: the process groups whose ranks agreed on the policy, each as (name in a registered
+            operator, torch's name); a collective in another one stays exact. None: all.
         device: where the graph is to run: the number of segments depends on it. None: where the
             collective's tensor is.
     """
@@ -68,6 +72,7 @@ class QuantizeCollectives:
     decompositions: Decompositions = field(default_factory=dict)
     saved: Mapping[str, Origin] = field(default_factory=dict)
     device: torch.device | None = None
+    groups: frozenset[tuple[str, str]] | None = None
     name: str = "quantize-collectives"
     tier: Literal["rounding"] = "rounding"
 
@@ -81,13 +86,13 @@ class QuantizeCollectives:
         for collective in collectives:
             kind = traffic_kind(collective, self.direction, self.parameters)
             decision = self._decide(collective, kind, statistics)
-            device, segments = self.device or collective.input.device, self.policy.segments or 0
             fmt, before = decision.format, sent_by_each(collective)
+            segments = self._segments(collective, fmt) if fmt else 1
             site = Site.of(
                 decision,
                 collective.input.shape,
                 collective.input.dtype,
-                (before, _sent_quantized(collective, fmt, device, segments) if fmt else before),
+                (before, _sent_quantized(collective, fmt, segments) if fmt else before),
                 collective=collective.kind,
                 direction=self.direction,
                 kind=kind,
@@ -98,12 +103,17 @@ class QuantizeCollectives:
             )
             sites.append(site)
             if fmt is not None:
-                _replace(collective, fmt, site.place, self.decompositions, device, segments)
+                smallest = self._smallest(collective)
+                _replace(collective, fmt, smallest, segments, site.place, self.decompositions)
                 changes += 1
         return PassResult(gm, changes, tuple(sites))
 
+    def _segments(self, c: Collective, fmt: QuantFormat) -> int:
+        device = self.device or c.input.device
+        return self.policy.segments or exchanges.default_segments(c.input.numel(), fmt, device)
+
     def _decide(self, c: Collective, kind: str, statistics: Statistics) -> Decision:
-        module, sent = module_of(c.node), c.node.args[0]
+        module, sent = module_of(c.node), c.sent
         if isinstance(sent, fx.Node) and sent.target in _CODED:
             return exact("not traffic", "its input is quantized already")
         # Of an all_to_all no size tells: a rank that has nothing to send may still receive.
@@ -119,23 +129,55 @@ class QuantizeCollectives:
         is_named = self.policy.override_for(module) is not None
         if kind != "weights" and not is_named and (why := statistics.why_exact(sent, c.node)):
             return exact("statistic", why)
-        if decision.format is not None and (reason := _out_of_reach(c)):
+        if decision.format is None:
+            return decision
+        smallest = self._smallest(c)
+        if reason := _out_of_reach(c, smallest) or self._without_consent(c):
             return exact("out of reach", reason)
+        if smallest:
+            reason = f"exact below {smallest} bytes, which each call decides"
+            return replace(decision, reason=reason)
         return decision
 
+    def _smallest(self, c: Collective) -> int:
+        """From how many bytes on a collective is quantized, where only its run knows the size; 0
+        where that is decided here.
 
-def _out_of_reach(c: Collective) -> str:
+        Torch's own collectives of symbolic size count as large: a choice at run time hides from
+        Inductor what they are made of.
+        """
+        is_named = self.policy.override_for(module_of(c.node)) is not None
+        is_decided = c.foreign is None or size_to_compare(c) is not None or is_named
+        return 0 if is_decided else self.policy.smallest
+
+    def _without_consent(self, c: Collective) -> str:
+        """Why a collective stays exact as long as its ranks did not agree, "" if they did."""
+        if self.groups is None:
+            return ""
+        if c.foreign is not None and (str(c.foreign.theirs), c.group) in self.groups:
+            return ""
+        if c.foreign is None and any(name == c.group for _, name in self.groups):
+            return ""
+        name = c.foreign.theirs if c.foreign else c.group
+        return f"the ranks of process group {name!r} have not agreed on policy and operators"
+
+
+def _out_of_reach(c: Collective, smallest: int) -> str:
     """Why a collective cannot be quantized although it should be, "" if it can."""
-    if c.node.target not in KNOWN:
+    if not c.is_known:
         return f"{c.kind} is not rewritten in this version"
+    if c.foreign is not None and c.foreign.problem:
+        return c.foreign.problem
     if c.world == 0:
         return f"process group {c.group!r} is not known in this process"
     if "val" not in c.node.meta:
         return "its graph has no shapes"
-    if c.wait is None:
+    if c.result is None:
         return f"it has {len(c.node.users)} readers; expected a single wait_tensor"
     if c.kind == "all_to_all" and any(map(free_unbacked_symbols, splits(c))):
         return "its split sizes depend on data that only the run has"
+    if smallest and c.foreign is not None and not c.foreign.as_text():
+        return f"its size and its arguments are symbolic, so min_bytes={smallest} cannot be kept"
     return ""
 
 
@@ -144,15 +186,13 @@ _CODED: frozenset[object] = frozenset(
 )
 
 
-def _sent_quantized(
-    c: Collective, fmt: QuantFormat, device: torch.device, segments: int
-) -> int | None:
+def _sent_quantized(c: Collective, fmt: QuantFormat, segments: int) -> int | None:
     """Bytes one rank sends in the collectives that replace ``c``."""
     n = c.input.numel()
     if not isinstance(n, int):
         return None
     if c.kind == "all_reduce":
-        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, device, segments)
+        return exchanges.all_reduce_sent_bytes(n, fmt, c.world, segments)
     if c.kind == "all_gather":
         return exchanges.all_gather_sent_bytes(n, fmt, c.world)
     if c.kind == "reduce_scatter":
@@ -168,43 +208,40 @@ def _sent_quantized(
 
 
 def _replacement(
-    c: Collective, fmt: QuantFormat, place: str, device: torch.device, segments: int
-) -> Callable[[Tensor], Tensor]:
-    args: Any = c.node.args
+    c: Collective, fmt: QuantFormat, smallest: int, segments: int, place: str
+) -> Callable[..., Tensor]:
     site = f"{c.kind} at {place}"
-    if c.kind == "all_reduce":
-        segments = segments or exchanges.default_segments(c.input.numel(), fmt, device)
-        return partial(
-            exchanges.all_reduce_wire,
-            fmt=fmt.spec,
-            op=c.op,
-            world=c.world,
-            group=c.group,
-            segments=segments,
-            site=site,
-        )
-    if c.kind == "reduce_scatter":
-        return partial(
-            exchanges.reduce_scatter_wire,
-            fmt=fmt.spec,
-            op=c.op,
-            world=c.world,
-            group=c.group,
-            site=site,
-        )
-    if c.kind == "all_gather":
-        return partial(
-            exchanges.all_gather_wire, fmt=fmt.spec, world=c.world, group=c.group, site=site
-        )
+    if c.kind == "all_to_all":
+        return _all_to_all(c, fmt, site)
     if c.kind == "broadcast":
+        source: Any = c.node.args[1]
         return partial(
             exchanges.broadcast_wire,
             fmt=fmt.spec,
-            src=args[1],
+            src=source,
             world=c.world,
             group=c.group,
             site=site,
         )
+    if smallest and c.foreign is not None:
+        call = c.foreign.as_text()
+        rest = (fmt.spec, c.op, c.world, c.group, c.foreign.dim, segments, smallest, call, site)
+        return lambda x: by_size(x, c.kind, *rest)
+    return partial(
+        along_dim,
+        kind=c.kind,
+        fmt=fmt.spec,
+        op=c.op,
+        world=c.world,
+        group=c.group,
+        dim=c.foreign.dim if c.foreign else 0,
+        segments=segments,
+        site=site,
+    )
+
+
+def _all_to_all(c: Collective, fmt: QuantFormat, site: str) -> Callable[..., Tensor]:
+    args: Any = c.node.args
     outputs, inputs = len(args[1]), len(args[2])
     fixed = [None if isinstance(size, fx.Node) else size for size in (*args[1], *args[2])]
 
@@ -222,13 +259,13 @@ def _replacement(
 def _replace(
     c: Collective,
     fmt: QuantFormat,
+    smallest: int,
+    segments: int,
     place: str,
     decompositions: Decompositions,
-    device: torch.device,
-    segments: int,
 ) -> None:
-    assert c.wait is not None
-    inputs: list[Any] = [c.node.args[0]]
+    assert c.result is not None
+    inputs: list[Any] = [c.sent]
     if c.kind == "all_to_all":
         sizes: Any = [*c.node.args[1], *c.node.args[2]]  # type: ignore[misc]
         inputs += [size for size in sizes if isinstance(size, fx.Node)]
@@ -238,14 +275,13 @@ def _replace(
 
     def before(node: fx.Node) -> fx.Node:
         nonlocal place_of_next
-        if node.target is WAIT:
-            assert c.wait is not None
+        if node.target is WAIT and c.wait is not None:
             place_of_next = c.wait
         return place_of_next
 
-    replacement = _replacement(c, fmt, place, device, segments)
+    replacement = _replacement(c, fmt, smallest, segments, place)
     result = splice(replacement, inputs, c.node, before, decompositions)
     graph = c.node.graph
-    c.wait.replace_all_uses_with(result)
-    graph.erase_node(c.wait)
-    graph.erase_node(c.node)
+    c.result.replace_all_uses_with(result)
+    for dead in dict.fromkeys((c.result, c.node)):
+        graph.erase_node(dead)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.formats import QuantFormat
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
+    from rfcompile.inductor.custom_pass import inductor_pass
     from rfcompile.kernels import kernels
     from rfcompile.report.journal import reports
     from rfcompile.report.report import Report, Site
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
         reduce_scatter,
     )
     from rfcompile.wire.default_policy import set_default_policy
+    from rfcompile.wire.foreign import register_collective
     from rfcompile.wire.policy import Policy
 
     __version__: str
@@ -48,6 +50,7 @@ _HOMES = {
     "codec.formats": "QuantFormat",
     "codec.functions": "dequantize quantize",
     "explain": "explain",
+    "inductor.custom_pass": "inductor_pass",
     "kernels": "kernels",
     "report.journal": "reports",
     "report.report": "Report Site",
@@ -61,11 +64,12 @@ _HOMES = {
     "training.traffic": "quantize_traffic",
     "wire.collectives": "all_gather all_reduce all_to_all broadcast reduce_scatter",
     "wire.default_policy": "set_default_policy",
+    "wire.foreign": "register_collective",
     "wire.policy": "Policy",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 _DEFINING = (
-    *("codec.operators", "wire.collectives", "wire.fake", "wire.transfers"),
+    *("codec.operators", "wire.by_size", "wire.collectives", "wire.fake", "wire.transfers"),
     *("nn.attention_operators", "nn.graying"),
 )
 """The modules that define operators of torch.ops.rfcompile."""
@@ -93,6 +97,7 @@ __all__ = [
     "experimental",
     "explain",
     "find_residuals",
+    "inductor_pass",
     "kernels",
     "low_rank",
     "measure_step",
@@ -100,6 +105,7 @@ __all__ = [
     "quantize",
     "quantize_traffic",
     "reduce_scatter",
+    "register_collective",
     "reports",
     "rewrites_of",
     "set_default_policy",

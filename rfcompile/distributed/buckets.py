@@ -16,7 +16,7 @@ from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import HookError
 from rfcompile.report.report import Site
 from rfcompile.wire.cost import sent_bytes
-from rfcompile.wire.exchanges import all_reduce_sent_bytes
+from rfcompile.wire.exchanges import all_reduce_sent_bytes, default_segments
 from rfcompile.wire.policy import Decision, Policy, exact
 
 
@@ -210,7 +210,8 @@ def site_of(
         before = sent_bytes("all_reduce", part.size * dtype.itemsize, world)
     after = before
     if part.format is not None:
-        after = all_reduce_sent_bytes(part.size, part.format, world, device, segments)
+        segments = segments or default_segments(part.size, part.format, device)
+        after = all_reduce_sent_bytes(part.size, part.format, world, segments)
     return part.site(
         "all_reduce", part.size, (before, after), kind="gradients", source=f"bucket {index}",
         dtype=dtype, group=group, world=world,

@@ -13,6 +13,7 @@ from torch import fx
 
 from rfcompile.errors import ProcessGroupError
 from rfcompile.find.axes import bytes_of
+from rfcompile.find.foreign import ForeignCall, foreign_call
 from rfcompile.torch_versions import reduction_name
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.process_groups import name_of, resolve
@@ -58,27 +59,48 @@ class Collective:
         node: the call; wait: the wait_tensor that reads it, None unless that is its only reader.
         kind: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, or the operator's own
             name where it is none of these.
-        input: the tensor that is sent (a fake tensor).
+        sent: the node of the tensor that is sent, or what the operator has there.
+        input: that tensor (a fake tensor).
         op: the reduction, "" where there is none.
-        group: name of the process group; world: its size, 0 where that is unknown.
+        group: torch's name of the process group; world: its size, 0 where that is unknown.
+        foreign: of an operator that :func:`~rfcompile.register_collective` got, else None.
     """
 
     node: fx.Node
     wait: fx.Node | None
     kind: str
+    sent: Any
     input: torch.Tensor
     op: str
     group: str
     world: int
+    foreign: ForeignCall | None = None
+
+    @property
+    def result(self) -> fx.Node | None:
+        """The node of what arrived; None where that is not one node."""
+        return self.foreign.result if self.foreign else self.wait
+
+    @property
+    def is_known(self) -> bool:
+        """Its kind is one that bytes are counted for."""
+        return self.foreign is not None or self.node.target in KNOWN
 
 
 def find_collectives(gm: fx.GraphModule) -> tuple[Collective, ...]:
-    """All functional collectives in order of appearance, also those no rewrite knows.
+    """All functional and all registered collectives in order of appearance, also those no rewrite
+    knows.
 
     Graphs inside the graph (``torch.cond``, ``nested_compile_region``) are searched where they are
     first referred to.
     """
-    return tuple(_describe(node) for node in all_nodes(gm) if _is_collective(node))
+    found = []
+    for node in all_nodes(gm):
+        if _is_collective(node):
+            found.append(_describe(node))
+        elif (call := foreign_call(node)) is not None:
+            found.append(_describe_foreign(call))
+    return tuple(found)
 
 
 def all_nodes(gm: fx.GraphModule, seen: set[fx.GraphModule] | None = None) -> Iterator[fx.Node]:
@@ -95,7 +117,7 @@ def all_nodes(gm: fx.GraphModule, seen: set[fx.GraphModule] | None = None) -> It
 
 def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = frozenset()) -> str:
     """What a policy calls it: "activations", "gradients" or, of a parameter, "weights"."""
-    if c.kind == "all_gather" and _is_parameter(c.node.args[0], parameters):
+    if c.kind == "all_gather" and _is_parameter(c.sent, parameters):
         return "weights"
     return kind_of(c.node, direction)
 
@@ -123,7 +145,7 @@ def size_to_compare(c: Collective) -> int | None:
 def sent_by_each(c: Collective) -> int | None:
     """Bytes that one rank sends in a collective, None where that is not known."""
     size = bytes_of(c.input)
-    if c.node.target not in KNOWN or size is None:
+    if not c.is_known or size is None:
         return size if isinstance(size, int) else None
     if not c.world:
         return None
@@ -182,10 +204,25 @@ def _describe(node: fx.Node) -> Collective:
         node=node,
         wait=waits[0] if len(waits) == 1 and len(node.users) == 1 else None,
         kind=KNOWN.get(target, target._opname),
+        sent=sent,
         input=_value_of(sent),
         op=reduction_name(arguments.get("reduce_op", "")),
         group=name_of(group) if group else "",
         world=_world_size(arguments, group),
+    )
+
+
+def _describe_foreign(call: ForeignCall) -> Collective:
+    return Collective(
+        node=call.node,
+        wait=None,
+        kind=call.operator.kind,
+        sent=call.sent,
+        input=_value_of(call.sent),
+        op=call.operator.reduce,
+        group=call.group,
+        world=_world_size({}, call.group) if call.group else 0,
+        foreign=call,
     )
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from rfcompile.wire.foreign import registered
+
 
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
@@ -75,9 +77,10 @@ def is_contraction(node: fx.Node) -> bool:
 
 
 def is_custom(node: fx.Node) -> bool:
-    """It calls a kernel that torch does not know."""
+    """It calls a kernel that torch does not know, and that is no registered collective."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCH
+    is_foreign = isinstance(target, torch._ops.OpOverload) and target.namespace not in _TORCH
+    return is_foreign and registered(target) is None
 
 
 def is_pooling(node: fx.Node) -> bool:

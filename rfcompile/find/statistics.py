@@ -94,6 +94,7 @@ from rfcompile.find.axes import (
 )
 from rfcompile.find.collectives import is_recomputed
 from rfcompile.find.dataflow import bodies, is_contraction, is_custom, is_pooling, operator_name
+from rfcompile.find.foreign import foreign_call
 from rfcompile.find.operator_kinds import (
     ADDING,
     CONSTANTS,
@@ -211,6 +212,10 @@ class Statistics:
         called = list(bodies(node))
         if called:
             return self._call(called)
+        if (foreign := foreign_call(node)) is not None:
+            arrived = self._origin(foreign.sent)
+            value = value_of(node)
+            return (arrived,) * len(value) if isinstance(value, (tuple, list)) else arrived
         if is_product(node):
             left, right = map(self._origin, node.args[:2])
             return of_a_product(node, left, right, self._is_forward(node))

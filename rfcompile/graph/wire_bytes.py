@@ -13,7 +13,9 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  
 
 from rfcompile.graph.text import read_statements
 from rfcompile.wire.cost import sent_bytes
+from rfcompile.wire.foreign import all_registered
 
+BY_SIZE = "rfcompile.by_size.default"
 _COLLECTIVES = {
     "all_reduce": "all_reduce",
     "all_gather_into_tensor": "all_gather",
@@ -31,12 +33,15 @@ def wire_bytes(text: str) -> int | None:
     """Bytes one rank sends in all functional collectives of a graph text.
 
     None where a size is symbolic, a process group is not known here, or a collective is none of
-    :func:`sent_bytes`.
+    :func:`sent_bytes`, as those of other libraries.
     """
     total = 0
+    others = {BY_SIZE, *(str(foreign.op) for foreign in all_registered())}
     types: dict[str, str] = {}
     for s in read_statements(text):
         types[s.name] = s.type
+        if s.target in others or any(name in s.arguments for name in others):
+            return None
         namespace, _, op = s.target.partition(".")
         op = op.split(".")[0]
         if not namespace.startswith("_c10d_functional") or op in _SENDS_NOTHING:

@@ -38,6 +38,7 @@ from rfcompile.report.report import Site
 from rfcompile.report.runs import counted
 from rfcompile.torch_versions import warn_if_untried
 from rfcompile.wire.default_policy import WAYS, default_policy
+from rfcompile.wire.foreign import registered_text
 from rfcompile.wire.policy import Policy, as_policy
 from rfcompile.wire.process_groups import agree
 
@@ -227,6 +228,7 @@ class _Inner:
 
     def _agree(self, sites: Sequence[Site]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
+        plan += registered_text()
         with _disable_current_modes():
             # Only two ranks take part in a transfer: the others may not be compiling.
             shared = [s for s in sites if s.world_size > 1 and s.collective not in ("send", "recv")]

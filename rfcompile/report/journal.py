@@ -22,13 +22,21 @@ class Entry:
     """One compiled model or piece of one; its backward graph may be added later.
 
     ``place``: the class of the module and the line where its code begins; ``frame``: Dynamo's
-    number of the function, None where Dynamo is not known to have one.
+    number of the function, None where Dynamo is not known to have one; ``is_counted``: its runs
+    are.
     """
 
     def __init__(
-        self, policy: Policy, place: str = "", frame: int | None = None, *, strict: bool = False
+        self,
+        policy: Policy,
+        place: str = "",
+        frame: int | None = None,
+        *,
+        strict: bool = False,
+        is_counted: bool = True,
     ) -> None:
         self.policy, self.place, self.frame, self.strict = policy, place, frame, strict
+        self.is_counted = is_counted
         self.graphs: list[tuple[Runs, GraphChange | None]] = []
         self.notes: list[str] = []
 
@@ -60,11 +68,14 @@ class Entry:
             [replace(site, runs=modules) for site in self.sites],
             notes=[
                 *self.notes,
-                *(runs.note() for runs, _ in self.graphs if runs.sites),
+                *(self._note(runs) for runs, _ in self.graphs if runs.sites),
                 *(one_for_several(pattern, self.place) for pattern in indexed),
             ],
             graphs=[change for _, change in self.graphs if change],
         )
+
+    def _note(self, runs: Runs) -> str:
+        return runs.note() if self.is_counted else f"{runs.name}: nobody counts how often it runs"
 
     def _check_patterns(self) -> None:
         """The graph turns out to serve several modules."""
@@ -105,9 +116,14 @@ _ENTRIES: list[Entry] = []
 
 
 def new_entry(
-    policy: Policy, place: str = "", frame: int | None = None, *, strict: bool = False
+    policy: Policy,
+    place: str = "",
+    frame: int | None = None,
+    *,
+    strict: bool = False,
+    is_counted: bool = True,
 ) -> Entry:
-    entry = Entry(policy, place, frame, strict=strict)
+    entry = Entry(policy, place, frame, strict=strict, is_counted=is_counted)
     _ENTRIES.append(entry)
     del _ENTRIES[:-KEPT]
     return entry

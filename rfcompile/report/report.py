@@ -34,8 +34,8 @@ class Site:
         dtype: of the input.
         group: name of the process group; world_size: its ranks.
         format: text of the format, None where the site stays exact.
-        reason: why it stays exact, "" for a quantized site; ``why`` is the rule, for programs (see
-            :class:`~rfcompile.wire.policy.Decision`).
+        reason: why it stays exact; "" for a quantized site, unless each call decides; ``why`` is
+            the rule, for programs (see :class:`~rfcompile.wire.policy.Decision`).
         eligible: it could be quantized and nobody asked by name to leave it.
         bytes_before, bytes_after: bytes one rank sends in one run, None where a size is symbolic.
         sqnr_db, kurtosis: measured on the tensor, where a report measures.
@@ -242,7 +242,7 @@ class Report(TableReport):
                 f"{site.direction} {site.collective}",
                 site.place,
                 f"{site.dtype}[{', '.join(map(str, site.shape))}]",
-                site.format or ("" if site.merged else "exact: ") + site.reason,
+                _format_of(site),
                 _count(site.bytes_before, site.runs),
                 _count(site.bytes_after, site.runs),
             ]
@@ -304,6 +304,12 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
+
+
+def _format_of(site: Site) -> str:
+    if site.format:
+        return site.format + (f" ({site.reason})" if site.reason else "")
+    return ("" if site.merged else "exact: ") + site.reason
 
 
 def _count(value: int | None, runs: int) -> str:

@@ -169,11 +169,8 @@ def broadcast_wire(
     return _first(operators.dequantize(received, fmt, x.dtype), 1, m).reshape(x.shape)
 
 
-def all_reduce_sent_bytes(
-    size: int, fmt: QuantFormat, world: int, device: torch.device, segments: int = 0
-) -> int:
-    """Bytes one rank sends in :func:`all_reduce_wire` of ``size`` elements on ``device``."""
-    segments = segments or default_segments(size, fmt, device)
+def all_reduce_sent_bytes(size: int, fmt: QuantFormat, world: int, segments: int) -> int:
+    """Bytes one rank sends in :func:`all_reduce_wire` of ``size`` elements."""
     unit = world * segments * fmt.group_elements(8)
     payload = fmt.payload_bytes(-(-size // unit) * unit, world * segments)
     exchange = sent_bytes("all_to_all", payload, world)

@@ -184,6 +184,14 @@ def agree(group: str, plan: str) -> bool:
     return True
 
 
+def has_agreed(group: str, plan: str) -> bool:
+    """:func:`agree` was called with this plan for a group that lives on; sends nothing."""
+    try:
+        return plan in _AGREED.get(resolve(group), ())
+    except ProcessGroupError:
+        return False
+
+
 def _barrier(group: Any) -> None:
     on_cuda = "nccl" in dist.get_backend(group)
     dist.barrier(group, device_ids=[torch.cuda.current_device()] if on_cuda else None)
