@@ -27,6 +27,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rfcompile.errors import OptionError, PolicyError, RFCompileError, UnquantizedSiteError
+from rfcompile.find.collectives import find_collectives
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import run
@@ -38,7 +39,6 @@ from rfcompile.report.report import Site
 from rfcompile.report.runs import counted
 from rfcompile.torch_versions import warn_if_untried
 from rfcompile.wire.default_policy import WAYS, default_policy
-from rfcompile.wire.foreign import registered_text
 from rfcompile.wire.policy import Policy, as_policy
 from rfcompile.wire.process_groups import agree
 
@@ -216,24 +216,33 @@ class _Inner:
         )
         if direction == "forward":
             self.saved = Statistics(gm, direction, self.parameters).returned()
+        foreign = _foreign_operators(gm)
         record = run(gm, passes)
         runs = self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
-        self._agree(sites)
+        self._agree(sites, foreign)
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
         compiled = self.inner(record.gm, example_inputs, **kwargs)
         return counted(compiled, runs, static if direction == "forward" else ())
 
-    def _agree(self, sites: Sequence[Site]) -> None:
+    def _agree(self, sites: Sequence[Site], foreign: Mapping[str, str]) -> None:
         plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
-        plan += registered_text()
         with _disable_current_modes():
             # Only two ranks take part in a transfer: the others may not be compiling.
             shared = [s for s in sites if s.world_size > 1 and s.collective not in ("send", "recv")]
             for group in dict.fromkeys(site.group for site in shared):
-                agree(group, plan)
+                agree(group, plan + foreign.get(group, ""))
+
+
+def _foreign_operators(gm: fx.GraphModule) -> dict[str, str]:
+    """What the registered operators of a graph do, as text, by process group."""
+    found: dict[str, set[str]] = {}
+    for collective in find_collectives(gm):
+        if collective.foreign is not None:
+            found.setdefault(collective.group, set()).add(collective.foreign.operator.text)
+    return {group: "; ".join(["", *sorted(texts)]) for group, texts in found.items()}
 
 
 def _failing(error: BaseException) -> Callable[..., Any]:

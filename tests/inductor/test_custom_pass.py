@@ -23,6 +23,7 @@ from rfcompile import QuantFormat
 from rfcompile.errors import PolicyError, ProcessGroupError, RankMismatchError
 from rfcompile.inductor import custom_pass
 from rfcompile.report.step import merge_reports
+from rfcompile.wire import foreign as registry
 from rfcompile.wire.process_groups import simulated
 from tests import foreign
 from tests.ranks import error_of
@@ -129,6 +130,14 @@ def test_ranks_that_differ_are_told(ranks: RunRanks) -> None:
         assert "inductor pass" in text
 
 
+def test_ranks_that_registered_other_facts_are_told(ranks: RunRanks) -> None:
+    for errors in ranks(2, disagree_on_an_operator):
+        for kind, text in errors:
+            assert kind is RankMismatchError
+            assert "reduce=sum" in text
+            assert "reduce=avg" in text
+
+
 def test_the_key_has_policy_sources_operators_and_groups() -> None:
     foreign.register()
     first = rf.inductor_pass(4)
@@ -165,17 +174,20 @@ def test_wrong_input_is_refused() -> None:
 
 @contextmanager
 def fresh(tag: str) -> Iterator[None]:
-    """As in a process that has compiled nothing."""
+    """As in a process that has compiled nothing; what compiles inside leaves no report."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     rf.reports(clear=True)
     foreign.CALLS.clear()
     with torch.no_grad(), torch.compiler.config.patch(cache_key_tag=tag):
         yield
+    rf.reports(clear=True)
 
 
-def compiled(f: Callable[..., Any], graph_pass: Any, dynamic: bool) -> Callable[..., Any]:
-    options = {"post_grad_custom_post_pass": graph_pass}
+def compiled(
+    f: Callable[..., Any], graph_pass: Any, dynamic: bool, **options: Any
+) -> Callable[..., Any]:
+    options = {"post_grad_custom_post_pass": graph_pass, **options}
     return torch.compile(f, fullgraph=True, dynamic=dynamic, options=options)
 
 
@@ -225,7 +237,9 @@ def serve(rank: Rank, dtype: torch.dtype) -> dict[str, Any]:
         }
     graph_pass.agree("tp:0")
     with fresh(uuid.uuid4().hex):
-        call = compiled(served, graph_pass, dynamic=True)
+        # Servers have in-place operators in the first of both forms.
+        first_form = {"enable_auto_functionalized_v2": dtype is torch.float32}
+        call = compiled(served, graph_pass, dynamic=True, **first_form)
         found = call(*large)
         run["large called"] = list(foreign.CALLS)
         exact = call(*small)
@@ -336,3 +350,22 @@ def disagree(rank: Rank) -> tuple[type, str]:
     graph_pass = start(rank, 4 + 4 * rank.index)
     error = error_of(lambda: graph_pass.agree("tp:0"))
     return type(error), str(error)
+
+
+def disagree_on_an_operator(rank: Rank) -> list[tuple[type, str]]:
+    """By the pass, and by the backend."""
+    start(rank)
+    with patch.dict(registry._REGISTERED):
+        del registry._REGISTERED[vllm.all_reduce.default]
+        rf.register_collective(
+            vllm.all_reduce,
+            kind="all_reduce",
+            reduce=("sum", "avg")[rank.index],
+            group="group_name",
+            process_group=foreign.group_of,
+        )
+        found = [error_of(lambda: rf.inductor_pass(POLICY).agree("tp:0"))]
+        with fresh(uuid.uuid4().hex):
+            call = torch.compile(one_all_reduce, backend="rfquant", options=POLICY)
+            found.append(error_of(lambda: call(*inputs(rank, LARGE, torch.float32))))
+    return [(type(error), str(error)) for error in found]
