@@ -104,6 +104,21 @@ _broadcast_op = define_operator(
     _contiguous_like,
 )
 
+# Asked at run time: ranks share a cache of compiled graphs, whose key knows no rank.
+operators.LIBRARY.define("is_rank(Tensor like, int rank, str group) -> Tensor")
+operators.LIBRARY.impl(
+    "is_rank",
+    lambda like, rank, group: torch.full(
+        (), resolve(group).rank() == rank, dtype=torch.bool, device=like.device
+    ),
+    "CompositeExplicitAutograd",
+)
+operators.LIBRARY.impl(
+    "is_rank", lambda like, rank, group: like.new_empty((), dtype=torch.bool), "Meta"
+)
+_is_rank: OpOverload[..., Tensor] = torch.ops.rfcompile.is_rank.default
+"""Whether this rank is ``rank`` of the group, as a bool on the device of ``like``."""
+
 
 def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Those of the gradient's collective: it has the format's grid for gradients."""
@@ -134,8 +149,8 @@ def _all_to_all_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _broadcast_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     fmt, src, world, group = ctx.arguments
     total = _all_reduce(grad, fmt, "sum", world, group)
-    is_source = resolve(group).rank() == src
-    return (total if is_source else torch.zeros_like(total), None, None, None, None)
+    kept = torch.where(_is_rank(total, src, group), total, 0)
+    return (kept, None, None, None, None)
 
 
 def _differentiable(
