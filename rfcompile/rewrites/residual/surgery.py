@@ -15,10 +15,9 @@ from dataclasses import replace
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from rfcompile.errors import CaptureError, ResidualError
-from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode
+from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode, tensors_of
 from rfcompile.graph.models import without_nested_tensors
 from rfcompile.graph.places import ModuleCall, frames_of, module_calls, module_of
 from rfcompile.nn.residual_site import ResidualSite
@@ -207,22 +206,18 @@ def _no_fast_path(*_: object) -> None:
 # ---- the check -------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[object]:
-    """What the model computes in eval mode; modes, seeds and inputs stay as they are."""
+def _outputs(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """The tensors that a model computes in eval mode; modes, seeds and inputs stay as they are."""
     args, kwargs = copied(inputs)
     modes = in_mode(model, training=False)
     with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return pytree.tree_leaves(model(*args, **kwargs))
+        return tensors_of(model(*args, **kwargs))
 
 
-def _check_equal(model: nn.Module, expected: list[object], got: list[object]) -> None:
+def _check_equal(model: nn.Module, expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:
     pairs = zip(expected, got, strict=True)
-    same = all(
-        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        for a, b in pairs
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    )
+    same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
     if not same:
         raise ResidualError(
             f"{type(model).__name__} computes something else once its residual adds are modules: "
