@@ -99,3 +99,143 @@ def test_t5_with_its_own_configuration() -> None:
     got, expected = new(**inputs), model(**inputs)
     assert torch.equal(got.logits, expected.logits)
     assert got.past_key_values is not None
+
+
+# ---- plain objects that a module holds ---------------------------------------------------------
+
+
+class Processor:
+    """As diffusers' attention processors: the object is called, and adds."""
+
+    def __call__(self, owner: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+        residual = x
+        x = scale * owner.branch(x)
+        return x + residual
+
+
+class OtherProcessor(Processor):
+    def __call__(self, owner: Any, x: Tensor, scale: float = 1.0) -> Tensor:
+        return owner.branch(x)
+
+
+class Steps:
+    """A method of an object, which calls another one of it."""
+
+    def run(self, owner: Any, x: Tensor) -> Tensor:
+        return self.add(x, owner.branch(x))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class WithProcessor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.processor, self.steps = mlp(), Processor(), Steps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.processor(self, x, scale=0.5)
+        return self.steps.run(self, x)
+
+
+def test_an_object_that_adds() -> None:
+    model = nn.Sequential(WithProcessor(), WithProcessor())
+    new = annealed(model, 4)
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert torch.equal(twin(X), model(X))
+    for site in sites_of(new):
+        site.become("free")
+    x = X
+    for block in model:
+        x = block.get_submodule("branch")(0.5 * block.get_submodule("branch")(x))
+    assert torch.equal(new(X), x)
+
+
+def test_an_object_of_another_class_afterwards() -> None:
+    new = annealed(nn.Sequential(WithProcessor()), 2)
+    new[0].processor = OtherProcessor()  # type: ignore[index, assignment]
+    with pytest.raises(
+        SourceError, match=r"with a Processor, .* and has a OtherProcessor now: set"
+    ):
+        new(X)
+
+
+# ---- modules that go through their submodules --------------------------------------------------
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)  # type: ignore[no-untyped-call]
+
+
+class Listed(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for number in range(len(self)):
+            y = self[number](y)
+        for layer in self:
+            y = layer(y)
+        return x + y
+
+
+class Named(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for name, layer in self.items():
+            y = layer(y) if name in self.keys() else y
+        for layer in self.values():
+            y = layer(y)
+        return x + y if len(self) == len([*self]) == 3 else x
+
+
+class Loop(nn.Module):
+    """transformers' VitDetResBottleneckBlock is written so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.act, self.b = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        for _, layer in self.named_children():
+            x = layer(x)
+        for part in self._modules.values():
+            x = part(x) if part is not None else x
+        for name, layer in self.named_modules():
+            x = layer(x) if name else x
+        for layer in self.modules():
+            x = layer(x) if layer is not self else x
+        return x
+
+
+LOOPS: dict[str, Callable[[], nn.Module]] = {
+    "a Sequential": lambda: Residual(*mlp()),
+    "a ModuleList": lambda: Listed(mlp()),
+    "a ModuleDict": lambda: Named(dict(zip("abc", mlp(), strict=True))),
+    "a loop": Loop,
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_a_module_that_goes_through_its_submodules(kind: str) -> None:
+    model = nn.Sequential(LOOPS[kind](), LOOPS[kind]())
+    new = annealed(model, 2)
+    assert [*new.state_dict()] == [
+        name.format(number)
+        for number in (0, 1)
+        for name in [*(f"{{}}.{n}" for n in model[0].state_dict()), "{}.residual_0.gain"]
+    ]
+    assert all(module.training is False for module in new.eval().modules())
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert torch.equal(twin(X), model(X))
+
+
+def test_a_loop_when_compiled() -> None:
+    model = nn.Sequential(Residual(*mlp()), Loop())
+    new = annealed(model, 2)
+    compiled = torch.compile(new, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), model(X))
