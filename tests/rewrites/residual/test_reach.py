@@ -239,3 +239,28 @@ def test_a_loop_when_compiled() -> None:
     new = annealed(model, 2)
     compiled = torch.compile(new, backend="eager", fullgraph=True)
     assert torch.equal(compiled(X), model(X))
+
+
+# ---- differences -------------------------------------------------------------------------------
+
+
+class Quantizers(nn.Module):
+    """Residual vector quantization, as in EnCodec: each one takes what the others left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantizers = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rest, total = x, torch.zeros_like(x)
+        for quantizer in self.quantizers:
+            q = quantizer(rest)
+            total = total + q
+            rest = rest - q
+        return total + self.quantizers[0](rest)
+
+
+def test_what_is_left_of_a_difference() -> None:
+    model = Quantizers().eval()
+    assert len(rf.find_residuals(model, example_inputs=(X,))) == 3
+    annealed(model, 1)  # a line in a loop is one site
