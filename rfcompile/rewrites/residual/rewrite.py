@@ -37,7 +37,8 @@ class ResidualFree:
             in place of the skip. "anneal": the skip has a gain, 1 at first, that
             :class:`~rfcompile.training.SkipAnnealer` drives to 0: for trained models.
         initialization: of the blocks' linears; None leaves them. Default: for "free" and "mix".
-        temperature: of the attentions; None leaves them. Default: for "free" and "mix".
+        temperature: of the attentions; None leaves them. Default: for "free" and "mix", of those
+            that can have one.
         kinds: which residual adds; see :class:`~rfcompile.passes.find_residuals.ResidualAdd`.
     """
 
@@ -57,7 +58,8 @@ class ResidualFree:
         if self.initialization == "auto":
             object.__setattr__(self, "initialization", Initialization() if fresh else None)
         if self.temperature == "auto":
-            object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
+            possible = TemperatureRule(required=False)
+            object.__setattr__(self, "temperature", possible if fresh else None)
         if not isinstance(self.initialization, Initialization | None):
             rule = "give rf.training.Initialization(...), 'auto', or None for none."
             raise OptionError("initialization", self.initialization, rule)
@@ -133,8 +135,11 @@ def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualRep
     for site in opened:
         _become(model, site, _SITE_MODES[how.mode])
     if isinstance(how.temperature, TemperatureRule):
-        temperatures = temper(model, inputs, how.temperature)
-        if not temperatures:
+        reasons: dict[str, str] = {}
+        temperatures = temper(model, inputs, how.temperature, reasons)
+        for path, reason in reasons.items():
+            notes.append(f"the attention of {path or 'the model'} has no temperature: {reason}")
+        if not temperatures and not reasons:
             notes.append(
                 "no temperature: no self-attention was found, a softmax between two products; "
                 "scale the queries of any other kind in the model"

@@ -264,3 +264,48 @@ def test_what_is_left_of_a_difference() -> None:
     model = Quantizers().eval()
     assert len(rf.find_residuals(model, example_inputs=(X,))) == 3
     annealed(model, 1)  # a line in a loop is one site
+
+
+# ---- attentions without a temperature ----------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """``how``: the queries pass a norm without parameters, get a bias of their own, or are both
+    queries and keys.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm = how, nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.q_norm = nn.RMSNorm(4, elementwise_affine=False)
+        self.bias = nn.Parameter(torch.randn(3 * WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        qkv = F.linear(y, self.qkv.weight, self.bias) if self.how == "bias" else self.qkv(y)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in qkv.chunk(3, -1))
+        if self.how == "norm":
+            q = self.q_norm(q)
+        y = F.scaled_dot_product_attention(q, q if self.how == "shared" else k, v)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_a_norm_without_parameters_has_a_temperature() -> None:
+    new = rf.transform(nn.Sequential(Attention("norm")), residual="free", example_inputs=(X,))
+    assert [t.name for t in residual_report(new).temperatures] == ["0.q_norm.temperature"]
+
+
+@pytest.mark.parametrize("how", ["bias", "shared"])
+def test_an_attention_that_cannot_have_a_temperature(how: str) -> None:
+    model = nn.Sequential(Attention(how), Attention("plain"))
+    new = rf.transform(model, residual="free", example_inputs=(X,))
+    report = residual_report(new)
+    assert len(report.sites) == 2
+    assert [t.name for t in report.temperatures] == ["1.qkv.temperature"]
+    (note,) = (note for note in report.notes if "temperature" in note)
+    assert note.startswith("the attention of 0 has no temperature: ")
+    assert "does not scale its queries and nothing else" in note
+    asked = rf.ResidualFree("free", temperature=TemperatureRule())
+    with pytest.raises(ResidualError, match="the attention of 0 cannot be tempered"):
+        rf.transform(model, asked, example_inputs=(X,))
