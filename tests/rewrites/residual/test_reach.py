@@ -309,3 +309,38 @@ def test_an_attention_that_cannot_have_a_temperature(how: str) -> None:
     asked = rf.ResidualFree("free", temperature=TemperatureRule())
     with pytest.raises(ResidualError, match="the attention of 0 cannot be tempered"):
         rf.transform(model, asked, example_inputs=(X,))
+
+
+# ---- kinds -------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A block of three branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+class Spatial(nn.Module):
+    """A transformer in a branch, as in Stable Diffusion's U-Net."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.Sequential(*(Layer() for _ in range(depth)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.layers(self.before(x))) + x
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_kind_of_an_add_does_not_depend_on_how_many_there_are(depth: int) -> None:
+    model = nn.Sequential(*(nn.Sequential(Residual(*mlp()), Spatial(depth)) for _ in range(3)))
+    found = rf.find_residuals(model, example_inputs=(X,))
+    assert Counter(add.kind for add in found) == {"block": 3 + 9 * depth, "long": 3}
