@@ -56,8 +56,8 @@ def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn
                 "or more): use modules='blocks', or name modules, modules=['path.of.module', ...]."
             )
         raise BoundaryError(
-            f"{name} has no repeated blocks (two or more modules of one class in a "
-            "ModuleList or Sequential): name the modules whose output crosses the wire, "
+            f"{name} has no repeated blocks (two or more modules of one class in a ModuleList or "
+            "Sequential, or named b1, b2, ...): name the modules whose output crosses the wire, "
             "modules=['path.of.module', ...]."
         )
     first_path = {id(module): path for path, module in reversed(found.items())}
@@ -150,8 +150,9 @@ def _is_sequential(cls: str) -> bool:
 
 
 def _is_block_class(cls: str) -> bool:
-    """Layers and lists of torch.nn in a row are not blocks; its transformers are."""
-    return not cls.startswith("torch.nn.modules.") or ".Transformer" in cls
+    """Layers and lists of torch.nn in a row are no blocks, nor are sites; its transformers are."""
+    is_layer = cls.startswith(("torch.nn.modules.", "rfcompile.nn."))
+    return not is_layer or ".Transformer" in cls
 
 
 # ---- blocks of a graph -------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from rfcompile.errors import OptionError, ResidualError
+from rfcompile.find.mixed_streams import find_mixed_streams, why_none
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.pipeline import run
@@ -100,8 +101,10 @@ class ResidualFree:
         opened = tuple(fact for fact in facts if isinstance(fact, OpenedSite))
         left = tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
         if not opened:
-            kinds = ", ".join(self.kinds)
-            raise ResidualError(f"the graph has no residual add of kind {kinds}.", left)
+            kinds, why = ", ".join(self.kinds), why_none(find_mixed_streams(gm))
+            raise ResidualError(
+                f"the graph has no residual add of kind {kinds}. {why}".strip(), left
+            )
         for site in opened:
             _become(gm, site, _SITE_MODES[self.mode])
         note = (
@@ -121,10 +124,10 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
-    opened, left = open_sites(model, inputs, how.kinds)
+    notes: list[str] = []
+    opened, left = open_sites(model, inputs, how.kinds, notes)
     initialized: tuple[Initialized, ...] = ()
     temperatures: tuple[Temperature, ...] = ()
-    notes = []
     if isinstance(how.initialization, Initialization):
         branches = {path for site in opened for path in site.add.branch}
         parts = anatomy(model, inputs)

@@ -344,3 +344,114 @@ def test_the_kind_of_an_add_does_not_depend_on_how_many_there_are(depth: int) ->
     model = nn.Sequential(*(nn.Sequential(Residual(*mlp()), Spatial(depth)) for _ in range(3)))
     found = rf.find_residuals(model, example_inputs=(X,))
     assert Counter(add.kind for add in found) == {"block": 3 + 9 * depth, "long": 3}
+
+
+# ---- what is no residual add -------------------------------------------------------------------
+
+
+class HyperConnections(nn.Module):
+    """Parallel streams that a matrix mixes beside each branch, as in DeepSeek-V4."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(mlp() for _ in range(layers))
+        self.mixing = nn.Parameter(torch.eye(3) + 0.1 * torch.randn(3, 3))
+        self.spread = nn.Parameter(torch.rand(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = x.unsqueeze(-2).expand(-1, -1, 3, -1)
+        for layer in self.layers:
+            branch = layer(streams.mean(-2)).unsqueeze(-2)
+            streams = self.spread * branch + torch.matmul(self.mixing, streams)
+        return streams.mean(-2)
+
+
+class DepthAttention(nn.Module):
+    """Each layer reads the results of all layers before, weighted by an attention over them."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(mlp() for _ in range(layers))
+        self.query = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        results = [x]
+        for layer in self.layers:
+            depth = torch.stack(results)
+            weights = (depth @ self.query).softmax(0).unsqueeze(-1)
+            results.append(layer((weights * depth).sum(0)))
+        return results[-1]
+
+
+class Beside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = HyperConnections(2), Residual(*mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            HyperConnections,
+            r"it has 3 times hyper-connection \(the first at .*test_reach\.py:\d+\)",
+        ),
+        (DepthAttention, r"it has 2 times attention over depth \(the first at .*test_reach\.py"),
+    ],
+)
+def test_other_connections_over_the_depth_are_named(make: Any, text: str) -> None:
+    model = make(3)
+    with pytest.raises(ResidualError, match=text):
+        rf.transform(model, residual="free", example_inputs=(X,))
+    graph = torch.export.export(model, (X,)).module()
+    with pytest.raises(ResidualError, match=text):
+        rf.transform(graph, residual="free")
+    with pytest.raises(ResidualError, match="there is nothing to rewrite"):
+        rf.transform(mlp(), residual="free", example_inputs=(X,))
+
+
+def test_other_connections_beside_residual_adds() -> None:
+    new = rf.transform(Beside(), residual="anneal", example_inputs=(X,))
+    (note,) = residual_report(new).notes
+    assert note.startswith("beside these, it has 2 times hyper-connection (the first at first ")
+
+
+# ---- the other way -----------------------------------------------------------------------------
+
+
+class InLambda(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+        self.add: Callable[[Tensor, Tensor], Tensor] = lambda x, y: x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.branch(x))
+
+
+def test_the_graph_is_offered_where_it_reaches_all() -> None:
+    model = InLambda()
+    with pytest.raises(
+        ResidualError, match=r"or rewrite the graph, where all 1 are in reach: rf\."
+    ):
+        rf.transform(model, residual="anneal", example_inputs=(X,))
+    graph = torch.export.export(model, (X,)).module()
+    assert len(sites_of(rf.transform(graph, residual="anneal"))) == 1
+
+
+def test_sites_are_no_blocks() -> None:
+    """A wire after a rewrite stands where it would stand without one."""
+
+    class Twice(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self[0](x)
+            return x + self[1](x)
+
+    model = Twice(mlp(), mlp())
+    new = rf.transform(model, rf.ResidualFree("anneal"), rf.Wire(4), example_inputs=(X,))
+    plain = rf.transform(model, rf.Wire(4))
+    hooked = [[n for n, m in twin.named_modules() if m._forward_hooks] for twin in (new, plain)]
+    assert hooked[0] == hooked[1] == ["", "0", "1"]
