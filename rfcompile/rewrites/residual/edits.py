@@ -222,7 +222,7 @@ def _only_for(receiver: type, function: FunctionType) -> FunctionType:
     """The function, which was made of a method of ``receiver``, for no object of another class."""
 
     def call(self: nn.Module, holder: object, *args: Any, **kwargs: Any) -> Any:
-        if type(holder) is not receiver:
+        if origin_of(type(holder))[0] is not receiver:
             raise SourceError(
                 f"{type(self).__name__} was rewritten with a {receiver.__name__}, which adds a "
                 f"residual, and has a {type(holder).__name__} now: set it first, then transform "

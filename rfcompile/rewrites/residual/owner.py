@@ -123,16 +123,16 @@ class Owner:
             callee = callee_of(call, function, self_name, module)
             if callee is None or callee.function in outer or len(outer) > MAX_DEPTH:
                 continue
-            helper = callee.function
-            if not _is_readable(helper):
+            helper, receiver = callee.function, callee.receiver
+            if callee.holder is self.module or not _is_readable(helper):
                 continue
-            first = next(iter(helper.__code__.co_varnames), None) if callee.receiver else None
+            first = next(iter(helper.__code__.co_varnames), None) if receiver else None
             definition = definition_of(helper)
             inner = tuple(self._edits(helper, definition, [*outer, helper], first, callee.holder))
             if inner:
                 attribute = f"_rfcompile_{helper.__name__}_{next(self.names)}"
                 where = (position_of(call, function), attribute, inner, digest_of(helper))
-                yield Edit(*where, callee.receiver, callee.method)
+                yield Edit(*where, receiver and origin_of(receiver)[0], callee.method)
 
     def apply(self, edits: Edits) -> None:
         """Give the module these edits, with their sites, and no others."""

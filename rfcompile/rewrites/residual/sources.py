@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -164,8 +164,8 @@ def called_function(call: ast.Call, function: FunctionType) -> FunctionType | No
 
 @dataclass(frozen=True)
 class Callee:
-    """What a call calls: a plain function by a global name; or a ``method`` of a plain ``holder``,
-    "" if the holder itself is called.
+    """What a call calls: a plain function by a global name; or a ``method`` of a ``holder``, "" if
+    the holder itself is called, which is no module then.
     """
 
     function: FunctionType
@@ -181,7 +181,7 @@ def callee_of(
     call: ast.Call, function: FunctionType, self_name: str | None, module: object
 ) -> Callee | None:
     """What an expression in ``function`` calls, ``self_name`` being ``module``; None if it is not
-    known or a method of a module.
+    known or a module.
     """
     plain = called_function(call, function)
     if plain is not None:
@@ -191,7 +191,8 @@ def callee_of(
         places.append((call.func.value, call.func.attr))
     for place, method in places:
         holder = _attribute(place, self_name, module)
-        if holder is not None and not isinstance(holder, (nn.Module, type, FunctionType)):
+        is_called = isinstance(holder, nn.Module) and not method  # the graph tells its adds apart
+        if not is_called and not isinstance(holder, (NoneType, type, FunctionType)):
             found = called_method(type(holder), method)
             if found is not None:
                 return Callee(found, holder, method)

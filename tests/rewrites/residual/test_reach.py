@@ -160,6 +160,40 @@ def test_an_object_of_another_class_afterwards() -> None:
         new(X)
 
 
+class Predictor(nn.Module):
+    """Its method is called, not it itself, as that of Gemma 3n's AltUp."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.inner = mlp(), Residual(*mlp())
+
+    def predict(self, x: Tensor) -> Tensor:
+        return self.inner(self.again(x))
+
+    def again(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        y += x
+        return y
+
+
+class Predicted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.predictor = Predictor()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predictor.predict(x)
+
+
+def test_a_method_of_a_submodule() -> None:
+    model = nn.Sequential(Predicted(), Predicted())
+    new = annealed(model, 4)
+    gains = ["0.predictor.inner.residual_0.gain", "0.residual_0.gain"]
+    assert sorted(n for n in new.state_dict() if n.startswith("0.") and "gain" in n) == gains
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert torch.equal(twin(X), model(X))
+
+
 # ---- modules that go through their submodules --------------------------------------------------
 
 
