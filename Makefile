@@ -5,6 +5,7 @@
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
 #   make test-clients   tests with the real Lightning, transformers and accelerate, in .venv-clients
+#   make test-zoo   rewrites many small models of transformers; the results are .cache/zoo.jsonl
 #   make test-torchtitan   the same with torchtitan, patched for CPU, in .venv-torchtitan
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch test-zoo pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -40,6 +41,10 @@ test-slow: $(VENV)/dev.stamp
 
 test-benchmarks: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m benchmark
+
+# Stopped, it goes on where it was; other sources start it anew.
+test-zoo: $(VENV)/dev.stamp
+	$(BIN)/python -m tests.breadth .cache/zoo.jsonl
 
 test-kernels: $(KERNELS_VENV)/kernels.stamp
 	$(KERNELS_VENV)/bin/python -m pytest -q -m kernels tests/codec/test_triton.py \

@@ -105,8 +105,9 @@ def find_residuals(gm: fx.GraphModule) -> tuple[ResidualAdd, ...]:
 def _kinds(streams: Mapping[Residual, Value]) -> dict[Residual, Kind]:
     """Block, unless one lies in the branch of another.
 
-    Then the outer one is long if both are on one stream and it spans two or more adds of it, or one
-    that starts where it starts; or if the inner stream has more adds. Else the inner one is local.
+    Then the outer one is long if its branch holds two or more adds of one stream, its own or
+    another; or one that starts where it starts; or if the inner stream has more adds. Else the
+    inner one is local.
     """
     sizes = Counter(streams.values())
     kinds: dict[Residual, Kind] = dict.fromkeys(streams, "block")
@@ -114,7 +115,8 @@ def _kinds(streams: Mapping[Residual, Value]) -> dict[Residual, Kind]:
         inside = [add for add in streams if add is not outer and _holds(outer, add)]
         own = [add for add in inside if streams[add] is streams[outer]]
         larger = [add for add in inside if sizes[streams[add]] > sizes[streams[outer]]]
-        if len(own) > 1 or larger or any(add.stream is outer.stream for add in own):
+        several = max(Counter(streams[add] for add in inside).values(), default=0) > 1
+        if several or larger or any(add.stream is outer.stream for add in own):
             kinds[outer] = "long"
         else:
             kinds |= dict.fromkeys(inside, "local")

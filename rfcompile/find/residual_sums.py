@@ -13,6 +13,7 @@ from rfcompile.find.sums import (
     Summand,
     carried,
     is_convolution,
+    is_negation,
     is_norm,
     is_part,
     is_resampling,
@@ -71,17 +72,19 @@ class ResidualSums:
 
     def _sources(self, skip: Value) -> Iterator[tuple[Value, bool]]:
         """What the skip is a copy of, nearest first, and whether only of a part."""
-        pending = {skip: False}
+        pending = {skip: (False, False)}
         while pending:
             value = next(iter(pending))
-            is_partial = pending.pop(value)
-            yield value, is_partial
+            is_partial, is_negative = pending.pop(value)
+            if not is_negative:
+                yield value, is_partial
             source = carried(value)
             if source is not None:
-                pending[source] = is_partial or is_part(value)
+                parted = is_partial or is_part(value)
+                pending[source] = parted, is_negative != is_negation(value)
             elif value not in self.found:
                 terms = (term for term in self.terms.get(value, ()) if _may_skip(value, term))
-                pending |= {term.factors[0]: is_partial for term in terms}
+                pending |= {term.factors[0]: (is_partial, is_negative) for term in terms}
 
     def _enters(self, stream: Value, branch: Summand, is_partial: bool) -> bool:
         """The branch contracts the stream, which enters it by itself (rules 3 and 4)."""
@@ -129,7 +132,7 @@ class ResidualSums:
             return None
         is_projected = False
         value: Value | None = skip.factors[0]
-        while value is not None:
+        while value is not None and not is_negation(value):
             if is_projected and self._is_block(value, branch.factors[0]):
                 return value
             is_projected |= is_convolution(value) or is_resampling(value)

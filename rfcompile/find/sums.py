@@ -137,6 +137,7 @@ def _stacked(value: Value, stack: Value) -> tuple[Summand, ...]:
 
 # ---- copies ------------------------------------------------------------------------------------
 
+_NEGATED = words("neg negative")
 _COPIES = words(
     "to _to_copy type type_as float half bfloat16 double convert_element_type contiguous clone "
     "alias detach lift_fresh lift_fresh_copy view_as requires_grad masked_fill Identity "
@@ -154,6 +155,11 @@ _NORMS = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm")
 _NORM_MODULES = ("LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm", "InstanceNorm")
 
 
+def is_negation(value: Value) -> bool:
+    """It is ``-x``."""
+    return value.operator in _NEGATED
+
+
 def is_part(value: Value) -> bool:
     """It takes some of the positions or channels of a tensor, as slicing does."""
     if value.operator == "getitem":
@@ -167,8 +173,8 @@ def is_part(value: Value) -> bool:
 def carried(value: Value) -> Value | None:
     """The tensor of which this is a copy: cast, reshaped, cut, dropped out or scaled; else None.
 
-    Scaled means times a number or a gain: a learned vector, a mask, anything that is not computed
-    from the tensor and spreads over it. A gate that is computed from data is no gain.
+    Scaled means times a number (``-x`` too) or a gain: a learned vector, a mask, anything that is
+    not computed from the tensor and spreads over it. A gate that is computed from data is no gain.
     """
     first = value.argument(0, "input", "self")
     if not isinstance(first, Value):
@@ -177,7 +183,7 @@ def carried(value: Value) -> Value | None:
             return second
         return None
     operator = value.operator
-    if operator in _COPIES or operator in _LAYOUTS or operator in _PARTS or operator == "getitem":
+    if operator == "getitem" or operator in _COPIES | _LAYOUTS | _PARTS | _NEGATED:
         return first
     if operator in ("add", "sub", "mul", "div"):
         return _scaled(value, first, value.argument(1, "other"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from torch import fx, nn
 
@@ -27,7 +27,8 @@ def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn
 
     Source: the rule for blocks is ours: at least two children of one class in a ModuleList or
     Sequential, the outermost such container of each path. Plain layers of torch.nn are no blocks;
-    Sequentials are if there are no others.
+    Sequentials are if there are no others. If there are none of these either: children of one class
+    that hold two matrices or more, whose names differ by the number at their end (b1, b2, ...).
     """
     # Lists of modules are never called themselves: nothing leaves them.
     called = {p: m for p, m in model.named_modules(remove_duplicate=False) if _is_called(m)}
@@ -55,8 +56,8 @@ def find_boundaries(model: nn.Module, modules: Modules = "auto") -> dict[str, nn
                 "or more): use modules='blocks', or name modules, modules=['path.of.module', ...]."
             )
         raise BoundaryError(
-            f"{name} has no repeated blocks (two or more modules of one class in a "
-            "ModuleList or Sequential): name the modules whose output crosses the wire, "
+            f"{name} has no repeated blocks (two or more modules of one class in a ModuleList or "
+            "Sequential, or named b1, b2, ...): name the modules whose output crosses the wire, "
             "modules=['path.of.module', ...]."
         )
     first_path = {id(module): path for path, module in reversed(found.items())}
@@ -84,7 +85,34 @@ def match_paths(patterns: tuple[str, ...], paths: Collection[str]) -> list[str]:
 
 
 def _all_blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return list(_blocks(model, "", _is_block_class)) or list(_blocks(model, "", _is_sequential))
+    return (
+        list(_blocks(model, "", _is_block_class))
+        or list(_blocks(model, "", _is_sequential))
+        or list(_numbered_blocks(model, ""))
+    )
+
+
+def _numbered_blocks(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    children = [(name, child) for name, child in module._modules.items() if child is not None]
+    families = [
+        _family(name, _class_name(type(child))) if _num_matrices(child) > 1 else None
+        for name, child in children
+    ]
+    for (name, child), family in zip(children, families, strict=True):
+        if family is not None and families.count(family) > 1 and _is_called(child):
+            yield f"{path}{name}", child
+        else:
+            yield from _numbered_blocks(child, f"{path}{name}.")
+
+
+def _family(name: str, cls: str) -> tuple[str, str] | None:
+    """What blocks named b1, b2, ... have in common; None: it is no block that has a number."""
+    stem = name.rstrip("0123456789")
+    return (stem, cls) if stem != name and stem and _is_block_class(cls) else None
+
+
+def _num_matrices(module: nn.Module) -> int:
+    return sum(parameter.dim() >= 2 for parameter in module.parameters())
 
 
 def _blocks(
@@ -105,7 +133,7 @@ def _branches(path: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in block.named_children():
         if not _is_called(child):
             yield from _branches(f"{path}.{name}", child)
-        elif sum(p.dim() >= 2 for p in child.parameters()) >= 2:
+        elif _num_matrices(child) >= 2:
             yield f"{path}.{name}", child
 
 
@@ -122,8 +150,9 @@ def _is_sequential(cls: str) -> bool:
 
 
 def _is_block_class(cls: str) -> bool:
-    """Layers and lists of torch.nn in a row are not blocks; its transformers are."""
-    return not cls.startswith("torch.nn.modules.") or ".Transformer" in cls
+    """Layers and lists of torch.nn in a row are no blocks, nor are sites; its transformers are."""
+    is_layer = cls.startswith(("torch.nn.modules.", "rfcompile.nn."))
+    return not is_layer or ".Transformer" in cls
 
 
 # ---- blocks of a graph -------------------------------------------------------------------------
@@ -154,7 +183,24 @@ def find_blocks(classes: Mapping[str, str]) -> list[str]:
             if len(paths) > 1 and is_block_class(cls)
             for path in paths
         }
-        inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
         if found:
-            return [path for path in classes if path in found - inner]
-    return []
+            return _outermost(found, classes)
+    numbered: dict[tuple[str, str, str], list[str]] = {}
+    for path, cls in classes.items():
+        parent, _, name = path.rpartition(".")
+        family = _family(name, cls)
+        if family is not None and _num_layers(path, classes) > 1:
+            numbered.setdefault((parent, *family), []).append(path)
+    found = {path for paths in numbered.values() if len(paths) > 1 for path in paths}
+    return _outermost(found, classes)
+
+
+def _outermost(found: set[str], paths: Iterable[str]) -> list[str]:
+    inner = {path for path in found if any(path.startswith(f"{outer}.") for outer in found)}
+    return [path for path in paths if path in found - inner]
+
+
+def _num_layers(path: str, classes: Mapping[str, str]) -> int:
+    """How many linears and convolutions were called in a module, as far as class names tell."""
+    names = [cls.lower() for p, cls in classes.items() if p.startswith(f"{path}.")]
+    return sum(name.rpartition(".")[2].startswith(("linear", "conv")) for name in names)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,7 +58,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     """
     if isinstance(model, fx.GraphModule):
         return model
-    graph: fx.GraphModule = exported(model, inputs_of(model, example_inputs)).graph_module
+    inputs = inputs_of(model, example_inputs)
+    with _plain_outputs(model):
+        graph: fx.GraphModule = exported(model, inputs).graph_module
     return graph
 
 
@@ -67,20 +71,72 @@ def exported(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         CaptureError: the model cannot be exported; the cause is chained.
     """
     args, kwargs = inputs
-    config: Any = getattr(model, "config", None)
-    use_cache = getattr(config, "use_cache", None)
     try:
-        if use_cache:
-            config.use_cache = False
-        return torch.export.export(model, args, kwargs, strict=False)
+        with _without_caches(model):
+            return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be captured by torch.export: {error}. Compile it with "
             'torch.compile(model, backend="rfquant") instead, which may split the graph.'
         ) from error
+
+
+@contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """For a while, no ``config`` of a module, nor one that it holds, says ``use_cache=True``."""
+    configs = [vars(m)["config"] for m in model.modules() if "config" in vars(m)]
+    using = [vars(config) for config in _objects_in(configs) if vars(config).get("use_cache")]
+    before = [(values, values["use_cache"]) for values in using]
+    try:
+        for values in using:
+            values["use_cache"] = False
+        yield
     finally:
-        if use_cache:
-            config.use_cache = use_cache
+        for values, use_cache in before:
+            values["use_cache"] = use_cache
+
+
+@contextmanager
+def _plain_outputs(model: nn.Module) -> Iterator[None]:
+    """For a while, the model returns tensors in the place of objects that torch does not know."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        return pytree.tree_map(lambda x: x if isinstance(x, _LEAVES) else tensors_of(x), output)
+
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+_LEAVES = (
+    *(torch.Tensor, bool, int, float, complex, str, type(None)),
+    *(torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device, torch.layout),
+)
+"""What the output of an exported program is made of."""
+
+
+def tensors_of(value: object) -> list[torch.Tensor]:
+    """The tensors in a value, those in objects that torch does not know too, each once."""
+    leaves = pytree.tree_leaves(value)
+    held = [pytree.tree_leaves(list(vars(thing).values())) for thing in _objects_in(leaves)]
+    tensors = (x for x in (*leaves, *itertools.chain(*held)) if isinstance(x, torch.Tensor))
+    return list({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _objects_in(values: list[Any]) -> Iterator[Any]:
+    """The plain objects among values, and those that their attributes hold, each once."""
+    found: dict[int, Any] = {}
+    pending = pytree.tree_leaves(values)
+    while pending:
+        value = pending.pop(0)
+        is_plain = not isinstance(value, (*_LEAVES, nn.Module, type, ModuleType))
+        is_plain &= hasattr(value, "__dict__") and not callable(value)
+        if is_plain and id(value) not in found:
+            found[id(value)] = value
+            pending += pytree.tree_leaves(list(vars(value).values()))
+            yield value
 
 
 def flat_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -91,7 +147,8 @@ def flat_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    module: Any = exported(model, inputs).module()
+    with _plain_outputs(model):
+        module: Any = exported(model, inputs).module()
     return _without_regions(module)
 
 
@@ -102,7 +159,8 @@ def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    module: Any = _without_einsum(exported(model, inputs)).module()
+    with _plain_outputs(model):
+        module: Any = _without_einsum(exported(model, inputs)).module()
     return _without_regions(module)
 
 

@@ -51,6 +51,22 @@ class Holder(nn.Module):
             self.add_module(name, child)
 
 
+class Chain(Holder):
+    """It calls its children one after the other, as timm's RegNet does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class Norm(nn.LayerNorm):
+    """One of the many modules of one class that are no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+
 def blocks(count: int, cls: Callable[[], nn.Module] = Block) -> list[nn.Module]:
     return [cls() for _ in range(count)]
 
@@ -117,6 +133,16 @@ AUTO: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
         lambda: Holder(down=nn.ModuleList([mlp(), mlp()]), layers=nn.ModuleList(blocks(2))),
         ["layers.0", "layers.1"],
     ),
+    "blocks that are attributes": (
+        lambda: Chain(stem1=nn.Linear(4, 4), b1=Block(), b2=Block(), b3=Other(), b10=Block()),
+        ["b1", "b2", "b10"],
+    ),
+    "stages that are attributes": (
+        lambda: Chain(
+            s1=Chain(b1=Block(), b2=Block()), s2=Chain(b1=Block()), norm1=Norm(), norm2=Norm()
+        ),
+        ["s1", "s2"],
+    ),
     "one block many times": (lambda: nn.ModuleList([Block()] * 3), ["0"]),
     "an empty place": (
         lambda: nn.ModuleList([Block(), None, Block()]),  # type: ignore[list-item]
@@ -151,6 +177,7 @@ def test_a_module_with_two_paths_is_one_boundary() -> None:
         nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)]),
         nn.Sequential(Block(), Other()),
         Holder(a=Block(), b=Block()),
+        Holder(norm1=Norm(), norm2=Norm(), b1=Block(), b2=Other()),
         nn.ModuleDict({"0": Block(), "1": Block()}),
         nn.ModuleList([nn.LSTM(4, 4), nn.LSTM(4, 4)]),
     ],
@@ -234,7 +261,15 @@ def called(gm: fx.GraphModule) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["between others", "two classes", "resnet", "sequentials, if nothing else"]
+    "name",
+    [
+        "between others",
+        "two classes",
+        "resnet",
+        "sequentials, if nothing else",
+        "blocks that are attributes",
+        "stages that are attributes",
+    ],
 )
 def test_a_graph_has_the_blocks_of_its_module(name: str) -> None:
     make, expected = AUTO[name]

@@ -202,7 +202,15 @@ def mixed_precision(m: Parts, x: Tensor) -> Tensor:
     return (x.float() + y.float()).to(x.dtype)
 
 
+def what_is_left(m: Parts, x: Tensor) -> Tensor:  # residual vector quantization
+    first = m.f(x)
+    rest = x + (-first)
+    return first + m.g(rest)
+
+
 FIRES: dict[str, tuple[Forward, int]] = {
+    "a negated branch": (what_is_left, 1),
+    "a negated stream": (lambda m, x: m.f(-x) + -x, 1),
     "plain": (lambda m, x: x + m.f(x), 1),
     "branch first": (lambda m, x: m.f(x) + x, 1),
     "one matrix as the branch": (lambda m, x: x + m.a(x), 1),
@@ -414,6 +422,7 @@ SILENT: dict[str, Forward] = {
     "straight-through estimator": straight_through,
     "residual vector quantizer": residual_quantizer,
     "change of a tensor": lambda m, x: m.f(x) - x,
+    "change of a tensor as a sum": lambda m, x: m.f(x) + (-x).contiguous(),
     "two models": lambda m, x: m.f(x) + m.g(x),
     "halves": split_and_sum,
     "elementwise branch": lambda m, x: x + F.gelu(m.norm(x)),

@@ -22,10 +22,12 @@ from torch import nn
 
 from rfcompile.errors import SourceError
 from rfcompile.nn.rebinding import content_of
+from rfcompile.rewrites.residual.own_modules import OWN, listing_bases
 from rfcompile.rewrites.residual.sources import (
     Method,
     Position,
     called_function,
+    called_method,
     definition_of,
     digest_of,
     methods_of,
@@ -42,13 +44,16 @@ class Edit:
     """An expression, by its position in the function, and the attribute that is called instead.
 
     ``helper``: the expression calls a function, whose source has this ``digest``; the attribute is
-    that function with these edits, as a method.
+    that function with these edits, as a method. ``receiver``: the function is the ``method`` of an
+    object of this class, which becomes its first argument; "" if the object itself is called.
     """
 
     position: Position
     attribute: str
     helper: tuple[Edit, ...] = ()
     digest: str = ""
+    receiver: type | None = None
+    method: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,15 @@ class _Editor(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> ast.AST:
         edit = self.edits.get(self._position(node)) if hasattr(node, "col_offset") else None
         given = None
+        if edit is not None and isinstance(node, ast.Attribute) and edit.attribute.startswith(OWN):
+            node.attr = edit.attribute
+            return node
         if edit is not None and isinstance(node, ast.Call) and edit.helper:
-            given = node.args, node.keywords
+            holder: list[ast.expr] = []
+            if edit.receiver is not None:
+                assert not edit.method or isinstance(node.func, ast.Attribute)
+                holder = [node.func.value if edit.method else node.func]  # type: ignore[attr-defined]
+            given = [*holder, *node.args], node.keywords
         elif edit is not None and not edit.helper:
             given = site_arguments(node, self.function)
         if edit is None or given is None:  # an Expr statement has the position of its expression
@@ -175,10 +187,15 @@ def edited(
         for edit in edits:
             if edit.helper and edit.position == position_of(call, function):
                 helper = called_function(call, function)
+                if edit.receiver is not None:
+                    helper = called_method(edit.receiver, edit.method)
                 if helper is None or digest_of(helper) != edit.digest:
                     raise _changed(ast.unparse(call.func))
                 new = edited(helper, edit.helper, as_method=True)
-                helpers[edit.attribute] = new.pop(helper.__name__)
+                main = new.pop(helper.__name__)
+                if edit.receiver is not None:
+                    main = _only_for(edit.receiver, main)
+                helpers[edit.attribute] = main
                 helpers.update(new)
     _Editor(function, edits, self_name).visit(node)
     # Free variables must be free again, and private names be mangled as in the class.
@@ -199,6 +216,22 @@ def edited(
     cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
     closure = tuple(cells[name] for name in new_code.co_freevars)
     return {function.__name__: _function_like(function, new_code, closure), **helpers}
+
+
+def _only_for(receiver: type, function: FunctionType) -> FunctionType:
+    """The function, which was made of a method of ``receiver``, for no object of another class."""
+
+    def call(self: nn.Module, holder: object, *args: Any, **kwargs: Any) -> Any:
+        if origin_of(type(holder))[0] is not receiver:
+            raise SourceError(
+                f"{type(self).__name__} was rewritten with a {receiver.__name__}, which adds a "
+                f"residual, and has a {type(holder).__name__} now: set it first, then transform "
+                "the model."
+            )
+        return function(self, holder, *args, **kwargs)
+
+    assert isinstance(call, FunctionType)
+    return call
 
 
 _FUTURE_FLAGS = 0x1FF0000
@@ -255,7 +288,8 @@ def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
         return (_instance, (make, cls, recipe, *args[1:]), *rest)
 
     own = members[cls] | {"__reduce_ex__": __reduce_ex__, RECIPE: (cls, recipe)}
-    made: type[nn.Module] = metaclass(cls.__name__, (_quiet(), cls, *bases), {**_names(cls), **own})
+    family = (_quiet(), *listing_bases(cls), cls, *bases)
+    made: type[nn.Module] = metaclass(cls.__name__, family, {**_names(cls), **own})
     return made
 
 

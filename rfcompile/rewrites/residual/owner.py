@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
@@ -22,11 +22,12 @@ from rfcompile.rewrites.residual.edits import (
     origin_of,
     rewritten_class,
 )
+from rfcompile.rewrites.residual.own_modules import OWN, listings_in
 from rfcompile.rewrites.residual.sources import (
     Method,
     adds_in,
-    called_function,
     called_methods,
+    callee_of,
     definition_of,
     digest_of,
     methods_at,
@@ -64,41 +65,74 @@ class Owner:
             for method in methods:
                 self._add(method, _statements_at(definition_of(method.function), line))
             if methods:
-                return
+                break
+        else:
+            self._consider_forward()
+        self._hide_sites()
+
+    def _consider_forward(self) -> None:
         owner = next(c for c in self.cls.__mro__ if "forward" in vars(c))
         methods = methods_of(owner, "forward")
         for method in with_source(methods) or methods:
             self._add(method, definition_of(method.function))
 
+    def _hide_sites(self) -> None:
+        """Where the forward, and methods that it names, go through the module's submodules."""
+        owner = next(c for c in self.cls.__mro__ if "forward" in vars(c))
+        methods = [m for m in methods_of(owner, "forward") if _is_readable(m.function)]
+        for method in methods:  # grows while it runs
+            definition = definition_of(method.function)
+            for node in listings_in(definition, method.self_name):
+                position = position_of(node, method.function)
+                self._extend(method, [Edit(position, OWN + node.attr)])
+            inner = called_methods(definition, method, self.cls)
+            methods += [m for m in inner if m not in methods and _is_readable(m.function)]
+
+    def _extend(self, method: Method, edits: Iterable[Edit]) -> None:
+        empty = method_edits(method, ())
+        key = (empty.owner, empty.name, empty.digest)
+        before = self.edits.get(key, empty).edits
+        known = {edit.position for edit in before}
+        new = tuple({e.position: e for e in edits if e.position not in known}.values())
+        if before + new:
+            self.edits[key] = replace(empty, edits=before + new)
+
     def _add(self, method: Method, tree: ast.AST, depth: int = 0) -> None:
         """The adds in a tree; and, as exported graphs do not tell, in all methods that it names."""
         tree = with_local_functions(tree, definition_of(method.function))
-        edits = method_edits(method, ())
-        key = (edits.owner, edits.name, edits.digest)
-        before = self.edits.get(key, edits).edits
-        known = {edit.position for edit in before}
         wrapped = methods_of(method.owner, method.name)
-        found = self._edits(method.function, tree, [inner.function for inner in wrapped])
-        new = tuple({e.position: e for e in found if e.position not in known}.values())
-        if before + new:
-            self.edits[key] = replace(edits, edits=before + new)
+        outer = [inner.function for inner in wrapped]
+        self._extend(method, self._edits(method.function, tree, outer, method.self_name))
         for inner in called_methods(tree, method, self.cls) if depth < MAX_DEPTH else ():
             if _is_readable(inner.function):
                 self._add(inner, definition_of(inner.function), depth + 1)
 
     def _edits(
-        self, function: FunctionType, tree: ast.AST, outer: list[FunctionType]
+        self,
+        function: FunctionType,
+        tree: ast.AST,
+        outer: list[FunctionType],
+        self_name: str | None,
+        holder: object = None,
     ) -> Iterator[Edit]:
+        """Of a method of the module, or of another ``holder`` that the module holds."""
+        module = self.module if holder is None else holder
         for node in adds_in(tree, function):
             yield Edit(position_of(node, function), f"{CANDIDATE}{next(self.names)}")
         for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
-            helper = called_function(call, function)
-            if helper in outer or len(outer) > MAX_DEPTH or not _is_readable(helper):
+            callee = callee_of(call, function, self_name, module)
+            if callee is None or callee.function in outer or len(outer) > MAX_DEPTH:
                 continue
-            inner = tuple(self._edits(helper, definition_of(helper), [*outer, helper]))
+            helper, receiver = callee.function, callee.receiver
+            if callee.holder is self.module or not _is_readable(helper):
+                continue
+            first = next(iter(helper.__code__.co_varnames), None) if receiver else None
+            definition = definition_of(helper)
+            inner = tuple(self._edits(helper, definition, [*outer, helper], first, callee.holder))
             if inner:
                 attribute = f"_rfcompile_{helper.__name__}_{next(self.names)}"
-                yield Edit(position_of(call, function), attribute, inner, digest_of(helper))
+                where = (position_of(call, function), attribute, inner, digest_of(helper))
+                yield Edit(*where, receiver and origin_of(receiver)[0], callee.method)
 
     def apply(self, edits: Edits) -> None:
         """Give the module these edits, with their sites, and no others."""
@@ -123,7 +157,8 @@ class Owner:
                 self.module.add_module(new[name], module)
         new |= {name: name for name in modules}
         kept = {key: replace(e, edits=_only(e.edits, new)) for key, e in self.edits.items()}
-        self.apply({key: method for key, method in kept.items() if method.edits})
+        has_sites = any(_sites(edit for method in kept.values() for edit in method.edits))
+        self.apply({key: m for key, m in kept.items() if m.edits} if has_sites else {})
 
     def finish(self) -> None:
         """The sites were made while the model was in another mode than it is."""
@@ -146,7 +181,7 @@ def _sites(edits: Iterator[Edit] | tuple[Edit, ...]) -> Iterator[str]:
     for edit in edits:
         if edit.helper:
             yield from _sites(edit.helper)
-        else:
+        elif not edit.attribute.startswith(OWN):
             yield edit.attribute
 
 
@@ -157,6 +192,8 @@ def _only(edits: tuple[Edit, ...], new: dict[str, str]) -> tuple[Edit, ...]:
             kept.append(replace(edit, helper=helper))
         elif not edit.helper and edit.attribute in new:
             kept.append(replace(edit, attribute=new[edit.attribute]))
+        elif edit.attribute.startswith(OWN):
+            kept.append(edit)
     return tuple(kept)
 
 

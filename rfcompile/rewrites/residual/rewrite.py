@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from rfcompile.errors import OptionError, ResidualError
+from rfcompile.find.mixed_streams import find_mixed_streams, why_none
 from rfcompile.graph.capture import Inputs
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.pipeline import run
@@ -37,7 +38,8 @@ class ResidualFree:
             in place of the skip. "anneal": the skip has a gain, 1 at first, that
             :class:`~rfcompile.training.SkipAnnealer` drives to 0: for trained models.
         initialization: of the blocks' linears; None leaves them. Default: for "free" and "mix".
-        temperature: of the attentions; None leaves them. Default: for "free" and "mix".
+        temperature: of the attentions; None leaves them. Default: for "free" and "mix", of those
+            that can have one.
         kinds: which residual adds; see :class:`~rfcompile.passes.find_residuals.ResidualAdd`.
     """
 
@@ -57,7 +59,8 @@ class ResidualFree:
         if self.initialization == "auto":
             object.__setattr__(self, "initialization", Initialization() if fresh else None)
         if self.temperature == "auto":
-            object.__setattr__(self, "temperature", TemperatureRule() if fresh else None)
+            possible = TemperatureRule(required=False)
+            object.__setattr__(self, "temperature", possible if fresh else None)
         if not isinstance(self.initialization, Initialization | None):
             rule = "give rf.training.Initialization(...), 'auto', or None for none."
             raise OptionError("initialization", self.initialization, rule)
@@ -98,8 +101,10 @@ class ResidualFree:
         opened = tuple(fact for fact in facts if isinstance(fact, OpenedSite))
         left = tuple(fact for fact in facts if isinstance(fact, ResidualAdd))
         if not opened:
-            kinds = ", ".join(self.kinds)
-            raise ResidualError(f"the graph has no residual add of kind {kinds}.", left)
+            kinds, why = ", ".join(self.kinds), why_none(find_mixed_streams(gm))
+            raise ResidualError(
+                f"the graph has no residual add of kind {kinds}. {why}".strip(), left
+            )
         for site in opened:
             _become(gm, site, _SITE_MODES[self.mode])
         note = (
@@ -119,10 +124,10 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
-    opened, left = open_sites(model, inputs, how.kinds)
+    notes: list[str] = []
+    opened, left = open_sites(model, inputs, how.kinds, notes)
     initialized: tuple[Initialized, ...] = ()
     temperatures: tuple[Temperature, ...] = ()
-    notes = []
     if isinstance(how.initialization, Initialization):
         branches = {path for site in opened for path in site.add.branch}
         parts = anatomy(model, inputs)
@@ -133,8 +138,11 @@ def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualRep
     for site in opened:
         _become(model, site, _SITE_MODES[how.mode])
     if isinstance(how.temperature, TemperatureRule):
-        temperatures = temper(model, inputs, how.temperature)
-        if not temperatures:
+        reasons: dict[str, str] = {}
+        temperatures = temper(model, inputs, how.temperature, reasons)
+        for path, reason in reasons.items():
+            notes.append(f"the attention of {path or 'the model'} has no temperature: {reason}")
+        if not temperatures and not reasons:
             notes.append(
                 "no temperature: no self-attention was found, a softmax between two products; "
                 "scale the queries of any other kind in the model"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+import inspect
 import linecache
 import operator
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType, NoneType
 from typing import Any
 
 import torch
+from torch import nn
 
 from rfcompile.errors import SourceError
 from rfcompile.nn.rebinding import content_of
@@ -158,6 +160,63 @@ def called_function(call: ast.Call, function: FunctionType) -> FunctionType | No
             return None
         value = getattr(value, name, None)
     return value if isinstance(value, FunctionType) else None
+
+
+@dataclass(frozen=True)
+class Callee:
+    """What a call calls: a plain function by a global name; or a ``method`` of a ``holder``, "" if
+    the holder itself is called, which is no module then.
+    """
+
+    function: FunctionType
+    holder: object = None
+    method: str = ""
+
+    @property
+    def receiver(self) -> type | None:
+        return None if self.holder is None else type(self.holder)
+
+
+def callee_of(
+    call: ast.Call, function: FunctionType, self_name: str | None, module: object
+) -> Callee | None:
+    """What an expression in ``function`` calls, ``self_name`` being ``module``; None if it is not
+    known or a module.
+    """
+    plain = called_function(call, function)
+    if plain is not None:
+        return Callee(plain)
+    places: list[tuple[ast.expr, str]] = [(call.func, "")]
+    if isinstance(call.func, ast.Attribute):
+        places.append((call.func.value, call.func.attr))
+    for place, method in places:
+        holder = _attribute(place, self_name, module)
+        is_called = isinstance(holder, nn.Module) and not method  # the graph tells its adds apart
+        if not is_called and not isinstance(holder, (NoneType, type, FunctionType)):
+            found = called_method(type(holder), method)
+            if found is not None:
+                return Callee(found, holder, method)
+    return None
+
+
+def called_method(receiver: type, method: str) -> FunctionType | None:
+    """A method of plain objects of a class, "" if they are called themselves."""
+    found = inspect.getattr_static(receiver, method or "__call__", None)
+    # super() without arguments asks the first one, which would be another.
+    is_plain = isinstance(found, FunctionType) and "__class__" not in found.__code__.co_freevars
+    return found if is_plain else None
+
+
+def _attribute(node: ast.expr, self_name: str | None, module: object) -> object:
+    """What ``self.x.y`` is, or None; no property runs."""
+    if isinstance(node, ast.Name):
+        return module if node.id == self_name else None
+    if not isinstance(node, ast.Attribute):
+        return None
+    holder = _attribute(node.value, self_name, module)
+    if isinstance(holder, nn.Module) and node.attr in holder._modules:
+        return holder._modules[node.attr]
+    return getattr(holder, "__dict__", {}).get(node.attr)
 
 
 def _value_of(name: str, function: FunctionType) -> object:

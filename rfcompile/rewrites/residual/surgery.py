@@ -15,20 +15,23 @@ from dataclasses import replace
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from rfcompile.errors import CaptureError, ResidualError
-from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode
+from rfcompile.find.mixed_streams import find_mixed_streams, why_none
+from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode, tensors_of
 from rfcompile.graph.models import without_nested_tensors
 from rfcompile.graph.places import ModuleCall, frames_of, module_calls, module_of
 from rfcompile.nn.residual_site import ResidualSite
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
-from rfcompile.passes.open_residuals import OpenedSite
+from rfcompile.passes.open_residuals import OpenedSite, can_open
 from rfcompile.rewrites.residual.owner import Owner
 
 
 def open_sites(
-    model: nn.Module, inputs: Inputs, kinds: tuple[Kind, ...] = ("block",)
+    model: nn.Module,
+    inputs: Inputs,
+    kinds: tuple[Kind, ...] = ("block",),
+    notes: list[str] | None = None,
 ) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
     """Make the residual adds of ``model`` into submodules, in place; it computes what it did.
 
@@ -39,6 +42,7 @@ def open_sites(
         model: any module that ``torch.export`` captures. Sites that it already has stay.
         inputs: (args, kwargs) to run it with, real tensors.
         kinds: which residual adds.
+        notes: gets a sentence on connections over the depth that are no residual adds.
 
     Raises:
         ResidualError: there is none, or one is out of reach: the model is as it was.
@@ -47,7 +51,9 @@ def open_sites(
     owners: dict[nn.Module, Owner] = {}
     try:
         with in_mode(model, training=False):
-            opened, left = _open_sites(model, inputs, capture(model, inputs), kinds, owners)
+            graph = capture(model, inputs)
+            mixed = find_mixed_streams(graph)
+            opened, left = _open_sites(model, inputs, graph, kinds, owners)
         with in_mode(model, training=True):
             opened, left = _open_in_training(model, inputs, kinds, owners, opened, left)
     except BaseException:
@@ -59,10 +65,12 @@ def open_sites(
     if not opened:
         raise ResidualError(
             f"{type(model).__name__} has no residual add of kind {', '.join(kinds)} "
-            f"({len(left)} of other kinds): {_why_none(model)}",
+            f"({len(left)} of other kinds): {why_none(mixed) or _why_none(model)}",
             left,
         )
     _leave_fast_paths(model)
+    if notes is not None and mixed:
+        notes.append(f"beside these, {why_none(mixed)}")
     return opened, left
 
 
@@ -113,7 +121,7 @@ def _open_sites(
     expected = _outputs(model, inputs)
     for owner in new.values():
         owner.apply(owner.edits)
-    opened = _opened(model, inputs, wanted, kinds)
+    opened = _opened(model, inputs, graph, wanted, kinds)
     sites = [_site_at(model, site.path) for site in opened]
     for owner in dict.fromkeys(new.values()):
         owner.keep(sites)
@@ -133,7 +141,11 @@ def _site_at(model: nn.Module, path: str) -> ResidualSite:
 
 
 def _opened(
-    model: nn.Module, inputs: Inputs, wanted: list[ResidualAdd], kinds: Collection[Kind]
+    model: nn.Module,
+    inputs: Inputs,
+    before: fx.GraphModule,
+    wanted: list[ResidualAdd],
+    kinds: Collection[Kind],
 ) -> list[OpenedSite]:
     """The wanted adds with their sites, from a graph of the model as it is now."""
     try:
@@ -142,7 +154,7 @@ def _opened(
         raise ResidualError(
             f"{type(model).__name__} does not run once its residual adds are submodules: "
             f"{error.__cause__}. Does a module loop over all of its own submodules? Keep those "
-            "that it means in an nn.ModuleList."
+            f"that it means in an nn.ModuleList{_or_as_graph(before, wanted)}."
         ) from error
     after = [add for add in find_residuals(graph) if add.kind in kinds]
     left = [add for add in after if not isinstance(model.get_submodule(add.module), ResidualSite)]
@@ -153,7 +165,7 @@ def _opened(
             f"can be rewritten. Out of reach: {places or 'unknown'}. In reach is an add written as "
             "x + f(x), x - f(x), x += f(x), torch.add, lerp, addcmul, addmm, sum([x, f(x)]) or "
             "torch.stack([x, f(x)]).sum(0) in a method of a module or in a plain function that it "
-            "calls by name. Write it so, or pass an fx.GraphModule.",
+            f"calls by name. Write it so{_or_as_graph(before, wanted)}.",
             left,
         )
     _check_calls(graph, after)
@@ -162,6 +174,16 @@ def _opened(
         OpenedSite(now.module, replace(add, operand=now.operand))
         for add, now in zip(wanted, after, strict=True)
     ]
+
+
+def _or_as_graph(graph: fx.GraphModule, wanted: list[ResidualAdd]) -> str:
+    """The other way, if it reaches all of them."""
+    if not all(can_open(graph, add) for add in wanted):
+        return ""
+    return (
+        f"; or rewrite the graph, where all {len(wanted)} are in reach: "
+        "rf.transform(torch.export.export(model, args, kwargs).module(), residual=...)"
+    )
 
 
 def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
@@ -207,22 +229,18 @@ def _no_fast_path(*_: object) -> None:
 # ---- the check -------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, inputs: Inputs) -> list[object]:
-    """What the model computes in eval mode; modes, seeds and inputs stay as they are."""
+def _outputs(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
+    """The tensors that a model computes in eval mode; modes, seeds and inputs stay as they are."""
     args, kwargs = copied(inputs)
     modes = in_mode(model, training=False)
     with modes, buffers_kept(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        return pytree.tree_leaves(model(*args, **kwargs))
+        return tensors_of(model(*args, **kwargs))
 
 
-def _check_equal(model: nn.Module, expected: list[object], got: list[object]) -> None:
+def _check_equal(model: nn.Module, expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:
     pairs = zip(expected, got, strict=True)
-    same = all(
-        torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-        for a, b in pairs
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
-    )
+    same = all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
     if not same:
         raise ResidualError(
             f"{type(model).__name__} computes something else once its residual adds are modules: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,9 @@ class TemperatureRule:
 
     ``tau_l`` is such that on the example inputs the mean weight of a token on itself is
     ``max(1/2, self_mass^(1/L))``: through all layers a share ``self_mass`` stays at its token, so
-    deeper models attend more sharply. A ``learnable`` one is a parameter, else it is a buffer.
+    deeper models attend more sharply. A ``learnable`` one is a parameter, else it is a buffer. An
+    attention that cannot have one is an error if it is ``required``; else it keeps its own, and the
+    report says why.
 
     Source: arXiv:2605.25880 names a depth-aware temperature without its formula. The schedule has
     the form of E-SPA's (arXiv:2302.10322); solving the temperature for it is ours. So is the
@@ -38,6 +40,7 @@ class TemperatureRule:
 
     self_mass: float = 0.01
     learnable: bool = True
+    required: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.self_mass < 1:
@@ -74,12 +77,19 @@ class ScaleQueries:
 
 
 def temper(
-    model: nn.Module, inputs: Inputs, rule: TemperatureRule = TemperatureRule()
+    model: nn.Module,
+    inputs: Inputs,
+    rule: TemperatureRule = TemperatureRule(),
+    left_out: dict[str, str] | None = None,
 ) -> tuple[Temperature, ...]:
     """Give every self-attention of ``model`` its temperature, in place.
 
     It scales what the query linear gives (or the normalization after it), so every implementation
     of attention has it; ``nn.MultiheadAttention`` scales its own. Cross-attentions keep theirs.
+
+    Args:
+        left_out: where a rule that is not ``required`` puts, by the path of an attention, why it
+            has none.
 
     Raises:
         ResidualError: an attention's queries come from no module whose output can be scaled.
@@ -88,17 +98,25 @@ def temper(
     with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
         attentions = anatomy(model, inputs).attentions
         module = plain_graph(model, inputs)
-        run = _Calibration(module, rule, attentions)
-        run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
-        places = {core: _place(model, run, core) for core in run.found}
-    _check_calls(module.graph, places.values())
+        run = _run(module, rule, attentions, inputs, frozenset())
+        places, left = _places(model, run)
+        for core in left if rule.required else ():
+            raise ResidualError(
+                f"the attention of {module_of(core.result) or 'the model'} cannot be tempered: "
+                f"{left[core]}. Pass temperature=None, or scale its queries in the model."
+            )
+        if left_out is not None:
+            left_out |= {module_of(core.result): reason for core, reason in left.items()}
+        if left:
+            run = _run(module, rule, attentions, inputs, left.keys())
     values: dict[str, float] = {}
     for core, place in places.items():
         if place.path not in values:
             whole = [other.features for other in places.values() if other.path == place.path]
             features = None if None in whole else sorted({f for fs in whole if fs for f in fs})
             owner = model.get_submodule(place.path)
-            values[place.path] = _install(owner, rule, run.found[core].value, features)
+            like = next(itertools.chain(owner.parameters(), model.parameters()))
+            values[place.path] = _install(owner, rule, run.found[core].value, features, like)
     return tuple(
         replace(run.found[core], name=f"{place.path}.{TEMPERATURE}", value=values[place.path])
         for core, place in places.items()
@@ -106,14 +124,18 @@ def temper(
 
 
 def _install(
-    owner: nn.Module, rule: TemperatureRule, factor: float, features: Sequence[int] | None
+    owner: nn.Module,
+    rule: TemperatureRule,
+    factor: float,
+    features: Sequence[int] | None,
+    like: Tensor,
 ) -> float:
     is_hooked = any(isinstance(hook, ScaleQueries) for hook in owner._forward_hooks.values())
     if is_hooked or isinstance(owner, TemperedAttention):  # it was tempered before
         value = getattr(owner, TEMPERATURE).detach() * factor
         delattr(owner, TEMPERATURE)
     else:
-        value = torch.full((1,), factor, device=next(iter(owner.parameters())).device)
+        value = torch.full((1,), factor, device=like.device)
         if isinstance(owner, nn.MultiheadAttention):
             owner.__class__ = TemperedAttention
         else:
@@ -132,7 +154,11 @@ class _Calibration(Interpreter):
     """Runs a graph, and on the way gives each self-attention the temperature that it needs."""
 
     def __init__(
-        self, module: fx.GraphModule, rule: TemperatureRule, attentions: Sequence[Attention]
+        self,
+        module: fx.GraphModule,
+        rule: TemperatureRule,
+        attentions: Sequence[Attention],
+        without: Collection[Core],
     ) -> None:
         super().__init__(module)
         self.graph = module.graph
@@ -144,13 +170,14 @@ class _Calibration(Interpreter):
             if found.is_self and _is_square(core) and core.kind == "softmax"
         }
         self.target = max(0.5, rule.self_mass ** (1 / max(1, len(self.layers))))
+        self.without = without
         self.found: dict[Core, Temperature] = {}
         self.values: dict[Linear | None, float] = {}
         self.ways: dict[tuple[fx.Node, fx.Node], list[fx.Node]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         core = self.cores.get(n)
-        if core is not None and core in self.layers:
+        if core in self.layers and core not in self.without:
             node = core.query
             heads = self.layers[core].query
             query = heads.linear if heads else None
@@ -227,14 +254,38 @@ class _Place:
         return self.call[-1].path
 
 
-def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place:
-    """The query linear, unless a normalization after it would undo the scale."""
+def _run(
+    module: fx.GraphModule,
+    rule: TemperatureRule,
+    attentions: Sequence[Attention],
+    inputs: Inputs,
+    without: Collection[Core],
+) -> _Calibration:
+    run = _Calibration(module, rule, attentions, without)
+    run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
+    return run
+
+
+def _places(model: nn.Module, run: _Calibration) -> tuple[dict[Core, _Place], dict[Core, str]]:
+    """Where the temperature of an attention goes, or why nowhere."""
+    found = {core: _place(model, run, core) for core in run.found}
+    places = {core: place for core, place in found.items() if isinstance(place, _Place)}
+    left = {core: reason for core, reason in found.items() if isinstance(reason, str)}
+    for path in _called_elsewhere(run.graph, places.values()):
+        for core in [core for core, place in places.items() if place.path == path]:
+            del places[core]
+            left[core] = (
+                f"{path} makes the queries of an attention, but is also called elsewhere, so it "
+                "cannot have its temperature"
+            )
+    return places, left
+
+
+def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place | str:
+    """The query linear, unless a normalization after it would undo the scale; or why none."""
     attention = run.layers[core]
     if attention.query is None:
-        raise ResidualError(
-            f"the attention of {attention.module or 'the model'} cannot be tempered: no linear "
-            "makes its queries. Pass temperature=None, or scale its queries in the model."
-        )
+        return "no linear makes its queries"
     features = tuple(sorted(itertools.chain(*attention.query.features)))
     linear = attention.query.linear.module
     if type(model.get_submodule(linear)) in (nn.MultiheadAttention, TemperedAttention):
@@ -262,27 +313,19 @@ def _place(model: nn.Module, run: _Calibration, core: Core) -> _Place:
             if node in whole
         ):
             return _Place(module_calls(n), chosen)
-    raise ResidualError(
-        f"the attention of {attention.module} cannot be tempered: scaling the output of "
-        f"{linear or 'its query linear'} does not scale its queries and nothing else. Pass "
-        "temperature=None, or scale its queries in the model."
+    return (
+        f"scaling the output of {linear or 'its query linear'} does not scale its queries and "
+        "nothing else"
     )
 
 
-def _check_calls(graph: fx.Graph, places: Iterable[_Place]) -> None:
+def _called_elsewhere(graph: fx.Graph, places: Iterable[_Place]) -> set[str]:
     """A module's temperature is there whenever it is called: each time, for queries."""
     tempered: dict[str, set[tuple[ModuleCall, ...]]] = {}
     for place in places:
         tempered.setdefault(place.path, set()).add(place.call)
-    for node in graph.nodes:
-        call = module_calls(node)
-        path = call[-1].path if call else ""
-        if call not in tempered.get(path, {call}):
-            raise ResidualError(
-                f"{path} makes the queries of an attention, but is also called elsewhere, so it "
-                "cannot have its temperature. Pass temperature=None, or give the queries a module "
-                "of their own."
-            )
+    calls = [call for node in graph.nodes if (call := module_calls(node))]
+    return {call[-1].path for call in calls if call not in tempered.get(call[-1].path, {call})}
 
 
 def _before(node: fx.Node) -> Iterator[fx.Node]:

@@ -201,7 +201,7 @@ def test_choices() -> None:
     assert ResidualFree("anneal").initialization is None
     assert ResidualFree("anneal").temperature is None
     assert ResidualFree("mix").initialization == Initialization()
-    assert ResidualFree("mix").temperature == TemperatureRule()
+    assert ResidualFree("mix").temperature == TemperatureRule(required=False)
 
 
 # ---- the report --------------------------------------------------------------------------------

@@ -242,10 +242,10 @@ def test_an_addition_that_is_not_the_same_each_time(cls: Any, text: str) -> None
         rf.transform(model, residual="free", example_inputs=(X,))
 
 
-def test_a_module_that_loops_over_its_submodules() -> None:
+def test_a_module_that_loops_over_its_submodules_by_another_name() -> None:
     class Loop(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            for layer in self:
+            for layer in nn.Module.children(self):
                 x = x + layer(x)
             return x
 
