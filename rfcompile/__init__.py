@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
     from rfcompile.kernels import kernels
+    from rfcompile.planning.score import score
+    from rfcompile.planning.scores import Scores
     from rfcompile.report.journal import reports
     from rfcompile.report.report import Report, Site
     from rfcompile.report.step import measure_step, merge_reports
@@ -49,6 +51,8 @@ _HOMES = {
     "codec.functions": "dequantize quantize",
     "explain": "explain",
     "kernels": "kernels",
+    "planning.score": "score",
+    "planning.scores": "Scores",
     "report.journal": "reports",
     "report.report": "Report Site",
     "report.step": "measure_step merge_reports",
@@ -78,6 +82,7 @@ __all__ = [
     "QuantFormat",
     "Report",
     "ResidualFree",
+    "Scores",
     "Site",
     "Wire",
     "adapters",
@@ -102,6 +107,7 @@ __all__ = [
     "reduce_scatter",
     "reports",
     "rewrites_of",
+    "score",
     "set_default_policy",
     "training",
     "transform",
