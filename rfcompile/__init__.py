@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
     from rfcompile.kernels import kernels
+    from rfcompile.planning.link import Link, measure_link
+    from rfcompile.planning.plan import plan
     from rfcompile.planning.score import score
     from rfcompile.planning.scores import Scores
     from rfcompile.report.journal import reports
@@ -51,6 +53,8 @@ _HOMES = {
     "codec.functions": "dequantize quantize",
     "explain": "explain",
     "kernels": "kernels",
+    "planning.link": "Link measure_link",
+    "planning.plan": "plan",
     "planning.score": "score",
     "planning.scores": "Scores",
     "report.journal": "reports",
@@ -77,6 +81,7 @@ _PACKAGES = ("adapters", "distributed", "errors", "experimental", "low_rank", "t
 
 __all__ = [
     "Adapters",
+    "Link",
     "LowRank",
     "Policy",
     "QuantFormat",
@@ -100,8 +105,10 @@ __all__ = [
     "find_residuals",
     "kernels",
     "low_rank",
+    "measure_link",
     "measure_step",
     "merge_reports",
+    "plan",
     "quantize",
     "quantize_traffic",
     "reduce_scatter",

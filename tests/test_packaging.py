@@ -22,6 +22,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 PUBLIC_NAMES = [
     "Adapters",
+    "Link",
     "LowRank",
     "Policy",
     "QuantFormat",
@@ -45,8 +46,10 @@ PUBLIC_NAMES = [
     "find_residuals",
     "kernels",
     "low_rank",
+    "measure_link",
     "measure_step",
     "merge_reports",
+    "plan",
     "quantize",
     "quantize_traffic",
     "reduce_scatter",
