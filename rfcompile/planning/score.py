@@ -150,6 +150,8 @@ def _score_batch(
         start(taps, given)
         value = loss_of(loss, twin, batch, index)
         _check_ran(taps, value, index)
+        for tap in taps.values():
+            tap.finish()
         return value.detach(), gradients(value, taps.values())
 
     exact, at_rest = run(None)

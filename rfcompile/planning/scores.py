@@ -118,9 +118,9 @@ class Scores(TableReport):
         """The predicted increase of the mean loss if this site alone travels in this format.
 
         The mean over batches of ``g . e + 1/2 sum_i H_ii e_i^2``. The first term counts only if it
-        differs from zero by more than two standard errors over the batches: rounding errors do not
-        know the gradient, so its mean is mostly chance. One batch has no standard error: the first
-        term does not count then.
+        differs from zero by more than three standard errors over the batches: rounding errors do
+        not know the gradient, so its mean is mostly chance. One batch has no standard error: the
+        first term does not count then.
         """
         return self.second(score) + (self.first(score) if self.first_counts(score) else 0.0)
 
@@ -133,12 +133,12 @@ class Scores(TableReport):
         return score.second / self.batches
 
     def first_counts(self, score: FormatScore) -> bool:
-        """The first-order term differs from zero by more than two standard errors."""
+        """The first-order term differs from zero by more than three standard errors."""
         if self.batches < 2:
             return False
         mean = self.first(score)
         variance = max(score.first_squared / self.batches - mean**2, 0.0)
-        return abs(mean) > 2 * math.sqrt(variance / (self.batches - 1))
+        return abs(mean) > 3 * math.sqrt(variance / (self.batches - 1))
 
     def lines(self) -> Iterator[str]:
         mean = self.loss / self.batches

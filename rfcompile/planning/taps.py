@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfcompile.codec import operators
+from rfcompile.errors import ScoreError
 from rfcompile.graph.boundaries import find_boundaries
 from rfcompile.graph.models import copy_of
 from rfcompile.graph.modules import Modules
@@ -39,11 +40,29 @@ class Tap(FakeWire):
     def send(self, x: Tensor) -> Tensor:
         operators.check_codec_input(x, f"the output of module {self.module!r}")
         call = len(self.values)
+        if self.given is not None:
+            self._check(call < len(self.given) and self.given[call].shape == x.shape)
         added = torch.zeros_like(x) if self.given is None else self.given[call]
         added = added.detach().requires_grad_()
         self.values.append(x.detach())
         self.disturbances.append(added)
         return x + added
+
+    def finish(self) -> None:
+        """Check that a disturbed pass had all the calls of the exact one.
+
+        Raises:
+            ScoreError: it did not.
+        """
+        self._check(self.given is None or len(self.values) == len(self.given))
+
+    def _check(self, is_same: bool) -> None:
+        if not is_same:
+            rule = (
+                "a small disturbance changes how often the model calls it, or the shape of its "
+                "output, so there is no derivative there: leave it out of modules=."
+            )
+            raise ScoreError("a site with another course", self.module, rule)
 
 
 def with_taps(model: nn.Module, modules: Modules) -> tuple[nn.Module, dict[str, Tap]]:

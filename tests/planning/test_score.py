@@ -203,6 +203,26 @@ def test_a_site_that_never_ran() -> None:
         rf.score(model, [torch.randn(2, 64)], loss=first_only)
 
 
+@pytest.mark.parametrize("later", [0, 2, "shape"])
+def test_a_site_that_runs_otherwise_if_disturbed(later: int | str) -> None:
+    class Fickle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.other, self.passes = Scale(64), Scale(64), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            x = self.other(self.block(x))
+            if self.passes == 1 or later == 2:
+                x = self.block(x)
+            if self.passes > 1 and later == 2:
+                x = self.block(x)
+            return self.block(x[:1]) if self.passes > 1 and later == "shape" else x
+
+    with pytest.raises(ScoreError, match="a site with another course: 'block'"):
+        rf.score(Fickle(), [torch.randn(4, 64)], loss=quadratic, modules=["block", "other"])
+
+
 def test_a_site_that_cannot_be_coded_and_none() -> None:
     with pytest.raises(DtypeError, match="the output of module '0'"):
         rf.score(chain().double(), [torch.randn(2, 64).double()], loss=quadratic)
