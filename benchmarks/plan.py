@@ -32,7 +32,7 @@ from rfcompile.training import optimizers
 
 ARM = "residual+adamw"
 FORMATS = [
-    *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128, 1024)),
+    *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)),
     *(f"{bits}b:h128" for bits in (2, 3, 4)),
 ]
 
@@ -95,6 +95,10 @@ def rows_of(
     elements //= options.batches
     every = [score.format for score in scores.sites[0].formats]
     uniform: dict[str, float] = {}
+    predicted = {
+        fmt: sum(scores.increase(site.formats[i]) for site in scores.sites)
+        for i, fmt in enumerate(every)
+    }
 
     def increase(policy: rf.Policy) -> float:
         losses = measured(task, rf.transform(model, rf.Wire(policy, modules=sites)), evaluation)
@@ -116,6 +120,7 @@ def rows_of(
             "seed": seed, "boundary": boundary, "bits": bits, "sites": len(sites),
             "budget": budget, "planned_bytes": plan.bytes, "exact_loss": statistics.fmean(exact),
             "uniform": {fmt: uniform[fmt] for fmt in fitting}, "best_uniform": best,
+            "predicted_uniform": {fmt: predicted[fmt] for fmt in fitting},
             "best_uniform_increase": uniform[best], "planned_increase": checked.measured,
             "standard_error": checked.error,
             "predicted_increase": plan.increase, "ratio": checked.ratio,
