@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.explain import explain
     from rfcompile.inductor.custom_pass import inductor_pass
     from rfcompile.kernels import kernels
+    from rfcompile.planning.link import Link, measure_link
+    from rfcompile.planning.plan import plan
+    from rfcompile.planning.score import score
+    from rfcompile.planning.scores import Scores
     from rfcompile.report.journal import reports
     from rfcompile.report.report import Report, Site
     from rfcompile.report.step import measure_step, merge_reports
@@ -52,6 +56,10 @@ _HOMES = {
     "explain": "explain",
     "inductor.custom_pass": "inductor_pass",
     "kernels": "kernels",
+    "planning.link": "Link measure_link",
+    "planning.plan": "plan",
+    "planning.score": "score",
+    "planning.scores": "Scores",
     "report.journal": "reports",
     "report.report": "Report Site",
     "report.step": "measure_step merge_reports",
@@ -77,11 +85,13 @@ _PACKAGES = ("adapters", "distributed", "errors", "experimental", "low_rank", "t
 
 __all__ = [
     "Adapters",
+    "Link",
     "LowRank",
     "Policy",
     "QuantFormat",
     "Report",
     "ResidualFree",
+    "Scores",
     "Site",
     "Wire",
     "adapters",
@@ -100,14 +110,17 @@ __all__ = [
     "inductor_pass",
     "kernels",
     "low_rank",
+    "measure_link",
     "measure_step",
     "merge_reports",
+    "plan",
     "quantize",
     "quantize_traffic",
     "reduce_scatter",
     "register_collective",
     "reports",
     "rewrites_of",
+    "score",
     "set_default_policy",
     "training",
     "transform",

@@ -255,6 +255,25 @@ class ReportError(RFCompileError, TypeError):
         self.source = source
 
 
+class ScoreError(RFCompileError, ValueError):
+    """A model cannot be scored, or scores or a plan do not fit: ``what`` has a wrong ``value``."""
+
+    def __init__(self, what: str, value: object, rule: str) -> None:
+        super().__init__(f"{what}: {_shown(value)}; {rule}")
+        self.what, self.value, self.rule = what, value, rule
+
+
+class BudgetError(RFCompileError, ValueError):
+    """No plan keeps a budget; ``minimum`` is the smallest that some plan keeps."""
+
+    def __init__(self, budget: str, value: float, minimum: float) -> None:
+        super().__init__(
+            f"{budget}={value:g} is below the minimum that can be reached, {minimum:.6g}: give a "
+            "larger budget, or score formats of fewer bits, rf.score(formats=...)."
+        )
+        self.budget, self.value, self.minimum = budget, value, minimum
+
+
 class BoundaryError(RFCompileError, ValueError):
     """``transform`` found no place to put the wire."""
 

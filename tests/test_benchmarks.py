@@ -157,6 +157,21 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
     assert kept == annealed != dropped != fresh
 
 
+def test_plan(root: Path, tmp_path: Path) -> None:
+    out, checkpoint = tmp_path / "plan.jsonl", tmp_path / "gpt.pt"
+    sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
+    command = ["benchmarks/plan.py", *sizes.split(), "--seeds", "1", "--threads", "1"]
+    rows = rows_of(root, out, *command, "--bits", "4", "--checkpoint", str(checkpoint))
+    assert [(row["boundary"], row["bits"]) for row in rows] == [("stream", 4), ("branch", 4)]
+    assert checkpoint.exists()
+    for row in rows:
+        assert row.keys() >= MACHINE | {"uniform", "predicted_increase", "ratio", "formats"}
+        planned, budget = row["planned_bytes"], row["budget"]
+        assert isinstance(planned, float)
+        assert isinstance(budget, int)
+        assert planned <= budget
+
+
 def test_traffic(root: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("NOT TESTED HERE: network namespaces need root, ip and tc")

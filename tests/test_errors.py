@@ -152,6 +152,19 @@ CASES: dict[str, Case] = {
         "torch._dynamo.config.recompile_limit, or compile with dynamic=True, or drop strict.",
         {"sites": (("m.py:3", "recompile_limit 8"),)},
     ),
+    "ScoreError": (
+        lambda: errors.ScoreError("the loss of batch 1", 3, "return a tensor."),
+        ValueError,
+        "the loss of batch 1: 3; return a tensor.",
+        {"what": "the loss of batch 1", "value": 3, "rule": "return a tensor."},
+    ),
+    "BudgetError": (
+        lambda: errors.BudgetError("bytes", 100, 340),
+        ValueError,
+        "bytes=100 is below the minimum that can be reached, 340: give a larger budget, or score "
+        "formats of fewer bits, rf.score(formats=...).",
+        {"budget": "bytes", "value": 100, "minimum": 340},
+    ),
     "ProcessGroupError": (lambda: errors.ProcessGroupError("m"), RuntimeError, "m", {}),
     "BoundaryError": (lambda: errors.BoundaryError("m"), ValueError, "m", {}),
     "CaptureError": (lambda: errors.CaptureError("m"), RuntimeError, "m", {}),

@@ -26,6 +26,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("passes",),
     ("rewrites",),
+    ("planning",),
     ("states",),
     ("inductor",),
     ("emission",),

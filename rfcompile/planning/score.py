@@ -1,0 +1,246 @@
+"""The public function score: the predicted increase of the loss for every site and format.
+
+One batch takes three forward and backward passes, whatever the number of sites and formats:
+
+1. as the model is: the outputs ``y`` of all sites and the gradients ``g`` of the loss there;
+2. and 3. with a small random disturbance ``+v`` and ``-v`` at all sites at once: half the
+   difference of the gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to
+   disturbances at all sites. The elements of ``v`` are ``+h`` or ``-h``, independent, so
+   ``v_i (H v)_i / h^2`` has the mean ``H_ii`` (Hutchinson; Bekas, Kokiopoulou, Saad 2007).
+
+Each format then costs one round trip of ``y``: with ``e`` its error, ``g . e + 1/2 sum H_ii e_i^2``
+is the Taylor series of the loss to second order, for errors that are independent of one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfcompile.codec.formats import QuantFormat, as_format, dtype_text
+from rfcompile.errors import OptionError, ScoreError
+from rfcompile.graph.capture import in_mode
+from rfcompile.graph.models import check_module, has_collectives, uncompiled
+from rfcompile.graph.modules import Modules
+from rfcompile.graph.one_step import state_kept
+from rfcompile.planning.scores import FormatScore, Scores, SiteScore
+from rfcompile.planning.taps import Crossings, Tap, gradients, start, with_taps
+from rfcompile.wire.fake import round_trip
+from rfcompile.wire.policy import Formatish
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""The loss of a batch: a function of (model, batch) that returns one number, a mean over the batch,
+such as ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``."""
+
+FORMATS: tuple[Formatish, ...] = (2, 3, 4, 5, 6, 8, "2b:h128", "3b:h128", "4b:h128")
+"""The candidates, if none are named: groups of 128, up to 4 bits also with a rotation."""
+
+KIND = "activations"
+"""The kind of traffic that is scored."""
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    loss: Loss,
+    formats: Sequence[Formatish] = FORMATS,
+    modules: Modules = "auto",
+    seed: int = 0,
+) -> Scores:
+    """Predict for every site and format by how much the loss grows if the site travels in it.
+
+    A site is a module whose output crosses the wire, with the name that
+    :func:`~rfcompile.explain` gives it. The model runs in eval mode. Its parameters, gradients,
+    buffers, modes and random state stay as they are; fake wires of an earlier transform are
+    left out.
+
+    Only activations are scored: what crosses forward. Gradients, weights and optimizer states
+    are not, because their errors change the next step and not this loss.
+
+    Cost: three forward and backward passes a batch, and one round trip for each site and format.
+    Memory: the activations of all sites four times, beside what a backward pass holds.
+
+    Args:
+        batches: whatever ``loss`` takes, one after another; they are read once.
+        loss: a function of (model, batch); see :data:`~rfcompile.planning.score.Loss`.
+        formats: the candidates beside "exact".
+        modules: which modules are sites, as in :class:`~rfcompile.Wire`.
+        seed: of the random disturbances.
+
+    Raises:
+        OptionError: there are no batches or formats, or the model has collectives.
+        ScoreError: the loss of a batch is no finite number or depends on no site, or a site never
+            ran. BoundaryError: the model has no sites. DtypeError: a site's output cannot be coded.
+    """
+    check_module(model)
+    model = uncompiled(model)
+    if has_collectives(model):
+        rule = "score the model before it is parallelized, with modules= the paths of the sites."
+        raise OptionError("model", type(model).__name__, rule)
+    candidates = _candidates(formats)
+    twin, taps = with_taps(model, modules)
+    sums = {path: _SiteSums(candidates) for path in taps}
+    total, count = 0.0, 0
+    with _quiet(twin):
+        for count, batch in enumerate(batches, 1):
+            total += _score_batch(twin, taps, sums, loss, (count, batch), seed)
+    if not count:
+        raise OptionError("batches", batches, "give one batch or more; an iterator is read once.")
+    sites = tuple(sums[path].result(path) for path in taps)
+    return Scores(digest(model), KIND, count, total, sites)
+
+
+def digest(model: nn.Module) -> str:
+    """16 hexadecimal digits of the names, shapes and dtypes of a model's parameters."""
+    text = ";".join(
+        f"{name} {tuple(p.shape)} {dtype_text(p.dtype)}" for name, p in model.named_parameters()
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """The model runs eagerly and in eval mode, and is afterwards as before."""
+    modes, kept = in_mode(model, training=False), state_kept(model)
+    with kept, modes, torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        yield
+
+
+def loss_of(loss: Loss, model: nn.Module, batch: Any, index: int) -> Tensor:
+    """The loss of batch number ``index``, from 1.
+
+    Raises:
+        ScoreError: it is not one finite number.
+    """
+    value = loss(model, batch)
+    what = f"the loss of batch {index}"
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ScoreError(what, shown, "return a tensor with one floating-point number, a mean.")
+    if not math.isfinite(value.item()):
+        raise ScoreError(what, value.item(), "it must be finite: leave this batch out, or mend it.")
+    return value.reshape(())
+
+
+def _candidates(formats: Sequence[Formatish]) -> list[QuantFormat]:
+    found = [fmt.for_kind(KIND) for fmt in map(as_format, formats) if fmt is not None]
+    if not found:
+        raise OptionError("formats", formats, "give one format or more beside exact.")
+    return list(dict.fromkeys(found))
+
+
+def _score_batch(
+    twin: nn.Module,
+    taps: dict[str, Tap],
+    sums: dict[str, _SiteSums],
+    loss: Loss,
+    numbered: tuple[int, Any],
+    seed: int,
+) -> float:
+    index, batch = numbered
+
+    def run(given: Crossings | None) -> tuple[Tensor, list[list[Tensor]]]:
+        start(taps, given)
+        value = loss_of(loss, twin, batch, index)
+        _check_ran(taps, value, index)
+        for tap in taps.values():
+            tap.finish()
+        return value.detach(), gradients(value, taps.values())
+
+    exact, at_rest = run(None)
+    values = {path: tap.values for path, tap in taps.items()}
+    probes = _probes(values, seed, index)
+    above = run(probes)[1]
+    below = run({path: [-v for v in probes[path]] for path in probes})[1]
+    for path, g, up, down in zip(taps, at_rest, above, below, strict=True):
+        triples = zip(values[path], g, probes[path], up, down, strict=True)
+        sums[path].add([(y, grad, _curvature(v, u, d)) for y, grad, v, u, d in triples])
+    return float(exact)
+
+
+def _check_ran(taps: dict[str, Tap], value: Tensor, index: int) -> None:
+    idle = [path for path, tap in taps.items() if not tap.values]
+    if idle:
+        rule = (
+            f"nothing crossed there in batch {index}: the model did not call these modules, or "
+            "they returned no floating-point tensor. Name the sites that run in modules=."
+        )
+        raise ScoreError("sites that never ran", idle, rule)
+    if not value.requires_grad:
+        rule = "it depends on no site: compute it from the model's output, without no_grad."
+        raise ScoreError(f"the loss of batch {index}", value.item(), rule)
+
+
+def _probes(values: Crossings, seed: int, index: int) -> Crossings:
+    """``+h`` or ``-h`` for each element, ``h = eps**(1/3) RMS(y)``: the step of a central
+    difference at which its rounding and its truncation are alike, for the dtype of ``y``.
+    """
+    generator = torch.Generator().manual_seed(seed + index)
+    found: Crossings = {}
+    for path, tensors in values.items():
+        found[path] = []
+        for y in tensors:
+            rms = y.double().square().mean().sqrt().to(y.dtype)
+            step = torch.finfo(y.dtype).eps ** (1 / 3) * torch.where(rms > 0, rms, 1)
+            signs = torch.randint(0, 2, y.shape, generator=generator, dtype=torch.int8)
+            found[path].append((2 * signs - 1).to(y.device, y.dtype) * step)
+    return found
+
+
+def _curvature(v: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """Estimates of the Hessian's diagonal, from the gradients at ``+v`` and ``-v``."""
+    return (above.float() - below.float()) / (2 * v.float())
+
+
+class _SiteSums:
+    """The sums of one site over batches; each is one float64 number."""
+
+    def __init__(self, candidates: Sequence[QuantFormat]) -> None:
+        self.sums = {fmt.spec: [0.0] * 4 for fmt in candidates}
+        self.powers = [0.0] * 5
+        self.peak, self.dtype, self.itemsize = 0.0, "", 0
+        self.calls: dict[int, int] = {}
+
+    def add(self, crossed: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """One batch: output, gradient and curvature of each call."""
+        for y, _, _ in crossed:
+            self._add_values(y)
+        for spec, sums in self.sums.items():
+            first = 0.0
+            for y, gradient, curvature in crossed:
+                error = round_trip(y, spec).float() - y.float()
+                squared = error.square()
+                first += _dot(gradient.float(), error)
+                sums[2] += _dot(curvature, squared) / 2
+                sums[3] += float(squared.sum(dtype=torch.float64))
+            sums[0] += first
+            sums[1] += first**2
+
+    def _add_values(self, y: Tensor) -> None:
+        self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()
+        self.calls[y.numel()] = self.calls.get(y.numel(), 0) + 1
+        exact = y.double()
+        power = torch.ones_like(exact)
+        for i in range(5):
+            self.powers[i] += float(power.sum())
+            power *= exact
+        if y.numel():
+            self.peak = max(self.peak, float(exact.abs().max()))
+
+    def result(self, path: str) -> SiteScore:
+        formats = tuple(FormatScore(spec, *sums) for spec, sums in self.sums.items())
+        return SiteScore(
+            path, self.dtype, self.itemsize, self.calls, tuple(self.powers), self.peak, formats
+        )
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """``sum_i a_i b_i``: products in float32, their sum in float64."""
+    return float((a * b).sum(dtype=torch.float64))
