@@ -325,7 +325,7 @@ def check_the_thread(rank: Rank) -> None:
 @pytest.mark.parametrize(
     "check",
     [
-        check_ways,
+        pytest.param(check_ways, marks=pytest.mark.slow),
         check_dtypes,
         check_formats_by_name,
         check_odd_parameters,

@@ -655,6 +655,7 @@ def check_four(rank: Rank) -> None:
         assert isinstance(error, RankMismatchError)
 
 
+@pytest.mark.slow
 def test_four_ranks_and_meshes_of_two_dimensions(ranks: RunRanks) -> None:
     ranks(4, check_four)
 

@@ -478,6 +478,7 @@ def check_four(rank: Rank) -> None:
         assert isinstance(refused, RuntimeError)
 
 
+@pytest.mark.slow
 def test_four_ranks(ranks: RunRanks) -> None:
     ranks(4, check_four)
 

@@ -82,7 +82,7 @@ COPIES: dict[str, tuple[Function, bool]] = {
     "times its own norm": (lambda a, b, c: a * a.norm(dim=1, keepdim=True), False),
     "times a gate": (lambda a, b, c: a * (b @ c)[:1], False),
     "activated": (lambda a, b, c: a.relu(), False),
-    "negated": (lambda a, b, c: -a, False),
+    "negated": (lambda a, b, c: -a, True),
     "multiplied": (lambda a, b, c: a @ c, False),
 }
 

@@ -147,6 +147,7 @@ def test_zeros_and_empty_samples() -> None:
         assert gray_tokens(torch.zeros(2, 0, 3), None, 0.7, form).shape == (2, 0, 3)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     def both(x: Tensor) -> Tensor:
         y: Tensor = gray_tokens(gray_tokens(x, None, 0.9, "dct"), None, 0.7, "svd")

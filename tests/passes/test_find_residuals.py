@@ -276,6 +276,7 @@ def test_fires(rule: str) -> None:
 
 
 @pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.slow
 def test_fires_when_compiled(half: int) -> None:
     cases = dict([*FIRES.items()][half::2])
     expected = {rule: {"block": count} for rule, (_, count) in cases.items()}

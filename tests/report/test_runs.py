@@ -295,6 +295,7 @@ def sent(rank: Rank) -> tuple[int, int]:
     return step.report().bytes_after, halves + moved["_c10d_functional::all_gather_into_tensor"]
 
 
+@pytest.mark.slow
 def test_bytes_of_a_step_are_those_that_are_sent(ranks: RunRanks) -> None:
     for reported, given in ranks(2, sent):
         assert 0 < given <= 1.02 * reported

@@ -60,6 +60,7 @@ def test_polynomial_attention_has_the_same_rows() -> None:
         assert len(module.attentions) > 1
 
 
+@pytest.mark.slow
 def test_an_attention_by_einsum_becomes_polynomial_on_both_routes() -> None:
     # float64: the power makes float32 sums in another order visible
     model, x = Mixed().double().eval(), X.double()

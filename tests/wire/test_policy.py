@@ -115,7 +115,7 @@ def test_equal_descriptions_mean_equal_bytes() -> None:
             {"bits": 4, "sites": {"a": "4b:tread"}},
         )
     }
-    assert len(texts) == 14
+    assert len(texts) == 15
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ def test_the_report() -> None:
     assert "4 adapters: 768 parameters to train" in str(report)
 
 
+@pytest.mark.slow
 def test_names_as_peft_has_them_and_conv1d() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(n_layer=2, n_embd=WIDTH, n_head=2, vocab_size=11)

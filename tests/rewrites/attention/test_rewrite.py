@@ -83,6 +83,7 @@ def test_public_models(name: str, implementation: str) -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in new.parameters())
 
 
+@pytest.mark.slow
 def test_sdpa_and_eager_compute_the_same() -> None:
     pytest.importorskip("transformers")
     model: Any = ZOO["llama"].build(layers=1).eval()
@@ -96,6 +97,7 @@ def test_sdpa_and_eager_compute_the_same() -> None:
     torch.testing.assert_close(outputs[0], outputs[1])
 
 
+@pytest.mark.slow
 def test_generation_with_a_cache_gives_the_tokens_of_one_without() -> None:
     pytest.importorskip("transformers")
     model: Any = ZOO["llama"].build()

@@ -261,6 +261,7 @@ def test_compiled(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["free", "anneal"])
+@pytest.mark.slow
 def test_exported_with_another_batch(mode: str) -> None:
     new = rf.transform(NanoGPT(), residual=mode, example_inputs=((), tokens())).eval()
     auto = torch.export.Dim.AUTO

@@ -57,7 +57,7 @@ class Opened:
         self.sites, self.left = open_sites(self.model, ((), self.inputs))
 
 
-QUICK = ("nanogpt", "gpt2", "convnext", "t5")
+QUICK = ("nanogpt", "gpt2", "convnext")
 """The models that every run of the tests takes; make test-slow takes the others."""
 
 
