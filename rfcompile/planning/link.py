@@ -69,8 +69,8 @@ class Link:
             size = numel * itemsize
             return size if self.carrier == "send" else sent_bytes(self.carrier, size, self.world)
         if self.carrier == "all_reduce":
-            cpu = torch.device("cpu")
-            return exchanges.all_reduce_sent_bytes(numel, fmt, self.world, cpu)
+            segments = exchanges.default_segments(numel, fmt, torch.device("cpu"))
+            return exchanges.all_reduce_sent_bytes(numel, fmt, self.world, segments)
         if self.carrier == "all_gather":
             return exchanges.all_gather_sent_bytes(numel, fmt, self.world)
         if self.carrier == "reduce_scatter":

@@ -46,6 +46,15 @@ def test_the_line_through_the_times() -> None:
         MeasuredLinks(2, tuple(rows)).link("all_reduce")
 
 
+@pytest.mark.parametrize("carrier", ["all_reduce", "all_gather", "reduce_scatter"])
+def test_bytes_are_those_of_the_collectives_it_is_made_of(carrier: Any) -> None:
+    fmt, n, world = rf.QuantFormat(4, group_size=32), 4096, 4
+    row = fmt.row_bytes(n // world)  # of the part of one rank
+    parts = {"all_reduce": 2 * row, "all_gather": fmt.row_bytes(n), "reduce_scatter": row}
+    link = rf.Link(bandwidth=1e9, carrier=carrier, world=world)
+    assert link.sent(n, 4, fmt) == (world - 1) * parts[carrier]
+
+
 def test_a_link_needs_a_group_of_two() -> None:
     with pytest.raises(ProcessGroupError, match="there is no process group"):
         rf.measure_link()
