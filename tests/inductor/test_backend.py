@@ -754,6 +754,7 @@ def test_a_policy_as_an_option() -> None:
     assert reported().sites[0].reason == "the policy sends activations exact"
 
 
+@pytest.mark.slow
 def test_without_collectives_it_is_a_compiler_like_any_other() -> None:
     x = torch.randn(5)
     assert torch.equal(compiled(torch.relu, bits=4, strict=True)(x), x.relu())
