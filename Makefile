@@ -32,7 +32,8 @@ demo: $(VENV)/demo.stamp
 # The codec's library is built first, for no test to be the one that takes this time. Lint and types
 # run beside the tests; what they say comes at the end.
 test: $(VENV)/dev.stamp
-	@$(BIN)/python -c 'from rfcompile.codec import cpu_codec; cpu_codec.load_kernels()'
+	@TORCHINDUCTOR_CACHE_DIR=$${TORCHINDUCTOR_CACHE_DIR:-$(CURDIR)/.cache/inductor} \
+		$(BIN)/python -c 'from rfcompile.codec import cpu_codec; cpu_codec.load_kernels()'
 	@mkdir -p .cache; $(MAKE) --no-print-directory lint > .cache/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not benchmark and not slow'; tests=$$?; \
 	wait $$lint; lint=$$?; cat .cache/lint.log; exit $$((tests || lint))
