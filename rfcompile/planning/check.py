@@ -37,7 +37,7 @@ class SiteCheck:
 
 @dataclass(frozen=True)
 class PlanCheck(TableReport):
-    """What :meth:`Plan.check` measured: ``print`` it, or read its fields.
+    """What ``plan.check`` measured: ``print`` it, or read its fields.
 
     Args:
         loss: mean over batches, without a wire.
@@ -63,7 +63,7 @@ class PlanCheck(TableReport):
 
     @property
     def interaction(self) -> float:
-        """Of the largest sites: measured together, less the sum of each alone."""
+        """What the largest sites cost together, less the sum of each alone."""
         return self.together - sum(site.measured for site in self.largest)
 
     @property

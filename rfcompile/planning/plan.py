@@ -72,16 +72,16 @@ class Plan(TableReport):
 
     @property
     def increase(self) -> float:
-        """Predicted, of the mean loss: the sum over sites."""
+        """The predicted increase of the mean loss, summed over sites."""
         return sum(choice.increase for choice in self.choices)
 
     @property
     def policy(self) -> Policy:
-        """The plan as a policy: a pattern for each site. All other traffic is exact."""
+        """The plan as a policy with a pattern for each site; all other traffic is exact."""
         return site_policy({choice.site: choice.format for choice in self.choices})
 
     def toml(self) -> str:
-        """The policy as the text of a TOML file for :meth:`Policy.from_file`."""
+        """The policy as the text of a TOML file for :meth:`~rfcompile.Policy.from_file`."""
         rows = [f"# {line}" for line in list(self.lines())[:2]]
         rows += ["[sites]"]
         for pattern, fmt in self.policy.sites.items():

@@ -35,8 +35,8 @@ from rfcompile.wire.fake import round_trip
 from rfcompile.wire.policy import Formatish
 
 Loss = Callable[[nn.Module, Any], Tensor]
-"""The loss of a batch: a function of (model, batch) that returns one number, a mean over the batch,
-such as ``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``."""
+"""A function of (model, batch) that returns one number, the loss as a mean over the batch, such as
+``lambda model, batch: cross_entropy(model(batch[0]), batch[1])``."""
 
 FORMATS: tuple[Formatish, ...] = (2, 3, 4, 5, 6, 8, "2b:h128", "3b:h128", "4b:h128")
 """The candidates, if none are named: groups of 128, up to 4 bits also with a rotation."""
