@@ -39,15 +39,16 @@ class OpenResiduals:
     tier: Literal["bitwise"] = "bitwise"
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
+        nodes = additions(gm)
         facts: list[OpenedSite | ResidualAdd] = []
         left = []
         for add in find_residuals(gm):
             if add.kind not in self.kinds:
                 facts.append(add)
-            elif not can_open(gm, add):
+            elif add.node not in nodes:
                 left.append(add)
             else:
-                facts.append(_open(gm, _node_of(gm, add), add))
+                facts.append(_open(gm, nodes[add.node], add))
         if left:
             places = "; ".join(f"{add.place} ({add.spelling})" for add in left)
             raise ResidualError(
@@ -58,15 +59,9 @@ class OpenResiduals:
         return PassResult(gm, sum(isinstance(fact, OpenedSite) for fact in facts), tuple(facts))
 
 
-def can_open(gm: fx.GraphModule, add: ResidualAdd) -> bool:
-    """The pass can rewrite it: it is an addition, and in no graph that this one calls."""
-    node = next((node for node in gm.graph.nodes if node.name == add.node), None)
-    return node is not None and _is_addition(node)
-
-
-def _node_of(gm: fx.GraphModule, add: ResidualAdd) -> fx.Node:
-    node: fx.Node = next(node for node in gm.graph.nodes if node.name == add.node)
-    return node
+def additions(gm: fx.GraphModule) -> dict[str, fx.Node]:
+    """The nodes that the pass can rewrite, by name; none of a graph that this one calls."""
+    return {node.name: node for node in gm.graph.nodes if _is_addition(node)}
 
 
 def _is_addition(node: fx.Node) -> bool:

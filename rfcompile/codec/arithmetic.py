@@ -316,6 +316,12 @@ def groups_of(row_bytes: int, fmt: QuantFormat) -> tuple[int, int]:
     return row_bytes // (fmt.group_size * fmt.bits // 8 + SCALE_BYTES), fmt.group_size
 
 
+def in_one_piece(payload_CB: Tensor, fmt: QuantFormat) -> tuple[Tensor, int, int, int]:
+    """A payload for a kernel: contiguous, its rows, its groups and the elements of a group."""
+    C, B = payload_CB.shape
+    return payload_CB.contiguous(), C, *groups_of(B, fmt)
+
+
 def check_payload(payload: Tensor, fmt: QuantFormat, row_numel: int, rows: int) -> None:
     """Raise PayloadError unless ``payload`` is uint8 ``[rows, row_bytes]`` in some shape."""
     expected = rows * fmt.row_bytes(row_numel)

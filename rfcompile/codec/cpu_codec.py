@@ -58,23 +58,13 @@ class _Format(ctypes.Structure):
 
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_FORMAT = ctypes.POINTER(_Format)
+_OF_PAYLOAD = (_POINTER, _INT64, _INT64, _FORMAT)  # payload, rows, groups
 _ARGUMENTS = {
-    "quantize": (
-        *(_POINTER, _INT, _INT64, _INT64, _INT64, _INT64),
-        *(ctypes.POINTER(_Format), _INT, _POINTER),
-    ),
-    "dequantize": (
-        *(_POINTER, _INT64, _INT64, ctypes.POINTER(_Format), _INT),
-        *(_INT, _POINTER),
-    ),
-    "dequantize_sum": (
-        *(_POINTER, _INT64, _INT64, ctypes.POINTER(_Format), _INT),
-        *(_INT, _INT, _POINTER),
-    ),
-    "requantize": (
-        *(_POINTER, _INT64, _INT64, ctypes.POINTER(_Format), _INT),
-        *(_INT, _POINTER),
-    ),
+    "quantize": (_POINTER, _INT, *[_INT64] * 4, _FORMAT, _INT, _POINTER),
+    "dequantize": (*_OF_PAYLOAD, _INT, _INT, _POINTER),
+    "dequantize_sum": (*_OF_PAYLOAD, _INT, _INT, _INT, _POINTER),
+    "requantize": (*_OF_PAYLOAD, _INT, _INT, _POINTER),
 }
 
 _library: ctypes.CDLL | None = None
@@ -134,7 +124,7 @@ def quantize(x_CM: Tensor, fmt: QuantFormat, seed: int = 0) -> Tensor:
 
 def dequantize(payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> Tensor:
     """``arithmetic.dequantize``."""
-    payload, rows, G, E = _payload(payload_CB, fmt)
+    payload, rows, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     out = payload.new_empty((rows, G * E), dtype=_carried(dtype))
     _call(
         "dequantize",
@@ -150,7 +140,7 @@ def dequantize_sum(
     payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype, average: bool = False
 ) -> Tensor:
     """``arithmetic.dequantize_sum``."""
-    payload, rows, G, E = _payload(payload_CB, fmt)
+    payload, rows, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     out = payload.new_empty((G * E,), dtype=_carried(dtype))
     _call(
         "dequantize_sum",
@@ -164,7 +154,7 @@ def requantize(
     payload_CB: Tensor, fmt: QuantFormat, average: bool = False, seed: int = 0
 ) -> Tensor:
     """``arithmetic.requantize``."""
-    payload, rows, G, E = _payload(payload_CB, fmt)
+    payload, rows, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     total = payload.new_empty((1, payload.shape[1]))
     _call(
         "requantize",
@@ -179,12 +169,6 @@ def requantize(
 
 def _call(name: str, *arguments: object) -> None:
     getattr(_library, f"rfcompile_{name}")(*arguments)
-
-
-def _payload(payload_CB: Tensor, fmt: QuantFormat) -> tuple[Tensor, int, int, int]:
-    """In one piece, its rows, its groups and the elements of a group."""
-    C, B = payload_CB.shape
-    return payload_CB.contiguous(), C, *arithmetic.groups_of(B, fmt)
 
 
 def _carried(dtype: torch.dtype) -> torch.dtype:

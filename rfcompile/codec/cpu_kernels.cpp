@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -199,22 +200,23 @@ void unpack(const uint8_t* __restrict plane, int64_t E, int first, uint8_t* __re
   }
 }
 
-void pack_plane(int width, const uint8_t* u, int64_t E, int first, uint8_t* plane) {
+// Calls `work` with the width as a constant.
+template <typename Work>
+void with_width(int width, Work work) {
   switch (width) {
-    case 1: return pack<1>(u, E, first, plane);
-    case 2: return pack<2>(u, E, first, plane);
-    case 4: return pack<4>(u, E, first, plane);
-    default: return pack<8>(u, E, first, plane);
+    case 1: return work(std::integral_constant<int, 1>());
+    case 2: return work(std::integral_constant<int, 2>());
+    case 4: return work(std::integral_constant<int, 4>());
+    default: return work(std::integral_constant<int, 8>());
   }
 }
 
+void pack_plane(int width, const uint8_t* u, int64_t E, int first, uint8_t* plane) {
+  with_width(width, [=](auto constant) { pack<constant.value>(u, E, first, plane); });
+}
+
 void unpack_plane(int width, const uint8_t* plane, int64_t E, int first, uint8_t* u) {
-  switch (width) {
-    case 1: return unpack<1>(plane, E, first, u);
-    case 2: return unpack<2>(plane, E, first, u);
-    case 4: return unpack<4>(plane, E, first, u);
-    default: return unpack<8>(plane, E, first, u);
-  }
+  with_width(width, [=](auto constant) { unpack<constant.value>(plane, E, first, u); });
 }
 
 uint32_t noise(float x, uint32_t place, uint32_t seed) {

@@ -54,7 +54,7 @@ def dequantize(payload_CB: Tensor, fmt: QuantFormat, dtype: torch.dtype) -> Tens
     """``arithmetic.dequantize``."""
     from rfcompile.codec import triton_kernels
 
-    payload, C, G, E = _payload(payload_CB, fmt)
+    payload, C, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     out = payload.new_empty((C, G * E), dtype=dtype)
     is_clamped = fmt.rotate is not None and dtype == torch.float16
     _launch(
@@ -71,7 +71,7 @@ def dequantize_sum(
     """``arithmetic.dequantize_sum``."""
     from rfcompile.codec import triton_kernels
 
-    payload, C, G, E = _payload(payload_CB, fmt)
+    payload, C, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     out = payload.new_empty((G * E,), dtype=dtype)
     _launch(
         triton_kernels.dequantize_sum, 1, G, E,
@@ -86,7 +86,7 @@ def requantize(
     """``arithmetic.requantize``."""
     from rfcompile.codec import triton_kernels
 
-    payload, C, G, E = _payload(payload_CB, fmt)
+    payload, C, G, E = arithmetic.in_one_piece(payload_CB, fmt)
     total = payload.new_empty((1, payload.shape[1]))
     _launch(
         triton_kernels.requantize, 1, G, E,
@@ -100,12 +100,6 @@ def _codes_size(groups: int, fmt: QuantFormat) -> int:
     """Bytes of the codes in a payload row."""
     assert fmt.group_size is not None
     return groups * fmt.group_size * fmt.bits // 8
-
-
-def _payload(payload_CB: Tensor, fmt: QuantFormat) -> tuple[Tensor, int, int, int]:
-    """In one piece, its rows, its groups and the elements of a group."""
-    C, B = payload_CB.shape
-    return payload_CB.contiguous(), C, *arithmetic.groups_of(B, fmt)
 
 
 def _launch(kernel: Any, rows: int, groups: int, group: int, *arguments: Any) -> None:

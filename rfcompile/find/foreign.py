@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from rfcompile.errors import ProcessGroupError
-from rfcompile.wire.by_size import call_as_text
+from rfcompile.wire.by_size import call_as_text, shape_of_result
 from rfcompile.wire.foreign import ForeignCollective, registered
 from rfcompile.wire.process_groups import resolve
 
@@ -149,11 +149,7 @@ def _wrong_shape(call: ForeignCall) -> str:
     if after is None:
         return "its graph has no shapes"
     world = resolve(call.group).size()
-    wanted = list(before.shape)
-    if call.operator.kind == "all_gather":
-        wanted[call.dim] = wanted[call.dim] * world
-    if call.operator.kind == "reduce_scatter":
-        wanted[call.dim] = wanted[call.dim] // world
+    wanted = shape_of_result(call.operator.kind, before.shape, call.dim, world)
     is_same = len(wanted) == after.dim() and all(
         statically_known_true(a == b) for a, b in zip(wanted, after.shape, strict=True)
     )

@@ -59,8 +59,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     inputs = inputs_of(model, example_inputs)
-    with _plain_outputs(model):
-        graph: fx.GraphModule = exported(model, inputs).graph_module
+    graph: fx.GraphModule = _exported_plainly(model, inputs).graph_module
     return graph
 
 
@@ -96,16 +95,15 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
             values["use_cache"] = use_cache
 
 
-@contextmanager
-def _plain_outputs(model: nn.Module) -> Iterator[None]:
-    """For a while, the model returns tensors in the place of objects that torch does not know."""
+def _exported_plainly(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """:func:`exported`, with tensors in the place of output objects that torch does not know."""
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return pytree.tree_map(lambda x: x if isinstance(x, _LEAVES) else tensors_of(x), output)
 
     handle = model.register_forward_hook(hook)
     try:
-        yield
+        return exported(model, inputs)
     finally:
         handle.remove()
 
@@ -147,8 +145,7 @@ def flat_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    with _plain_outputs(model):
-        module: Any = exported(model, inputs).module()
+    module: Any = _exported_plainly(model, inputs).module()
     return _without_regions(module)
 
 
@@ -159,8 +156,7 @@ def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    with _plain_outputs(model):
-        module: Any = _without_einsum(exported(model, inputs)).module()
+    module: Any = _without_einsum(_exported_plainly(model, inputs)).module()
     return _without_regions(module)
 
 

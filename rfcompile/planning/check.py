@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from rfcompile.errors import OptionError, RFCompileWarning
-from rfcompile.graph.capture import in_mode
 from rfcompile.graph.models import check_module, copy_of, uncompiled
-from rfcompile.graph.one_step import state_kept
-from rfcompile.planning.score import Loss, loss_of
+from rfcompile.planning.score import Loss, loss_of, quiet
 from rfcompile.planning.site_policy import site_policy
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.wires import Wire, with_fake_wire
@@ -136,6 +134,5 @@ def _losses(
     """The loss of each batch, with a fake wire at each site; a site without a format is exact."""
     policy = site_policy({site: formats.get(site, "") for site in sites})
     twin = with_fake_wire(copy_of(model, share=True), Wire(policy, modules=sites))
-    modes, kept = in_mode(twin, training=False), state_kept(twin)
-    with kept, modes, torch.compiler.set_stance("force_eager"), torch.no_grad():
+    with quiet(twin), torch.no_grad():
         return [loss_of(loss, twin, batch, i).item() for i, batch in enumerate(batches, 1)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import OptionError, ProcessGroupError
 from rfcompile.report.table import TableReport, table
+from rfcompile.torch_versions import all_gather_single
 from rfcompile.wire import exchanges
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.process_groups import resolve
@@ -214,7 +215,7 @@ def _runner(group: Any, carrier: Carrier, x: Tensor) -> Callable[[], float]:
     carry: dict[str, Callable[[], Any]] = {
         "send": send,
         "all_reduce": lambda: dist.all_reduce(x, dist.ReduceOp.MAX, group=group),
-        "all_gather": lambda: dist.all_gather_into_tensor(gathered, x, group=group),
+        "all_gather": lambda: all_gather_single(gathered, x, group=group),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, x, group=group),
     }
 

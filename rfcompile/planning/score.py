@@ -88,7 +88,7 @@ def score(
     twin, taps = with_taps(model, modules)
     sums = {path: _SiteSums(candidates) for path in taps}
     total, count = 0.0, 0
-    with _quiet(twin):
+    with quiet(twin), torch.enable_grad():
         for count, batch in enumerate(batches, 1):
             total += _score_batch(twin, taps, sums, loss, (count, batch), seed)
     if not count:
@@ -106,10 +106,10 @@ def digest(model: nn.Module) -> str:
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def quiet(model: nn.Module) -> Iterator[None]:
     """The model runs eagerly and in eval mode, and is afterwards as before."""
     modes, kept = in_mode(model, training=False), state_kept(model)
-    with kept, modes, torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with kept, modes, torch.compiler.set_stance("force_eager"):
         yield
 
 

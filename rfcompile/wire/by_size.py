@@ -10,7 +10,7 @@ must in the collectives themselves.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ def along_dim(
     else:
         result = reduce_scatter_wire(rows, fmt, op, world, group, site)
     return result.movedim(0, dim).contiguous() if dim else result
+
+
+def shape_of_result(
+    kind: str, shape: Sequence[int | torch.SymInt], dim: int, world: int
+) -> list[int | torch.SymInt]:
+    """Of a collective of this kind along ``dim``, from the shape of what is sent."""
+    result = list(shape)
+    if kind == "all_gather":
+        result[dim] = result[dim] * world
+    if kind == "reduce_scatter":
+        result[dim] = result[dim] // world
+    return result
 
 
 def call_as_text(op: OpOverload[..., Any], sent: str, others: Mapping[str, Any]) -> str:
@@ -86,12 +98,7 @@ def _by_size(
 
 def _fake(x: Tensor, kind: str, format: str, op: str, world: int, *rest: Any) -> Tensor:
     _, dim, *_ = rest
-    shape = list(x.shape)
-    if kind == "all_gather":
-        shape[dim] = shape[dim] * world
-    if kind == "reduce_scatter":
-        shape[dim] = shape[dim] // world
-    return x.new_empty(shape)
+    return x.new_empty(shape_of_result(kind, x.shape, dim, world))
 
 
 LIBRARY.define(
