@@ -56,18 +56,20 @@ class Call:
 
 def call_of(node: Any) -> Call | None:
     """What a node of Inductor calls, if it is a kernel of the package."""
-    if not isinstance(node, ir.FallbackKernel) or node.op_overload not in operators.FORMULAS:
+    op = getattr(node, "op_overload", None)
+    if not isinstance(node, ir.FallbackKernel) or op not in operators.FORMULAS:
         return None
-    (origin,) = (one for one in node.get_origins() if one.target is node.op_overload)
+    (origin,) = (one for one in node.get_origins() if one.target is op)
     given, text = origin.args[:2]
-    assert isinstance(given, fx.Node) and isinstance(text, str)
+    assert isinstance(given, fx.Node)
+    assert isinstance(text, str)
     if not triton_codec.runs_on(torch.device("cuda"), QuantFormat.parse(text)):
         return None
     value: Tensor = given.meta["val"]
-    names = [argument.name for argument in node.op_overload._schema.arguments]
+    names = [argument.name for argument in op._schema.arguments]
     options = dict(zip(names[2:], origin.args[2:], strict=False)) | origin.kwargs
     return Call(
-        operator=node.op_overload._schema.name.partition("::")[2],
+        operator=op._schema.name.partition("::")[2],
         shape=tuple(value.shape),
         stride=tuple(value.stride()),
         dtype=value.dtype,

@@ -6,9 +6,9 @@ Private parts used here, run with torch 2.13.0: ``_inductor.compile_fx.compile_f
 ``_inductor.exc.InductorError``, ``_inductor.graph.GraphLowering.{compile_to_module, codegen,
 scheduler, get_output_names}``, ``_inductor.codegen.triton.TritonScheduling.define_kernel``,
 ``_inductor.ir.{MultiOutput, MutationLayoutSHOULDREMOVE, NonOwningLayout}``,
-``_inductor.scheduler.{ExternKernelSchedulerNode, Scheduler.codegen_extern_call}``, ``_inductor.dependencies.MemoryDep``,
-``_inductor.virtualized.V``, ``_inductor.config``, ``_guards.{tracing, TracingContext}``, and in the
-text of a wrapper the places where kernels stand.
+``_inductor.scheduler.{ExternKernelSchedulerNode, Scheduler.codegen_extern_call}``,
+``_inductor.dependencies.MemoryDep``, ``_inductor.virtualized.V``, ``_inductor.config``,
+``_guards.{tracing, TracingContext}``, and in the text of a wrapper the places where kernels stand.
 """
 
 from __future__ import annotations
