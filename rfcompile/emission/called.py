@@ -56,7 +56,7 @@ class Call:
 
 def call_of(node: Any) -> Call | None:
     """What a node of Inductor calls, if it is a kernel of the package."""
-    op = getattr(node, "op_overload", None)
+    op: Any = getattr(node, "op_overload", None)
     if not isinstance(node, ir.FallbackKernel) or op not in operators.FORMULAS:
         return None
     (origin,) = (one for one in node.get_origins() if one.target is op)
