@@ -20,7 +20,6 @@ from rfcompile.errors import CaptureError
 from rfcompile.graph.line_facts import LineFacts
 from rfcompile.graph.pipeline import Record
 from rfcompile.graph.text import graph_text, read_statement, read_statements
-from rfcompile.graph.wire_bytes import wire_bytes
 from rfcompile.report.page.document import Page
 from rfcompile.report.page.of_diff import Side, diff_page
 from rfcompile.report.page.paged import PagedReport
@@ -168,8 +167,8 @@ def _compared(
         after[0],
         removed=dict(sorted((old_counts - new_counts).items())),
         added=dict(sorted((new_counts - old_counts).items())),
-        wire_bytes_before=wire_bytes(before[0]),
-        wire_bytes_after=wire_bytes(after[0]),
+        wire_bytes_before=before[1].sent_bytes,
+        wire_bytes_after=after[1].sent_bytes,
         graphs=graphs,
         facts_before=before[1],
         facts_after=after[1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rfcompile.codec.formats import QuantFormat
@@ -13,7 +13,7 @@ from rfcompile.graph.outline import Called
 from rfcompile.graph.text import Statement, read_statement
 from rfcompile.graph.wire_bytes import sent_by_line, tensor_bytes
 
-MODULE, OPERATOR, GROUP = "module", "operator", "group"
+MODULE, OPERATOR, GROUP, GRAPH = "module", "operator", "group", "graph"
 QUANTIZE, DEQUANTIZE, COLLECTIVE, WIRE = "quantize", "dequantize", "collective", "wire"
 TRAFFIC = (QUANTIZE, DEQUANTIZE, COLLECTIVE, WIRE)
 """The kinds of operators that have a colour."""
@@ -28,10 +28,11 @@ class Block:
     Args:
         key: what it is compared by: the path of a module; an operator with its type.
         label: what is written on it; note: its class or type.
-        kind: MODULE, OPERATOR or one of TRAFFIC.
+        kind: MODULE, OPERATOR, one of TRAFFIC, GRAPH for a root, GROUP for several.
         line: number of its line in the text of the graph, None for modules.
         sent: bytes that one rank sends in it, None where unknown.
         badge: what else is written on it.
+        strip: (class of the style sheet, text) of a cell for each site within.
     """
 
     key: str
@@ -41,13 +42,15 @@ class Block:
     line: int | None = None
     sent: int | None = 0
     badge: str = ""
+    strip: tuple[tuple[str, str], ...] = ()
     children: list[Block] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Flow:
-    """A value that one operator defines and another uses, by lines; ``use`` is None for what the
-    graph returns. ``crossed``: bytes that one rank sent for it since it was last computed with.
+    """A value that one operator defines and another uses, by lines; ``use`` is None for the first
+    that the graph returns (others are gradients, or kept for the backward pass). ``crossed``: bytes
+    that one rank sent for it since it was last computed with.
     """
 
     definition: int
@@ -86,8 +89,8 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
         title: the label of the root.
         first_line: the number of the first line, where several graphs count on.
     """
-    root = Block(title, title, "", MODULE)
-    tree = _Tree(root, facts.classes, again=True)
+    root = Block(title, title, "", GRAPH)
+    tree = _Tree(root, facts.classes)
     defined: dict[str, int] = {}
     crossed: dict[int, int] = {}
     flows: list[Flow] = []
@@ -96,9 +99,9 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
     for i, line in enumerate(text.splitlines()):
         s = read_statement(line)
         if s is None:
-            if line.lstrip().startswith("return "):
-                used = _used(line.partition("return ")[2], defined)
-                flows += [Flow(d, None, crossed.get(d, 0)) for d in used]
+            if line.startswith("return "):
+                first = _used(line.partition("return ")[2], defined)[:1]
+                flows += [Flow(d, None, crossed.get(d, 0)) for d in first]
             continue
         if not s.target:
             num_inputs += 1
@@ -106,11 +109,11 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
         if not s.is_call:  # it reads an attribute: a parameter, or a graph inside the graph
             continue
         number, kind = first_line + i, kind_of(s.target)
-        parent = tree.enter(facts.modules[i]) if facts.modules else root
+        used = _used(s.arguments, defined)
+        parent = tree.enter(facts.modules[i] if facts.modules else "", used, number)
         label = _short(s.target)
         sent = _would_send(s) if kind == WIRE else sent_by[i]
         parent.children.append(Block(f"{s.target} {s.type}", label, s.type, kind, number, sent))
-        used = _used(s.arguments, defined)
         flows += [Flow(d, number, crossed.get(d, 0)) for d in used]
         before = max((crossed.get(d, 0) for d in used), default=0)
         carried = (sent or 0) + (before if _hands_on(s, kind) else 0)
@@ -153,33 +156,39 @@ def _short(target: str) -> str:
 def model_of(calls: Iterable[Called], title: str) -> Block:
     """The tree of a model that was outlined."""
     calls = list(calls)
-    root = Block("", title, "", MODULE)
-    tree = _Tree(root, {call.module: call.cls for call in calls}, again=False)
+    root = Block("", title, "", GRAPH)
+    tree = _Tree(root, {call.module: call.cls for call in calls})
     for call in calls:
-        block = tree.enter(call.module)
-        block.note = call.cls
+        tree.enter(call.module).note = call.cls
     return root
 
 
 class _Tree:
-    """Makes the blocks of modules as they are entered.
+    """Makes the blocks of modules as they are entered, one block for a module.
 
-    ``again``: a module that is entered after another one is a new block; else each is one block.
+    A module that is entered again is a block again only if what it now uses was computed by a block
+    that came after it: values flow down the page.
     """
 
-    def __init__(self, root: Block, classes: Mapping[str, str], *, again: bool) -> None:
-        self.root, self.classes, self.again = root, classes, again
+    def __init__(self, root: Block, classes: Mapping[str, str]) -> None:
+        self.root, self.classes = root, classes
+        self.places: dict[int, list[int]] = {}
 
-    def enter(self, path: str) -> Block:
-        block = self.root
+    def enter(self, path: str, used: Sequence[int] = (), line: int | None = None) -> Block:
+        """The block of a path, for an operator of that line that uses the values of others."""
+        block, place = self.root, list[int]()
         for prefix in _prefixes(path):
-            candidates = block.children[-1:] if self.again else block.children
-            found = [c for c in candidates if c.kind == MODULE and c.key == prefix]
-            if not found:
+            depth = len(place)
+            needed = [self.places[d][depth] for d in used if self.places[d][:depth] == place]
+            found = [i for i, c in enumerate(block.children) if (c.kind, c.key) == (MODULE, prefix)]
+            if not found or max(needed, default=0) > found[-1]:
+                found = [len(block.children)]
                 cls = self.classes.get(prefix, "").rpartition(".")[2]
-                found = [Block(prefix, _label(prefix), cls, MODULE)]
-                block.children += found
-            block = found[0]
+                block.children.append(Block(prefix, _label(prefix), cls, MODULE))
+            place.append(found[-1])
+            block = block.children[found[-1]]
+        if line is not None:
+            self.places[line] = [*place, len(block.children)]
         return block
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from rfcompile.report.page.blocks import GROUP, MODULE, Block
+from rfcompile.report.page.blocks import GRAPH, GROUP, MODULE, WIRE, Block
 from rfcompile.report.page.rows import ENTRY, Edge, Row
 from rfcompile.report.page.texts import short_bytes
 
@@ -56,7 +56,7 @@ def _row(row: Row, place: int) -> Iterator[str]:
 def _face(row: Row, block: Block | None) -> str:
     if block is None:
         return '<span class="x"></span>'
-    kind = "module" if block.kind in (MODULE, GROUP) and row.children else block.kind
+    kind = "module" if block.kind in (MODULE, GROUP, GRAPH) and row.children else block.kind
     stack = " stack" if row.times else ""
     mark = _MARKS[row.state] if len(row.sides) > 1 else ""
     parts = [f"<s>{mark}</s>" if mark else "", f"<b>{escape(block.label)}</b>"]
@@ -64,6 +64,10 @@ def _face(row: Row, block: Block | None) -> str:
         parts.append(f"<em>\N{MULTIPLICATION SIGN}{row.times}</em>")
     if block.note:
         parts.append(f"<i>{escape(block.note)}</i>")
+    if block.strip and (row.times or block.kind == GRAPH):
+        cells = "".join(f'<i class="{cls}"></i>' for cls, _ in block.strip)
+        said = escape(", ".join(text for _, text in block.strip))
+        parts.append(f'<span class="strip" role="img" aria-label="formats: {said}">{cells}</span>')
     if badge := _badge(block):
         parts.append(f"<u>{badge}</u>")
     return f'<span class="f {kind}{stack}">{"".join(parts)}</span>'
@@ -71,11 +75,12 @@ def _face(row: Row, block: Block | None) -> str:
 
 def _badge(block: Block) -> str:
     """What was written on the block, or the bytes that it sends."""
+    sends = "would send" if block.kind == WIRE else "sends"
     if block.badge:
         return block.badge
     if block.sent is None:
-        return "sends ? bytes"
-    return f"sends {short_bytes(block.sent)}" if block.sent else ""
+        return f"{sends} ? bytes"
+    return f"{sends} {short_bytes(block.sent)}" if block.sent else ""
 
 
 # ---- edges -------------------------------------------------------------------------------------

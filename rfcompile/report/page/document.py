@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rfcompile.report.page.blocks import TRAFFIC, WIRE
 from rfcompile.report.page.boxes import boxes
 from rfcompile.report.page.rows import Row
 
@@ -131,7 +132,8 @@ class Page:
 
     def _model(self, model: Row) -> Iterator[str]:
         sides = len(model.sides)
-        yield f'<section id="model"><h2>Model</h2><p class="key">{_LEGEND}{escape(self.arrows)}</p>'
+        yield f'<section id="model"><h2>Model</h2><p class="key">{_legend(model)}'
+        yield f"{escape(self.arrows)}</p>"
         yield (
             '<p class="tools"><button data-do="unfold">Unfold all</button>'
             '<button data-do="fold">Fold all</button>'
@@ -203,12 +205,21 @@ def _indexed(name: str, values: Sequence[str]) -> dict[str, Any]:
     return {f"{name}s": [*unique], name: [unique[value] for value in values]}
 
 
-_LEGEND = (
-    '<span><i class="f quantize"></i>quantize</span><span><i class="f dequantize"></i>dequantize'
-    '</span><span><i class="f collective"></i>collective</span><span><i class="f wire"></i>'
-    'fake wire</span><span><i class="bar"></i>crosses ranks, with the bytes that a rank sends'
-    "</span> "
-)
+def _legend(model: Row) -> str:
+    """The colours that the model has."""
+    rows = [*model.walk()]
+    blocks = [block for row in rows for block in row.sides if block is not None]
+    there = {block.kind for block in blocks}
+    kinds = [(f"f {kind}", "fake wire" if kind == WIRE else kind) for kind in TRAFFIC]
+    found = [(cls, name) for cls, name in kinds if cls[2:] in there]
+    bits = dict.fromkeys(cell for block in blocks for cell, _ in block.strip)
+    for cls in sorted(bits):
+        found.append((f"cell {cls}", "exact" if cls == "qx" else f"{cls[1:]} bits"))
+    if any(edge.crossed for row in rows for edge in row.edges):
+        found.append(("bar", "crosses ranks, with the bytes that a rank sends"))
+    return "".join(f'<span><i class="{cls}"></i>{escape(name)}</span>' for cls, name in found)
+
+
 
 
 def _file(name: str) -> str:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
 from rfcompile.graph.line_facts import LineFacts
 from rfcompile.graph.text import read_statement
 from rfcompile.graph.wire_bytes import tensor_bytes
-from rfcompile.report.page.blocks import MODULE, TRAFFIC, WIRE, Block, Flow, graph_of
+from rfcompile.report.page.blocks import (
+    COLLECTIVE,
+    GRAPH,
+    MODULE,
+    TRAFFIC,
+    WIRE,
+    Block,
+    Flow,
+    graph_of,
+)
 from rfcompile.report.page.document import Cell, Column, Fact, Line, Page, Texts
 from rfcompile.report.page.plots import bars
 from rfcompile.report.page.rows import Row, rows_of
 from rfcompile.report.page.texts import short_bytes
 
-ARROWS = "Arrows follow the values; inputs and parameters have none."
+ARROWS = "Arrows follow the values; inputs, parameters and what is kept for later have none."
 UNKNOWN = (
     "format of what is exact, kurtosis, SQNR and predicted loss: a graph has no numbers "
     "(rf.explain measures a model, rf.score and rf.plan predict the loss)"
@@ -40,7 +49,7 @@ class Side:
         flows = [flow for graph in graphs for flow in graph.flows]
         if len(graphs) == 1:
             return graphs[0].root, flows
-        return Block("", "", "", MODULE, children=[graph.root for graph in graphs]), flows
+        return Block("", "", "", GRAPH, children=[graph.root for graph in graphs]), flows
 
     def _part(self, first: int, count: int) -> LineFacts:
         part, facts = slice(first, first + count), self.facts
@@ -73,10 +82,13 @@ def _sums(row: Row, side: int) -> str:
     """What a box says of the operators within on one side: how many are new, what they send."""
     inner = [r for r in row.walk() if r.sides[side] is not None and not r.children]
     only = sum(r.state in ("added", "removed") for r in inner)
-    sent = sum(r.sides[side].sent or 0 for r in inner)  # type: ignore[union-attr]  # not None
+    blocks = [block for r in inner if (block := r.sides[side]) is not None]
+    sent = sum(block.sent or 0 for block in blocks if block.kind != WIRE)
+    coded = sum(block.sent or 0 for block in blocks if block.kind == WIRE)
     sign = "+" if side else "\N{MINUS SIGN}"
     parts = [f"{sign}{only}"] if only and len(row.sides) > 1 else []
     parts += [f"sends {short_bytes(sent)}"] if sent else []
+    parts += [f"would send {short_bytes(coded)}"] if coded else []
     return " \N{MIDDLE DOT} ".join(parts)
 
 
@@ -109,7 +121,7 @@ def diff_page(
     ]
     return Page(
         title="Graph diff",
-        tiles=tuple(tiles.items()),
+        tiles=(*tiles.items(), *_fake_wires(rows)),
         model=root,
         arrows=ARROWS,
         facts={row.number: _facts(row) for row in rows if row.block.line is None},
@@ -124,10 +136,21 @@ def diff_page(
 
 
 _COLUMNS = (
-    *(("", True), ("operator", False), ("where", False), ("module", False), ("tensor", False)),
+    *(("#", True), ("operator", False), ("where", False), ("module", False), ("tensor", False)),
     *(("bytes", True), ("sends before", True), ("sends after", True), ("line of code", False)),
 )
 _WHERE = {"added": "after", "removed": "before", "same": "both", "changed": "both"}
+
+
+def _fake_wires(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """What fake wires code: bytes as they are, and in their formats."""
+    wires = [
+        block for row in rows if (block := row.sides[1]) is not None and block.kind == WIRE
+    ]
+    if wires:
+        exact = sum(tensor_bytes(block.note) or 0 for block in wires)
+        coded = sum(block.sent or 0 for block in wires)
+        yield "on fake wires, if it were sent", f"{exact:,} -> {coded:,} bytes"
 
 
 def _line(i: int, row: Row, texts: Sequence[Texts]) -> Line:
@@ -168,7 +191,7 @@ def _facts(row: Row) -> list[Fact]:
     for side in range(len(row.sides)):
         there = [block for r in leaves if (block := r.sides[side]) is not None]
         counts.append(str(len(there)))
-        total = sum(block.sent or 0 for block in there)
+        total = sum(block.sent or 0 for block in there if block.kind != WIRE)
         unknown = any(block.sent is None for block in there)
         sent.append(f"{total:,} bytes" + (" and what is unknown" if unknown else ""))
     return [*facts, Fact("operators", tuple(counts)), Fact("a rank sends", tuple(sent))]
@@ -178,7 +201,7 @@ def _plots(rows: Sequence[Row]) -> list[str]:
     totals: dict[str, list[float]] = {}
     for row in rows:
         for side, block in enumerate(row.sides):
-            if block is not None and block.line is not None and block.sent:
+            if block is not None and block.kind == COLLECTIVE and block.sent:
                 totals.setdefault(block.label, [0.0, 0.0])[side] += block.sent
     if not totals:
         return []

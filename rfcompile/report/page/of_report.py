@@ -23,6 +23,7 @@ from rfcompile.report.page.sites import (
 )
 
 IN_ORDER = "Arrows follow the order of the calls."
+AS_HELD = "Arrows follow the order in which the model holds its modules."
 HINTS = {
     "SQNR": "rf.explain on one machine measures it",
     "kurtosis": "rf.explain on one machine measures it",
@@ -51,7 +52,7 @@ def report_page(
     """
     texts: tuple[Texts, ...] = ()
     root: Row | None = None
-    arrows = IN_ORDER
+    arrows = ""
     if graphs:
         names, each, facts = zip(*graphs, strict=True)
         side = Side(names, each, LineFacts.joined(facts))
@@ -59,9 +60,10 @@ def report_page(
         texts = (side.shown("\n\n".join(each).splitlines()),)
     elif calls:
         root = _outlined(model_of(calls, calls[0].cls), sites)
+        arrows = IN_ORDER if any(call.output for call in calls) else AS_HELD
     elif any(site.module for site in sites):
         paths = dict.fromkeys(site.module for site in sites if site.module)
-        root, arrows = rows_of([model_of((Called(path, "") for path in paths), "")]), ""
+        root = rows_of([model_of((Called(path, "") for path in paths), "")])
     boxes = boxes_of(root, sites) if root is not None else [None] * len(sites)
     rows = [row for row in root.walk() if row.block.line is None] if root is not None else []
     columns, lines = table_of(sites, boxes)

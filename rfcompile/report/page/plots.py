@@ -10,7 +10,7 @@ from html import escape
 from rfcompile.report.page.texts import number, short_bytes
 
 WIDTH, HEIGHT = 360, 232
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
 BAR = 16
 
 
@@ -65,10 +65,11 @@ def linear(
     low = min(0.0, low) if zero else low
     if high <= low:
         low, high = low - 0.5, high + 0.5
-    step = _nice((high - low) / 4)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    step = _nice((high - low) / 5)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
-    return Axis(label, ticks[0], ticks[-1], ticks, write)
+    room = 0.03 * (high - low)
+    return Axis(label, low if zero else low - room, high + room, ticks, write)
 
 
 def _nice(step: float) -> float:
@@ -77,8 +78,16 @@ def _nice(step: float) -> float:
     return next(factor * unit for factor in (1, 2, 5, 10) if factor * unit >= step * 0.999)
 
 
+def power(value: float) -> str:
+    """A tick of a logarithmic axis: "5", "0.1", "1e-4"."""
+    if 0.01 <= value < 10000:
+        return number(value)
+    mantissa, _, exponent = f"{value:.0e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def logarithmic(
-    label: str, values: Sequence[float], *, write: Callable[[float], str] = number
+    label: str, values: Sequence[float], *, write: Callable[[float], str] = power
 ) -> Axis:
     """A logarithmic axis for values above 0, with ticks at 1, 2 and 5 times powers of ten."""
     low, high = min(values), max(values)
@@ -152,7 +161,7 @@ def _axes(x: Axis, y: Axis) -> Iterator[str]:
     yield f'<text class="a m" x="{middle}" y="{HEIGHT - 6}">{escape(x.label)}</text>'
     centre = (TOP + bottom) / 2
     yield (
-        f'<text class="a m" transform="translate(11 {centre}) rotate(-90)">{escape(y.label)}</text>'
+        f'<text class="a m" transform="translate(10 {centre}) rotate(-90)">{escape(y.label)}</text>'
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +20,8 @@ OPEN_BOXES = 56
 """A page opens with at most so many boxes, unless its top level alone has more."""
 FEW_OPERATORS = 3
 """From so many plain operators in a row on they are one box."""
+FEW_LAYERS = 4
+"""Layers that repeat more often stay folded at first."""
 LONGEST_PATTERN = 8
 CHUNK = 24
 """A level of more boxes than this that nothing else folds is cut into pieces of so many."""
@@ -181,13 +182,13 @@ def _runs_folded(rows: list[Row]) -> list[Row]:
     found, i = [], 0
     while i < len(rows):
         period, times = _repeats(looks, i)
-        if times > 1:
-            run = rows[i : i + period * times]
+        run = rows[i : i + period * times]
+        if times > 1 and len({row.block.key for row in run}) == len(run):
             first, last = run[0].block.label, run[-1].block.label
             found.append(_group(run, f"{first} ... {last}", times))
         else:
-            found.append(rows[i])
-        i += period * times
+            found += run
+        i += len(run)
     return found
 
 
@@ -312,16 +313,13 @@ def _sent_by(row: Row, sent: Mapping[str, int]) -> int:
 
 def _open(root: Row) -> None:
     """Level by level, as far as the boxes are not too many; plain operators stay folded."""
-    shown = root.num_boxes
-    root.is_open = True
-    waiting = deque(root.children)
-    while waiting:
-        row = waiting.popleft()
-        if _is_plain(row) or shown + row.num_boxes > OPEN_BOXES:
-            continue
-        shown += row.num_boxes
-        row.is_open = True
-        waiting.extend(row.children)
+    shown, level = root.num_boxes, [root]
+    while level and shown <= OPEN_BOXES:
+        for row in level:
+            row.is_open = True
+        inner = [child for row in level for child in row.children]
+        level = [row for row in inner if row.times <= FEW_LAYERS and not _is_plain(row)]
+        shown += sum(row.num_boxes for row in level)
 
 
 def _is_plain(row: Row) -> bool:

@@ -12,6 +12,8 @@ from rfcompile.report.page.plots import Points, bars, linear, logarithmic, plot
 from rfcompile.report.page.rows import Row
 from rfcompile.report.page.texts import number, short_bytes
 
+CELLS = 128
+"""A strip shows the formats of so many sites at most."""
 LIMIT_DB = 20 * math.log10(2)
 """A bit more raises the rate-distortion limit of a Gaussian by so many dB."""
 
@@ -103,6 +105,7 @@ def boxes_of(root: Row, sites: Sequence[ShownSite]) -> list[int | None]:
         inner_sites = [sites[i] for r in row.walk() for i in r.sites]
         if inner_sites:
             row.block.badge = _badge(inner_sites)
+            row.block.strip = tuple(_cell_of(site) for site in inner_sites[:CELLS])
     return found
 
 
@@ -121,6 +124,12 @@ def _nearest(rows: Mapping[tuple[str, str], Row], site: ShownSite) -> Row | None
                 return rows[graph, path]
         path = path.rpartition(".")[0]
     return None
+
+
+def _cell_of(site: ShownSite) -> tuple[str, str]:
+    """Of a strip: the colour by bits, "qx" for exact."""
+    bits = site.format.partition("b")[0]
+    return (f"q{bits}" if bits.isdigit() else "qx"), site.format or "exact"
 
 
 def _badge(sites: Sequence[ShownSite]) -> str:
