@@ -45,9 +45,9 @@ HEAD = """\
 
 <!-- Made by `make schema` from the reports; a test compares it with them. -->
 
-`to_dict()` and `json()` of a report, and `--json` of the command line, give what this page says. The
-key `schema` has the name of the report and a version. The version grows when a reader of the old
-JSON would misread the new one, so a program should compare the whole text and refuse others.
+`to_dict()` and `json()` of a report, and `--json` of the command line, give what this page says.
+The key `schema` has the name of the report and a version. The version grows when a reader of the
+old JSON would misread the new one, so a program should compare the whole text and refuse others.
 
 `rfcompile.report.schema.json_schema(Report)` gives the same as a JSON Schema (draft 2020-12), for
 any validator. A number that is NaN or infinite in Python is null. Keys that a table does not name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -59,14 +60,15 @@ def _face(row: Row, block: Block | None) -> str:
     kind = "module" if block.kind in (MODULE, GROUP, GRAPH) and row.children else block.kind
     stack = " stack" if row.times else ""
     mark = _MARKS[row.state] if len(row.sides) > 1 else ""
-    parts = [f"<s>{mark}</s>" if mark else "", f"<b>{escape(block.label)}</b>"]
+    parts = [f'<span class="m">{mark}</span>' if mark else "", f"<b>{escape(block.label)}</b>"]
     if row.times:
         parts.append(f"<em>\N{MULTIPLICATION SIGN}{row.times}</em>")
     if block.note:
         parts.append(f"<i>{escape(block.note)}</i>")
     if block.strip and (row.times or block.kind == GRAPH):
         cells = "".join(f'<i class="{cls}"></i>' for cls, _ in block.strip)
-        said = escape(", ".join(text for _, text in block.strip))
+        counts = Counter(text for _, text in block.strip)
+        said = escape(", ".join(f"{count} {text}" for text, count in counts.items()))
         parts.append(f'<span class="strip" role="img" aria-label="formats: {said}">{cells}</span>')
     if badge := _badge(block):
         parts.append(f"<u>{badge}</u>")

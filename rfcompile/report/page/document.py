@@ -133,7 +133,7 @@ class Page:
     def _model(self, model: Row) -> Iterator[str]:
         sides = len(model.sides)
         yield f'<section id="model"><h2>Model</h2><p class="key">{_legend(model)}'
-        yield f"{escape(self.arrows)}</p>"
+        yield f" <span>{escape(self.arrows)}</span></p>"
         yield (
             '<p class="tools"><button data-do="unfold">Unfold all</button>'
             '<button data-do="fold">Fold all</button>'
@@ -217,7 +217,7 @@ def _legend(model: Row) -> str:
         found.append((f"cell {cls}", "exact" if cls == "qx" else f"{cls[1:]} bits"))
     if any(edge.crossed for row in rows for edge in row.edges):
         found.append(("bar", "crosses ranks, with the bytes that a rank sends"))
-    return "".join(f'<span><i class="{cls}"></i>{escape(name)}</span>' for cls, name in found)
+    return "".join(f'<span><i class="{cls}"></i>{escape(name)}</span> ' for cls, name in found)
 
 
 

@@ -79,7 +79,7 @@
     box.focus({ preventScroll: true });
   };
   const visible = () =>
-    [...model.querySelectorAll("button.r, summary")].filter((box) => box.offsetParent !== null);
+    [...model.querySelectorAll("button.r, summary")].filter((box) => box.checkVisibility());
   const step = (box, by) => {
     const boxes = visible();
     const next = boxes[boxes.indexOf(box) + by];
