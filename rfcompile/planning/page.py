@@ -72,7 +72,10 @@ def plan_page(
         notes.append("kurtosis, SQNR and the frontier need the scores: plan.page(path, scores=...)")
     else:
         plots += sqnr_plot([*_measured(scores)])
-        plots += _frontier(sites, scores, replan)
+        frontier = [*_frontier(sites, scores, replan)]
+        plots += frontier
+        if not frontier:
+            notes.append("no frontier: no plan increases the predicted loss")
     calls = outline_of(uncompiled(model)) if model is not None else ()
     return report_page("Plan of bits", [], tiles, notes, sites, calls=calls, plots=plots)
 

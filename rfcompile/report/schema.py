@@ -80,8 +80,8 @@ def _schema_of(kind: Any, found: dict[str, Any]) -> dict[str, Any]:
 _ENTRY = re.compile(r"^ {4}((?:\w+, )*\w+): (.*)$")
 
 
-def _first_line(cls: type) -> str:
-    text = inspect.getdoc(cls) or ""
+def _first_line(documented: object) -> str:
+    text = inspect.getdoc(documented) or ""
     return _plain(" ".join(text.split("\n\n")[0].split()))
 
 
@@ -105,9 +105,7 @@ def _said_of(cls: type) -> dict[str, str]:
 def _said_of_property(cls: type, name: str) -> str:
     member = inspect.getattr_static(cls, name, None)
     is_computed = isinstance(member, (property, types.FunctionType))
-    return _plain(" ".join((inspect.getdoc(member) or "").split("\n\n")[0].split())) if (
-        is_computed
-    ) else ""
+    return _first_line(member) if is_computed else ""
 
 
 def _plain(text: str) -> str:
@@ -141,13 +139,14 @@ def _table(schema: Mapping[str, Any]) -> Iterator[str]:
 def _words(part: Mapping[str, Any]) -> str:
     """A schema in words: "array of `Site`"."""
     if "const" in part:
-        return f"`{part['const']}`"
+        return f'`"{part["const"]}"`'
     if "enum" in part:
-        return ", ".join(f"`{value}`" for value in part["enum"])
+        return ", ".join(f'`"{value}"`' for value in part["enum"])
     if "$ref" in part:
         return f"`{part['$ref'].rpartition('/')[2]}`"
     if "anyOf" in part:
-        return " or ".join(_words(option) for option in part["anyOf"])
+        options = (word for option in part["anyOf"] for word in _words(option).split(" or "))
+        return " or ".join(dict.fromkeys(options))
     kind = part.get("type", "anything")
     if isinstance(kind, list):
         return " or ".join(kind)

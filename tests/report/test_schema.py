@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 import rfcompile as rf
 from rfcompile.emission.compare import Change, KernelComparison
+from rfcompile.planning.link import CarrierTime, MeasuredLinks
 from rfcompile.report.schema import json_schema
 from rfcompile.report.table import TableReport
 from tests.pages import ROOT
 from tests.planning.test_plan import distance, scored
+from tests.rewrites.graying.test_rewrite import Encoder
+from tests.rewrites.graying.test_rewrite import X as TOKENS
 from tests.test_examples import load
 from tests.zoo import NanoGPT
 
@@ -37,39 +40,48 @@ def check(report: TableReport) -> dict[str, Any]:
     return dict(data)
 
 
-def planned() -> list[TableReport]:
-    model, batches, scores = scored()
-    plan = rf.plan(scores, bytes=20_000)
-    with pytest.warns(rf.errors.RFCompileWarning) as _:
-        checked = plan.check(model, [(x, y * 3) for x, y in batches], loss=distance)
-    return [scores, plan, checked]
-
-
 def test_scores_plans_and_checks() -> None:
-    for report in planned():
-        check(report)
+    model, batches, scores = scored()
+    plan = rf.plan(scores, bytes=50_000, link=rf.Link(1e6))
+    check(scores)
+    assert check(plan)["link"]["coding"] is None  # infinite
+    check(plan.check(model, batches, loss=distance))
+    check(MeasuredLinks(2, (CarrierTime("send", 8, 1e-3, 1e-4, 3),)))
 
 
 MODELS: dict[str, Callable[[nn.Module], TableReport]] = {
     "report": lambda model: rf.explain(model, bits=4, example_inputs=(X,)),
     "graph_diff": lambda model: rf.diff(model, rf.transform(model, bits=4), example_inputs=(X,)),
     "analysis": lambda model: rf.analyze(model, example_inputs=(X,)),
+    "adapter_report": lambda model: rewritten(model, rf.Adapters(2)),
+}
+SLOW: dict[str, Callable[[nn.Module], TableReport]] = {
     "residual_report": lambda model: rewritten(model, rf.ResidualFree("free")),
     "low_rank_report": lambda model: rewritten(model, rf.LowRank(4)),
-    "adapter_report": lambda model: rewritten(model, rf.Adapters(2)),
     "polynomial_report": lambda model: rewritten(model, rf.experimental.PolynomialAttention()),
-    "graying_report": lambda model: rewritten(model, rf.experimental.TokenGraying("dct")),
 }
 
 
-def rewritten(model: nn.Module, change: Any) -> TableReport:
-    return rf.rewrites_of(rf.transform(model, change, example_inputs=(X,)))[-1]
+def rewritten(model: nn.Module, change: Any, x: Tensor = X) -> TableReport:
+    return rf.rewrites_of(rf.transform(model, change, example_inputs=(x,)))[-1]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_reports_of_a_model(name: str) -> None:
     data = check(MODELS[name](NanoGPT()))
     assert data["schema"] == f"rfcompile.{name}/1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_reports_of_rewrites(name: str) -> None:
+    assert check(SLOW[name](NanoGPT()))["schema"] == f"rfcompile.{name}/1"
+
+
+@pytest.mark.slow
+def test_a_report_of_grayed_tokens() -> None:
+    graying = rf.experimental.TokenGraying("dct")
+    check(rewritten(Encoder().eval(), graying, TOKENS))
 
 
 def test_a_report_has_what_it_computes() -> None:
@@ -83,8 +95,7 @@ def test_a_report_has_what_it_computes() -> None:
 
 def test_quantized_adapters() -> None:
     model = rf.transform(NanoGPT(), rf.Adapters(2), example_inputs=(X,))
-    rf.adapters.quantize(model)
-    check(rf.rewrites_of(model)[-1])
+    check(rf.rewrites_of(rf.adapters.quantize(model, 4))[-1])
 
 
 def test_kernels_without_their_sources() -> None:
