@@ -43,8 +43,6 @@ REPORTS: tuple[type[TableReport], ...] = (
 HEAD = """\
 # JSON
 
-<!-- Made by `make schema` from the reports; a test compares it with them. -->
-
 `to_dict()` and `json()` of a report, and `--json` of the command line, give what this page says.
 The key `schema` has the name of the report and a version. The version grows when a reader of the
 old JSON would misread the new one, so a program should compare the whole text and refuse others.

@@ -130,7 +130,7 @@ class Plan(PagedReport):
         ]
 
         def replan(scores: Scores, budget: str, limit: float) -> tuple[float, float]:
-            found = plan(scores, **{budget: limit}, link=self.link)  # type: ignore[arg-type]
+            found = plan(scores, **{budget: limit}, link=self.link)
             return found.bytes, found.increase
 
         sites = [

@@ -67,8 +67,8 @@ def _schema_of(kind: Any, found: dict[str, Any]) -> dict[str, Any]:
         return {"type": "array", "items": _schema_of(arguments[0], found)}
     if origin and issubclass(origin, Mapping):
         return {"type": "object", "additionalProperties": _schema_of(arguments[1], found)}
-    if dataclasses.is_dataclass(kind):
-        _define(typing.cast(type, kind), found)
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        _define(kind, found)
         return {"$ref": f"#/$defs/{kind.__name__}"}
     if kind is Any:
         return {}

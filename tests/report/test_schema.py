@@ -120,8 +120,9 @@ def test_every_report_is_on_the_page() -> None:
     assert found - abstract == named
 
 
-def every_subclass(cls: type) -> set[type]:
-    return {cls, *(inner for sub in cls.__subclasses__() for inner in every_subclass(sub))}
+def every_subclass(cls: type[Any]) -> set[type[Any]]:
+    subclasses: list[type[Any]] = cls.__subclasses__()
+    return {cls, *(inner for sub in subclasses for inner in every_subclass(sub))}
 
 
 # ---- the schema itself -------------------------------------------------------------------------

@@ -90,7 +90,8 @@ def _badge(block: Block) -> str:
 
 def _sorted_edges(row: Row) -> tuple[list[Edge], list[Edge]]:
     """Those between neighbours, and those that pass other rows of their side."""
-    straight, bent = [], []
+    straight: list[Edge] = []
+    bent: list[Edge] = []
     for side in range(len(row.sides)):
         there = [i for i, child in enumerate(row.children) if child.sides[side] is not None]
         stops = [ENTRY, *there, len(row.children)]

@@ -97,10 +97,10 @@ def boxes_of(root: Row, sites: Sequence[ShownSite]) -> list[int | None]:
                     rows.setdefault((graph, block.key), inner)
     found: list[int | None] = []
     for i, site in enumerate(sites):
-        row = _nearest(rows, site)
-        if row is not None:
-            row.sites.append(i)
-        found.append(row.number if row is not None else None)
+        nearest = _nearest(rows, site)
+        if nearest is not None:
+            nearest.sites.append(i)
+        found.append(nearest.number if nearest is not None else None)
     for row in root.walk():
         inner_sites = [sites[i] for r in row.walk() for i in r.sites]
         if inner_sites:
