@@ -206,7 +206,7 @@ def test_the_keyboard_is_enough(diff: Opened) -> None:
 
 def test_a_screen_reader_gets_names_and_states(explained: Opened) -> None:
     model = explained.tab.locator("#model").aria_snapshot()
-    for text in ('button "Unfold all"', 'button "embedding Embedding"', "11 4b:g128:rise"):
+    for text in ('button "Unfold all"', 'button "embedding Embedding"', "10 4b:g128:rise, "):
         assert text in model
     assert "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}" not in model
     assert explained.tab.get_by_role("img", name="Kurtosis by depth").count() == 1
