@@ -5,6 +5,7 @@
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
 #   make test-clients   tests with the real Lightning, transformers and accelerate, in .venv-clients
+#   make test-pages   opens pages of reports in Chromium (Debian's package), in .venv-pages
 #   make test-zoo   rewrites many small models of transformers; the results are .cache/zoo.jsonl
 #   make test-torchtitan   the same with torchtitan, patched for CPU, in .venv-torchtitan
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
@@ -19,12 +20,13 @@ TORCH_VENV = .venv-torch-$(TORCH)
 KERNELS_VENV = .venv-kernels
 CLIENTS_VENV = .venv-clients
 TITAN_VENV = .venv-torchtitan
+PAGES_VENV = .venv-pages
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch test-zoo pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch test-zoo test-pages schema pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -78,6 +80,17 @@ $(TITAN_VENV)/torchtitan.stamp: $(VENV)/dev.stamp tests/integrations/torchtitan.
 		-r tests/integrations/torchtitan.txt triton==$(TRITON)
 	touch $@
 
+test-pages: $(PAGES_VENV)/pages.stamp
+	@command -v chromium > /dev/null || { \
+		echo "There is no chromium: apt-get install chromium" >&2; exit 1; }
+	$(PAGES_VENV)/bin/python -m pytest -q -m pages tests/report/page
+
+$(PAGES_VENV)/pages.stamp: $(VENV)/dev.stamp
+	$(call beside,$(PAGES_VENV))
+	$(PAGES_VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		-c constraints.txt playwright
+	touch $@
+
 # An environment that sees the packages of the other one, torch among them, and has some more.
 define beside
 	$(PYTHON) -m venv $(1)
@@ -90,6 +103,10 @@ endef
 # A warning is an error, a name without an entry in the reference too.
 pages: $(VENV)/docs.stamp
 	$(BIN)/python -m sphinx -n -W --keep-going -q -b html docs docs/_build/html
+
+# A test says when the page does not say what the reports do.
+schema: $(VENV)/dev.stamp
+	$(BIN)/python docs/schema.py > docs/reference/schema.md
 
 docs: pages
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_docs_of_ranks.py
@@ -113,7 +130,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .venv-torch-* .venv-kernels .venv-clients .venv-torchtitan .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
+	rm -rf $(VENV) .venv-torch-* .venv-kernels .venv-clients .venv-torchtitan .venv-pages .cache .pytest_cache .mypy_cache .ruff_cache build dist docs/_build *.egg-info
 
 # torch comes first and by exact version, so that no later install resolves it anew.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp $(PINS)

@@ -6,6 +6,7 @@ the linears to shard and DTensor puts the all-reduces in, two forward and two ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -159,6 +160,18 @@ def tiny() -> tuple[GPT, tuple[Tensor, ...]]:
     """A model and its inputs, for ``rfcompile explain examples/gpt.py:tiny``."""
     config = GPTConfig(width=64, layers=2, context=64)
     return GPT(config), (torch.randint(BYTES, (4, config.context)),)
+
+
+def tiny_to_plan() -> tuple[GPT, list[Tensor], Callable[[GPT, Tensor], Tensor]]:
+    """A model, batches and a loss, for ``rfcompile plan examples/gpt.py:tiny_to_plan``."""
+    model, _ = tiny()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)  # branches that end at zero would send only zeros
+
+    def loss(model: GPT, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    return model, [torch.randint(BYTES, (4, 65)) for _ in range(2)], loss
 
 
 def tiny_tensor_parallel() -> tuple[GPT, tuple[Tensor, ...]]:

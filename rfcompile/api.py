@@ -19,7 +19,7 @@ from rfcompile.graph.models import (
     uncompiled,
 )
 from rfcompile.report import journal
-from rfcompile.report.diff import Graph, GraphDiff
+from rfcompile.report.diff import Graph, GraphDiff, diff_of_changes
 from rfcompile.report.diff import diff as diff_graphs
 from rfcompile.report.report import Report
 from rfcompile.rewrites.protocol import Rewrite, is_rewrite, rewritten
@@ -197,7 +197,8 @@ def diff(
     *,
     example_inputs: Any = None,
 ) -> GraphDiff:
-    """Compare two graphs; ``print`` the result, or call its ``.html()`` or ``.json()``.
+    """Compare two graphs; ``print`` the result, or call its ``.page(path)`` or
+    ``.json()``.
 
     Args:
         before, after: two modules (captured with ``torch.export``), graphs or graph texts. Or
@@ -215,10 +216,7 @@ def diff(
                 "a report is compared with itself and must hold graphs: pass one report of a "
                 "compiled model, such as rfcompile.reports()[-1]."
             )
-        return diff_graphs(
-            "\n\n".join(graph.before for graph in before.graphs),
-            "\n\n".join(graph.after for graph in before.graphs),
-        )
+        return diff_of_changes(before.graphs)
     if after is None:
         raise CaptureError("diff needs two graphs: diff(before, after), or one report.")
     return diff_graphs(_graph(before, example_inputs), _graph(after, example_inputs))

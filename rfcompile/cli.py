@@ -1,4 +1,5 @@
-"""The command line ``rfcompile``: explain, diff, residuals, analyze, kernels on MODULE:FACTORY.
+"""The command line ``rfcompile``: explain, diff, plan, residuals, analyze, kernels on
+MODULE:FACTORY.
 
 Results go to stdout, everything else to stderr, what the model prints included. Exit codes:
 
@@ -11,7 +12,7 @@ code explain                                        diff                      re
 3    an error, printed to stderr                    (the same)                (the same)
 ==== ============================================== ========================= ================
 
-``analyze`` and ``kernels`` have 0, 2 and 3.
+``plan``, ``analyze`` and ``kernels`` have 0, 2 and 3.
 """
 
 from __future__ import annotations
@@ -32,17 +33,23 @@ from torch import nn
 from rfcompile import api
 from rfcompile.analyze import analyze
 from rfcompile.codec.fingerprint import package_version
+from rfcompile.codec.formats import as_format
 from rfcompile.emission.compare import compare, read_report
 from rfcompile.emission.gpus import GPUS
-from rfcompile.errors import RFCompileError, TargetError
+from rfcompile.errors import OptionError, RFCompileError, TargetError
 from rfcompile.explain import explain
 from rfcompile.graph.capture import inputs_of
+from rfcompile.planning.link import Link
+from rfcompile.planning.plan import plan
+from rfcompile.planning.score import FORMATS, score
 from rfcompile.report.report import Report
 from rfcompile.rewrites.residual.find import as_json, as_text, find_residuals
 from rfcompile.rewrites.wires import Wire
 from rfcompile.wire.default_policy import bits_of_text, default_policy
 from rfcompile.wire.policy import as_policy
 from rfcompile.wire.process_groups import simulated
+
+RETURNED = "a model, (model, args) or (model, args, kwargs)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,17 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     diff.set_defaults(command=_diff)
     residuals = commands.add_parser("residuals", help="where the model adds what it skipped")
     residuals.set_defaults(command=_residuals)
+    planning = commands.add_parser("plan", help="which bits where, under a budget")
+    planning.set_defaults(command=_plan)
     analysis = commands.add_parser("analyze", help="condition numbers, kurtosis, attention norms")
     analysis.set_defaults(command=_analyze)
     gpu = commands.add_parser("kernels", help="the GPU kernels, generated without the GPU")
     gpu.set_defaults(command=_kernels)
-    for command in (explain, diff, residuals, analysis, gpu):
+    for command in (explain, diff, planning, residuals, analysis, gpu):
+        returned = "(model, batches, loss)" if command is planning else RETURNED
         command.add_argument(
             "target",
             type=_target,
             metavar="MODULE:FACTORY",
-            help="a function without arguments that returns a model, (model, args) or "
-            "(model, args, kwargs); MODULE is importable or a path to a .py file",
+            help=f"a function without arguments that returns {returned}; MODULE is importable or a "
+            "path to a .py file",
         )
         command.add_argument("--json", action="store_true", help="print JSON")
     for command in (explain, diff, gpu):
@@ -113,15 +123,54 @@ def _parser() -> argparse.ArgumentParser:
             help="for a model with collectives: simulate this many ranks while FACTORY and the "
             "model run; nothing is sent",
         )
-    for command in (explain, diff, analysis, gpu):
+    for command in (explain, diff, planning, analysis, gpu):
         command.add_argument(
             "--modules",
             default="auto",
             help='the blocks: "auto", "blocks", "branches", or module paths with commas',
         )
-    diff.add_argument("--html", type=_new_file, metavar="FILE", help="also write a page to FILE")
+    for command in (explain, diff, planning):
+        command.add_argument(
+            "--html", type=_new_file, metavar="FILE", help="also write a page to FILE"
+        )
     _add_gpu_options(gpu)
+    _add_plan_options(planning)
     return parser
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    budget = command.add_mutually_exclusive_group(required=True)
+    for name, unit in (("bytes", "bytes a batch"), ("seconds", "seconds a batch"), ("loss", "")):
+        unit = unit or "predicted increase of the loss"
+        budget.add_argument(f"--{name}", type=float, metavar="N", help=f"the budget: {unit}")
+    command.add_argument(
+        "--formats",
+        default=FORMATS,
+        type=_checked(lambda text: [as_format(bits_of_text(word)) for word in text.split(",")]),
+        metavar="LIST",
+        help='the candidates, such as 2,3,4,"4b:h128" (default: 2 to 8 bits in groups of 128)',
+    )
+    command.add_argument(
+        "--link",
+        type=_checked(_link),
+        metavar="BANDWIDTH,LATENCY",
+        help="bytes a second and seconds of the link that the outputs are sent over",
+    )
+    command.add_argument(
+        "--save", type=_new_file, metavar="FILE", help="write the plan as a policy in TOML"
+    )
+
+
+def _link(text: str) -> Link:
+    bandwidth, _, latency = text.partition(",")
+    return Link(_number(bandwidth), _number(latency or "0"))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise OptionError("link", text, "give numbers, as in 125e6,1e-4.") from None
 
 
 def _add_gpu_options(command: argparse.ArgumentParser) -> None:
@@ -197,6 +246,7 @@ def _explain(args: argparse.Namespace) -> int:
     with _ranks(args), redirect_stdout(sys.stderr):
         report = _report(args, *_load(args.target))
     print(report.json() if args.json else report.text())
+    _write_page(args.html, report.page)
     return 1 if not report.sites or any(site.eligible for site in report.skipped) else 0
 
 
@@ -216,10 +266,36 @@ def _diff(args: argparse.Namespace) -> int:
             after = api.transform(model, _wire(args))
             result = api.diff(model, after, example_inputs=(inputs, kwargs))
     print(result.json() if args.json else result.text())
-    if args.html:
-        args.html.write_text(result.html(), encoding="utf-8")
-        print(f"rfcompile: wrote {args.html}", file=sys.stderr)
+    _write_page(args.html, result.page)
     return 0 if result.changed else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    with redirect_stdout(sys.stderr):
+        match _made(args.target):
+            case (nn.Module() as model, batches, loss) if callable(loss):
+                pass
+            case other:
+                raise TargetError(
+                    f"target {args.target!r} gave {_types(other)}; for a plan it must return "
+                    "(model, batches, loss), with a function of (model, batch) that returns one "
+                    "number as loss."
+                )
+        scores = score(model, batches, loss=loss, formats=args.formats, modules=_modules(args))
+        budget = {"bytes": args.bytes, "seconds": args.seconds, "loss": args.loss}
+        result = plan(scores, **budget, link=args.link)
+    print(result.json() if args.json else result.text())
+    if args.save:
+        result.save(args.save)
+        print(f"rfcompile: wrote {args.save}", file=sys.stderr)
+    _write_page(args.html, lambda path: result.page(path, scores=scores, model=model))
+    return 0
+
+
+def _write_page(path: Path | None, write: Callable[[Path], None]) -> None:
+    if path is not None:
+        write(path)
+        print(f"rfcompile: wrote {path}", file=sys.stderr)
 
 
 def _residuals(args: argparse.Namespace) -> int:
@@ -281,7 +357,8 @@ def _modules(args: argparse.Namespace) -> str | list[str]:
     return named[0] if len(named) == 1 else named
 
 
-def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def _made(target: str) -> Any:
+    """What the factory of a target returns."""
     module_name, _, factory_name = target.rpartition(":")
     path = Path(module_name)
     if path.suffix == ".py":
@@ -297,12 +374,15 @@ def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
             "from here or be a path to a .py file, and FACTORY a name in it."
         ) from error
     try:
-        made = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+        return factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     except Exception as error:
         raise TargetError(
             f"target {target!r} cannot be called without arguments: {_describe(error)}."
         ) from error
-    match made:
+
+
+def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    match made := _made(target):
         case nn.Module() as model:
             args, kwargs = inputs_of(model, None)
         case (nn.Module() as model, example):
@@ -310,13 +390,15 @@ def _load(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         case (nn.Module() as model, (tuple() | list() as positional), Mapping() as named):
             args, kwargs = tuple(positional), dict(named)
         case _:
-            made = made if isinstance(made, tuple) else (made,)
             raise TargetError(
-                f"target {target!r} gave {', '.join(type(item).__name__ for item in made)}; it "
-                "must return a torch.nn.Module, (model, args) or (model, args, kwargs), with a "
-                "tuple of args and a dict of kwargs."
+                f"target {target!r} gave {_types(made)}; it must return a torch.nn.Module, (model, "
+                "args) or (model, args, kwargs), with a tuple of args and a dict of kwargs."
             )
     return model, args, kwargs
+
+
+def _types(made: Any) -> str:
+    return ", ".join(type(item).__name__ for item in (made if isinstance(made, tuple) else (made,)))
 
 
 def _describe(error: Exception) -> str:

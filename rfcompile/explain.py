@@ -18,6 +18,7 @@ from rfcompile.graph.models import (
     uncompiled,
 )
 from rfcompile.graph.one_step import run_backward, state_kept
+from rfcompile.graph.outline import outlined
 from rfcompile.graph.pipeline import Record
 from rfcompile.report import journal
 from rfcompile.report.measures import excess_kurtosis, sqnr_db
@@ -74,12 +75,12 @@ def explain(
         wanted = wanted.for_fake_wire()
         twin = with_fake_wire(copy_of(model, share=True), replace(wire, policy=wanted))
         with torch.compiler.set_stance("force_eager"):  # compiled code has nothing to watch
-            with watch() as crossings:
+            with watch() as crossings, outlined(twin) as outline:
                 outputs = twin(*args, **kwargs)
             run_backward(twin, outputs)
     sites = [site for crossing in crossings for site in _boundary_sites(crossing, wanted)]
     notes = (*_first_lines(model), *_idle_boundaries(twin, crossings))
-    return Report.of(wanted, sites, notes=notes)
+    return Report.of(wanted, sites, notes=notes, calls=outline.calls)
 
 
 def _first_lines(model: nn.Module) -> Iterator[str]:
@@ -94,7 +95,7 @@ def _explain_graph(record: Record, policy: Policy) -> Report:
     return Report.of(
         policy.for_fake_wire() if is_fake else policy,
         sites,
-        graphs=(GraphChange("forward", record.steps[0].before, record.steps[-1].after),),
+        graphs=(GraphChange.of("forward", record),),
     )
 
 

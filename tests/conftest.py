@@ -75,6 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "torchtitan": ""
         if importlib.util.find_spec("torchtitan")
         else "torchtitan (make test-torchtitan)",
+        "pages": ""
+        if importlib.util.find_spec("playwright") and shutil.which("chromium")
+        else "Chromium and playwright (make test-pages)",
     }
     for item in items:
         for marker, what in missing.items():

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rfcompile.cli import main
+from rfcompile.wire.policy import Policy
 
 FACTORIES = '''
 """Models for the command line."""
@@ -65,6 +66,10 @@ def empty(): return Net(), (X[:0],)
 def loud():
     print("loud factory")
     return Loud(), (X,)
+def to_plan():
+    net = Net()
+    batches = [(x, net(x).detach()) for x in torch.randn(2, 4, 64)]
+    return net, batches, lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
 def dummies():
     model = Net()
     model.dummy_inputs = {"x": X}
@@ -138,6 +143,14 @@ def test_analyze(run: Run) -> None:
 
 
 # ---- explain ----------------------------------------------------------------------------------
+
+
+def test_the_page_of_explain(run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    result = run("explain", "net", "--html", str(page))
+    assert result.code == 0
+    assert result.err == f"rfcompile: wrote {page}\n"
+    assert "layers.1" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("target", ["net", "tensor", "keywords", "both", "dummies"])
@@ -215,6 +228,42 @@ def test_diff_as_json(run: Run) -> None:
     plain = json.loads(run("diff", "both", "--json").out, parse_constant=pytest.fail)
     assert plain["changed"] is True
     assert plain["added"] == {"rfcompile.fake_wire.default": 2}
+
+
+# ---- plan -------------------------------------------------------------------------------------
+
+
+def test_plan(run: Run, tmp_path: Path) -> None:
+    page, policy = tmp_path / "plan.html", tmp_path / "plan.toml"
+    options = ("--formats", "2,4,4b:h32", "--html", str(page), "--save", str(policy))
+    result = run("plan", "to_plan", "--bytes", "400", *options)
+    assert result.code == 0
+    assert "layers.1" in result.out
+    assert result.err == f"rfcompile: wrote {policy}\nrfcompile: wrote {page}\n"
+    assert "Loss by bytes" in page.read_text(encoding="utf-8")
+    assert set(Policy.from_file(policy).sites) == {"layers.0", "layers.1"}
+
+
+def test_plan_as_json(run: Run) -> None:
+    link = ("--link", "1e6,1e-4", "--formats", "2,4")
+    plain = json.loads(run("plan", "to_plan", "--seconds", "1e-3", *link, "--json").out)
+    assert plain["schema"] == "rfcompile.plan/1"
+    assert plain["budget"] == "seconds"
+    assert plain["link"]["latency"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("target", "budget", "message"),
+    [
+        ("to_plan", ("--bytes", "1"), "bytes=1 is below the minimum that can be reached"),
+        ("to_plan", ("--seconds", "1"), "seconds need a link"),
+        ("net", ("--bytes", "1"), "gave Net, tuple; for a plan it must return (model, batches, lo"),
+    ],
+)
+def test_errors_of_plan(run: Run, target: str, budget: tuple[str, str], message: str) -> None:
+    result = run("plan", target, *budget)
+    assert (result.code, result.out) == (3, "")
+    assert message in result.err
 
 
 # ---- residuals ----------------------------------------------------------------------------------
@@ -340,7 +389,13 @@ def test_boundaries_that_the_model_has_not(run: Run) -> None:
         (["residuals", "a:"], "'a:' is not MODULE:FACTORY"),
         (["residuals", "/nowhere/absent.py:f"], "there is no file /nowhere/absent.py"),
         (["explain", "a:b", "--world-size", "0"], "'0' is not 1 or more"),
-        (["explain", "a:b", "--html", "x"], "unrecognized arguments: --html"),
+        (["residuals", "a:b", "--html", "x"], "unrecognized arguments: --html"),
+        (["plan", "a:b"], "one of the arguments --bytes --seconds --loss is required"),
+        (["plan", "a:b", "--bytes", "1", "--loss", "1"], "not allowed with argument --bytes"),
+        (["plan", "a:b", "--bytes", "few"], "invalid float value: 'few'"),
+        (["plan", "a:b", "--bytes", "1", "--formats", "4,9"], "bits=9 is not supported"),
+        (["plan", "a:b", "--seconds", "1", "--link", "fast"], "give numbers, as in 125e6,1e-4"),
+        (["plan", "a:b", "--seconds", "1", "--link", "0"], "bytes a second, above 0"),
     ],
 )
 def test_usage_errors(

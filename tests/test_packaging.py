@@ -309,7 +309,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    expected = {"rfcompile/py.typed", "rfcompile/codec/cpu_kernels.cpp"}
+    expected = {
+        *("rfcompile/py.typed", "rfcompile/codec/cpu_kernels.cpp"),
+        *("rfcompile/report/page/style.css", "rfcompile/report/page/script.js"),
+    }
     for folder, prefix in (("rfcompile", "rfcompile"), ("passes", "rfcompile/passes")):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).as_posix()

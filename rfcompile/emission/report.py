@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 from rfcompile.emission.emit import Emission, Launch
 from rfcompile.emission.gpus import GPU
@@ -114,6 +114,8 @@ class GraphKernels:
     least_us: float
     wrapper: str = field(repr=False)
 
+    IN_JSON: ClassVar = ("totals",)
+
     @classmethod
     def of(
         cls,
@@ -162,7 +164,7 @@ class GraphKernels:
     def model_us(self) -> float:
         return sum(kernel.model_us for kernel in self.kernels)
 
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> dict[str, float]:
         return {
             "launches": self.launches,
             "kernels": len(self.kernels),
@@ -218,16 +220,6 @@ class KernelReport(TableReport):
         yield ""
         yield f"model: {self.model}"
         yield from (f"note: {note}" for note in self.notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the sources as plain data, for JSON."""
-        fields = super().to_dict()
-        for plain, graph in zip(fields["graphs"], self.graphs, strict=True):
-            del plain["wrapper"]
-            for kernel in plain["kernels"]:
-                del kernel["triton"], kernel["machine_code"]
-            plain["totals"] = graph.totals()
-        return fields
 
     def write_sources(self, folder: Path) -> list[Path]:
         """Write what Inductor and Triton made, and return the files.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import fx
 from torch._logging._internal import trace_structured
 
 from rfcompile.errors import CaptureError
+from rfcompile.graph.line_facts import LineFacts
 from rfcompile.graph.text import graph_text
 
 log = logging.getLogger(__name__)
@@ -58,10 +59,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Record:
-    """The rewritten graph and every step to it."""
+    """The rewritten graph, every step to it, and the facts of the first and of the last text."""
 
     gm: fx.GraphModule
     steps: tuple[Step, ...]
+    facts_before: LineFacts = field(default=LineFacts(), compare=False)
+    facts_after: LineFacts = field(default=LineFacts(), compare=False)
 
     @property
     def facts(self) -> tuple[object, ...]:
@@ -87,6 +90,7 @@ def run(gm: fx.GraphModule, passes: Iterable[GraphPass]) -> Record:
         )
     steps: list[Step] = []
     text = graph_text(gm)
+    facts_before = LineFacts.of(gm, text)
     _trace("input", text)
     for graph_pass in passes:
         try:
@@ -102,7 +106,7 @@ def run(gm: fx.GraphModule, passes: Iterable[GraphPass]) -> Record:
     for module in gm.modules():  # graphs inside the graph too
         if isinstance(module, fx.GraphModule):
             module.recompile()
-    return Record(gm, tuple(steps))
+    return Record(gm, tuple(steps), facts_before, LineFacts.of(gm, text))
 
 
 def _run_one(graph_pass: GraphPass, gm: fx.GraphModule, before: str) -> tuple[fx.GraphModule, Step]:

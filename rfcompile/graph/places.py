@@ -32,10 +32,14 @@ _HELD = re.compile(
 """A function that was put on a module, up to the module that it holds: taken for the same."""
 
 
-def frames_of(node: fx.Node) -> list[tuple[str, int]]:
+def frames_of(node: fx.Node) -> tuple[tuple[str, int], ...]:
     """File and line of each frame a node was traced in, outermost first."""
-    found = _FRAME.findall(node.meta.get("stack_trace") or "")
-    return [(file, int(line)) for file, line in found]
+    return _frames_in(node.meta.get("stack_trace") or "")
+
+
+@lru_cache(maxsize=4096)
+def _frames_in(stack_trace: str) -> tuple[tuple[str, int], ...]:
+    return tuple((file, int(line)) for file, line in _FRAME.findall(stack_trace))
 
 
 def source_of(node: fx.Node) -> str:

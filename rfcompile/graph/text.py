@@ -45,16 +45,11 @@ class _Printer:
     def lines(self, gm: fx.GraphModule, path: str, indent: str) -> Iterator[str]:
         for node in gm.graph.find_nodes(op="placeholder"):  # they have the first claim to a name
             self.names[node] = self.free_name(self.placeholder_name(node))
-        nested: dict[str, fx.GraphModule] = {}
         for node in gm.graph.nodes:
             yield indent + self.statement(node)
-            if node.op in ("get_attr", "call_module"):
-                owned = _resolve(gm, node.target)
-                if isinstance(owned, fx.GraphModule):
-                    nested[f"{path}.{node.target}"] = owned
-        for inner_path, inner in nested.items():
-            yield f"{indent}{inner_path}:"
-            yield from self.lines(inner, inner_path, indent + "    ")
+        for target, inner in nested_graphs(gm).items():
+            yield f"{indent}{path}.{target}:"
+            yield from self.lines(inner, f"{path}.{target}", indent + "    ")
 
     def statement(self, node: fx.Node) -> str:
         if node.op == "output":
@@ -133,6 +128,13 @@ class _Printer:
                 # Same assumptions, else sympy would order a sum differently.
                 self.symbols[symbol] = sympy.Symbol(f"{prefix}{number}", **symbol.assumptions0)
         return str(expr.xreplace(self.symbols))
+
+
+def nested_graphs(gm: fx.GraphModule) -> dict[str, fx.GraphModule]:
+    """The GraphModules that nodes of a graph refer to, by target, in the order of the text."""
+    targets = [str(n.target) for n in gm.graph.nodes if n.op in ("get_attr", "call_module")]
+    owned = {target: _resolve(gm, target) for target in targets}
+    return {target: inner for target, inner in owned.items() if isinstance(inner, fx.GraphModule)}
 
 
 def _value_of(node: fx.Node) -> object:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]  # not public
     _resolve_process_group,
 )
 
-from rfcompile.graph.text import read_statements
+from rfcompile.graph.text import read_statement
 from rfcompile.wire.cost import sent_bytes
 from rfcompile.wire.foreign import all_registered
 
@@ -36,22 +36,32 @@ def wire_bytes(text: str) -> int | None:
     :func:`sent_bytes`, as those of other libraries.
     """
     total = 0
-    others = {BY_SIZE, *(str(foreign.op) for foreign in all_registered())}
-    types: dict[str, str] = {}
-    for s in read_statements(text):
-        types[s.name] = s.type
-        if s.target in others or any(name in s.arguments for name in others):
-            return None
-        namespace, _, op = s.target.partition(".")
-        op = op.split(".")[0]
-        if not namespace.startswith("_c10d_functional") or op in _SENDS_NOTHING:
-            continue
-        base = op.removesuffix("_").removesuffix("_out").removesuffix("_coalesced")
-        sent = _sent_by(_COLLECTIVES.get(base), s.arguments, types)
+    for sent in sent_by_line(text):
         if sent is None:
             return None
         total += sent
     return total
+
+
+def sent_by_line(text: str) -> Iterator[int | None]:
+    """What each line of a graph text sends, as :func:`wire_bytes` counts it: 0 for most."""
+    others = {BY_SIZE, *(str(foreign.op) for foreign in all_registered())}
+    types: dict[str, str] = {}
+    for line in text.splitlines():
+        s = read_statement(line)
+        if s is None:
+            yield 0
+            continue
+        types[s.name] = s.type
+        namespace, _, op = s.target.partition(".")
+        op = op.split(".")[0]
+        if s.target in others or any(name in s.arguments for name in others):
+            yield None
+        elif not namespace.startswith("_c10d_functional") or op in _SENDS_NOTHING:
+            yield 0
+        else:
+            base = op.removesuffix("_").removesuffix("_out").removesuffix("_coalesced")
+            yield _sent_by(_COLLECTIVES.get(base), s.arguments, types)
 
 
 def _sent_by(collective: str | None, arguments: str, types: Mapping[str, str]) -> int | None:
@@ -60,14 +70,15 @@ def _sent_by(collective: str | None, arguments: str, types: Mapping[str, str]) -
     if collective is None:
         return None
     names = [node.id for node in ast.walk(call.args[0]) if isinstance(node, ast.Name)]
-    sizes = [_tensor_bytes(types[name]) for name in names]  # one, or several coalesced
+    sizes = [tensor_bytes(types[name]) for name in names]  # one, or several coalesced
     world_size = _world_size(call.args[_GROUP_SIZE.get(collective, -1)])
     if world_size is None or None in sizes:
         return None
     return sum(sent_bytes(collective, size, world_size) for size in sizes if size is not None)
 
 
-def _tensor_bytes(type_text: str) -> int | None:
+def tensor_bytes(type_text: str) -> int | None:
+    """Bytes of a tensor by its type in a graph text, "f32[4, 8]"; None for other types."""
     match = _TENSOR.fullmatch(type_text)
     sizes = match[2].split(", ") if match and match[2] else []
     if match is None or not all(size.isdigit() for size in sizes):

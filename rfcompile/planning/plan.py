@@ -16,10 +16,13 @@ from rfcompile.errors import BudgetError, OptionError, ScoreError
 from rfcompile.planning.check import PlanCheck, check
 from rfcompile.planning.knapsack import choose
 from rfcompile.planning.link import Link
+from rfcompile.planning.page import plan_page, shown_site
 from rfcompile.planning.score import Loss, digest
 from rfcompile.planning.scores import FormatScore, Scores, SiteScore
 from rfcompile.planning.site_policy import site_policy
-from rfcompile.report.table import TableReport, table
+from rfcompile.report.page.document import Page
+from rfcompile.report.page.paged import PagedReport
+from rfcompile.report.table import table
 from rfcompile.wire.policy import Policy
 
 Budget = Literal["bytes", "seconds", "loss"]
@@ -45,19 +48,21 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan(TableReport):
+class Plan(PagedReport):
     """What :func:`plan` decided: ``print`` it, use its :attr:`policy`, :meth:`save` it as TOML.
 
     Args:
         model: the digest of the model that was scored.
         budget, limit: "bytes", "seconds" or "loss", and how much of it.
         choices: one a site, in order of the model.
+        link: that carries the traffic; None: each site sends its tensor once.
     """
 
     model: str
     budget: Budget
     limit: float
     choices: tuple[Choice, ...]
+    link: Link | None = None
 
     @property
     def bytes(self) -> float:
@@ -91,6 +96,48 @@ class Plan(TableReport):
     def save(self, path: str | PathLike[str]) -> None:
         """Write :meth:`toml` to a file."""
         Path(path).write_text(self.toml(), encoding="utf-8")
+
+    def page(
+        self,
+        path: str | PathLike[str],
+        *,
+        scores: Scores | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Write a page that needs no other file: the sites in the model, a table, plots.
+
+        Args:
+            scores: what the plan was made of; without them there is no kurtosis, SQNR or frontier.
+            model: for its modules; without it those of the sites are drawn.
+
+        Raises:
+            ScoreError: the scores are those of another model. OSError: the file cannot be written.
+        """
+        self.as_page(scores, model).write(path)
+
+    def as_page(self, scores: Scores | None = None, model: nn.Module | None = None) -> Page:
+        """What :meth:`page` writes."""
+        if scores is not None and scores.model != self.model:
+            rule = f"give the scores that the plan was made of, digest {self.model}."
+            raise ScoreError("the digest of the scores", scores.model, rule)
+        exact = sum(choice.exact_bytes for choice in self.choices)
+        time = "no link" if self.seconds is None else f"{1e3 * self.seconds:.3f} ms"
+        tiles = [
+            ("budget", f"{self.budget} = {self.limit:,g}"),
+            ("bytes a batch", f"{exact:,.0f} -> {self.bytes:,.0f}"),
+            ("predicted increase of the loss", f"{self.increase:.3g}"),
+            ("time a batch", time),
+        ]
+
+        def replan(scores: Scores, budget: str, limit: float) -> tuple[float, float]:
+            found = plan(scores, **{budget: limit}, link=self.link)
+            return found.bytes, found.increase
+
+        sites = [
+            shown_site(c.site, c.format, (c.exact_bytes, c.bytes), c.seconds, c.increase, scores)
+            for c in self.choices
+        ]
+        return plan_page(tiles, sites, scores, model, replan)
 
     def check(self, model: nn.Module, batches: Any, *, loss: Loss, largest: int = 3) -> PlanCheck:
         """Measure what the plan costs, and compare it with the prediction.
@@ -176,7 +223,7 @@ def plan(
     if chosen is None:
         raise BudgetError(name, limit, sum(min(site) for site in numbers))
     picked = tuple(site[i] for site, i in zip(options, chosen, strict=True))
-    return Plan(scores.model, name, limit, picked)
+    return Plan(scores.model, name, limit, picked, link)
 
 
 _COSTS: dict[str, Callable[[Choice], float]] = {

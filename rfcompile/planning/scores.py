@@ -114,6 +114,10 @@ class Scores(TableReport):
     loss: float
     sites: tuple[SiteScore, ...]
 
+    @classmethod
+    def schema(cls) -> str:
+        return SCHEMA
+
     def increase(self, score: FormatScore) -> float:
         """The predicted increase of the mean loss if this site alone travels in this format.
 

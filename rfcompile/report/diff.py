@@ -1,6 +1,7 @@
 """GraphDiff: the difference of two graphs, as text, as an HTML page or as JSON.
 
-All of it is read from graph texts, so a stored text compares as well as a graph in memory.
+All of it is read from graph texts, so a stored text compares as well as a graph in memory. Modules
+and lines of code, which a text does not tell, are kept beside it where a graph was given.
 """
 
 from __future__ import annotations
@@ -9,29 +10,32 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import fx
 from torch.export import ExportedProgram
 
 from rfcompile.errors import CaptureError
+from rfcompile.graph.line_facts import LineFacts
 from rfcompile.graph.pipeline import Record
 from rfcompile.graph.text import graph_text, read_statement, read_statements
-from rfcompile.graph.wire_bytes import wire_bytes
-from rfcompile.report.table import TableReport
+from rfcompile.report.page.document import Page
+from rfcompile.report.page.of_diff import Side, diff_page
+from rfcompile.report.page.paged import PagedReport
+from rfcompile.report.report import GraphChange
 
 Graph = fx.GraphModule | ExportedProgram | Record | str
 
 
 @dataclass(frozen=True)
-class GraphDiff(TableReport):
+class GraphDiff(PagedReport):
     """Two graphs and what differs; printing it gives :meth:`text`.
 
     ``removed`` and ``added`` count the calls of each operator that the second graph has fewer or
     more of. ``wire_bytes_before`` and ``wire_bytes_after`` are what one rank sends in all
     collectives; see :func:`~rfcompile.graph.wire_bytes.wire_bytes`, also for when they are None.
+    ``graphs`` names the graphs of a text that holds several, such as "forward" and "backward".
     """
 
     before: str
@@ -40,6 +44,11 @@ class GraphDiff(TableReport):
     added: dict[str, int]
     wire_bytes_before: int | None
     wire_bytes_after: int | None
+    graphs: tuple[str, ...] = ("graph",)
+    facts_before: LineFacts = field(default=LineFacts(), compare=False, repr=False)
+    facts_after: LineFacts = field(default=LineFacts(), compare=False, repr=False)
+
+    IN_JSON: ClassVar = ("changed", "lines")
 
     @property
     def changed(self) -> bool:
@@ -62,12 +71,14 @@ class GraphDiff(TableReport):
         one new ``add`` does not rename all later ones. Several graphs (forward and backward) stand
         in a text with an empty line between; each is compared with its counterpart.
         """
-        before, after = self.before.split("\n\n"), self.after.split("\n\n")
-        if len(before) != len(after):
-            before, after = [self.before], [self.after]
+        unified = difflib.unified_diff(*self._shown(), "before", "after", lineterm="")
+        return list(unified)
+
+    def _shown(self) -> tuple[list[str], list[str]]:
+        """The lines of both texts, the second one with the names of the first."""
+        before, after = self._texts()
         renamed = [with_names_of(old, new) for old, new in zip(before, after, strict=True)]
-        sides = ("\n\n".join(before).splitlines(), "\n\n".join(renamed).splitlines())
-        return list(difflib.unified_diff(*sides, "before", "after", lineterm=""))
+        return "\n\n".join(before).splitlines(), "\n\n".join(renamed).splitlines()
 
     def count_rows(self) -> list[tuple[str, int, int]]:
         """(operator, calls before, calls after) where these differ."""
@@ -84,13 +95,44 @@ class GraphDiff(TableReport):
         ratio = before / after if less else after / before
         return f"{text} ({ratio:.1f}x {'less' if less else 'more'})"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields, ``changed``, and the lines of the diff, as plain data."""
-        return {"changed": self.changed, **vars(self), "lines": self.lines()}
+    def as_page(self) -> Page:
+        """Both graphs as boxes side by side, what changed, what crosses ranks, the unified diff."""
+        calls = [sum(op_counts(text).values()) for text in (self.before, self.after)]
+        shown = self._shown()
+        unified = difflib.unified_diff(*shown, "before", "after", lineterm="")
+        return diff_page(
+            *self._sides(),
+            shown,
+            tiles={
+                "operator calls": f"{calls[0]:,} -> {calls[1]:,}",
+                "bytes on the wire, sent by a rank": self.wire_text(),
+            },
+            counts=self.count_rows(),
+            unified=[*unified][2:],
+        )
 
-    def html(self) -> str:
-        """A page that needs no other file, for light and dark screens."""
-        return _page(self)
+    def _sides(self) -> tuple[Side, Side]:
+        before, after = self._texts()
+        names = self.graphs
+        if len(names) != len(before):
+            names = tuple(f"graph {i + 1}" for i in range(len(before)))
+        old, new = self.facts_before, self.facts_after
+        return Side(names, tuple(before), old), Side(names, tuple(after), new)
+
+    def _texts(self) -> tuple[list[str], list[str]]:
+        """The graphs of both texts, as pairs; each text as a whole where they are no pairs."""
+        before, after = self.before.split("\n\n"), self.after.split("\n\n")
+        is_paired = len(before) == len(after)
+        return (before, after) if is_paired else ([self.before], [self.after])
+
+
+def diff_of_changes(changes: Sequence[GraphChange]) -> GraphDiff:
+    """What the passes changed in the graphs of a report, one or several."""
+    return _compared(
+        ("\n\n".join(c.before for c in changes), LineFacts.joined(c.facts_before for c in changes)),
+        ("\n\n".join(c.after for c in changes), LineFacts.joined(c.facts_after for c in changes)),
+        tuple(change.direction for change in changes),
+    )
 
 
 def diff(before: Graph, after: Graph) -> GraphDiff:
@@ -103,29 +145,47 @@ def diff(before: Graph, after: Graph) -> GraphDiff:
     Raises:
         CaptureError: an argument is none of these.
     """
-    old = before.steps[0].before if isinstance(before, Record) and before.steps else before
-    new = after.steps[-1].after if isinstance(after, Record) and after.steps else after
-    old_text, new_text = _text_of(old), _text_of(new)
-    old_counts, new_counts = op_counts(old_text), op_counts(new_text)
+    if isinstance(before, Record) and before.steps:
+        old = before.steps[0].before, before.facts_before
+    else:
+        old = _text_of(before)
+    if isinstance(after, Record) and after.steps:
+        new = after.steps[-1].after, after.facts_after
+    else:
+        new = _text_of(after)
+    return _compared(old, new)
+
+
+def _compared(
+    before: tuple[str, LineFacts],
+    after: tuple[str, LineFacts],
+    graphs: tuple[str, ...] = ("graph",),
+) -> GraphDiff:
+    old_counts, new_counts = op_counts(before[0]), op_counts(after[0])
     return GraphDiff(
-        old_text,
-        new_text,
+        before[0],
+        after[0],
         removed=dict(sorted((old_counts - new_counts).items())),
         added=dict(sorted((new_counts - old_counts).items())),
-        wire_bytes_before=wire_bytes(old_text),
-        wire_bytes_after=wire_bytes(new_text),
+        wire_bytes_before=before[1].sent_bytes,
+        wire_bytes_after=after[1].sent_bytes,
+        graphs=graphs,
+        facts_before=before[1],
+        facts_after=after[1],
     )
 
 
-def _text_of(graph: object) -> str:
+def _text_of(graph: object) -> tuple[str, LineFacts]:
     if isinstance(graph, str):
-        return graph.strip("\n")  # a text read from a file ends in one
+        text = graph.strip("\n")  # one that was read from a file ends in one
+        return text, LineFacts.of_text(text)
     if isinstance(graph, Record):
         graph = graph.gm
     if isinstance(graph, ExportedProgram):
         graph = graph.graph_module
     if isinstance(graph, fx.GraphModule):
-        return graph_text(graph)
+        text = graph_text(graph)
+        return text, LineFacts.of(graph, text)
     raise CaptureError(
         f"diff got a {type(graph).__name__}, which holds no graph: give a torch.fx.GraphModule, an "
         "ExportedProgram (torch.export.export makes one of a module), a Record or a graph text."
@@ -199,91 +259,3 @@ def _free_name(name: str, taken: set[str]) -> str:
 
 def _rename(line: str, names: Mapping[str, str]) -> str:
     return _WORD.sub(lambda word: names.get(word[0], word[0]), line)
-
-
-# ---- the page --------------------------------------------------------------------------------
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --dim: #636c76; --page: #ffffff; --card: #f6f8fa;
-  --line: #d1d9e0; --add: #dafbe1; --add-ink: #116329; --del: #ffebe9; --del-ink: #a40e26;
-  --op: #0550ae; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --dim: #9198a1; --page: #0d1117;
-  --card: #151b23; --line: #3d444d; --add: #12301f; --add-ink: #56d364; --del: #3c1618;
-  --del-ink: #ff8f88; --op: #79c0ff; } }
-body { margin: 2rem auto; max-width: 76rem; padding: 0 1.5rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 1rem; }
-h2 { font-size: 1rem; margin: 2rem 0 .5rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: .75rem; }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: .6rem 1rem; }
-.tile span { display: block; color: var(--dim); font-size: .8rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem 1.25rem .25rem 0; border-bottom: 1px solid var(--line);
-  text-align: right; }
-th { color: var(--dim); font-weight: 500; }
-th:first-child, td:first-child { text-align: left; }
-code, pre { font: 12.5px/1.6 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { margin: 0; overflow-x: auto; background: var(--card); border: 1px solid var(--line);
-  border-radius: 8px; padding: .5rem 0; }
-pre > code { display: inline-block; min-width: 100%; }
-pre span { display: block; padding: 0 1rem; }
-pre i { color: var(--dim); font-style: normal; }
-pre b { color: var(--op); font-weight: 500; }
-.add { background: var(--add); } .del { background: var(--del); }
-.hunk { color: var(--dim); border-block: 1px solid var(--line); }
-.hunk:first-child { border-top: 0; }
-.plus { color: var(--add-ink); } .minus { color: var(--del-ink); }
-summary { cursor: pointer; color: var(--dim); margin: 1.5rem 0 .5rem; }
-"""
-
-
-def _page(d: GraphDiff) -> str:
-    calls = [sum(op_counts(text).values()) for text in (d.before, d.after)]
-    tiles = {
-        "operator calls": f"{calls[0]:,} -> {calls[1]:,}",
-        "bytes on the wire, sent by a rank": d.wire_text(),
-    }
-    rows = "".join(
-        f"<tr><td><code>{escape(op)}</code><td>{old}<td>{new}"
-        f'<td class="{"plus" if new > old else "minus"}">{new - old:+}'
-        for op, old, new in d.count_rows()
-    )
-    table = f"<table><tr><th>operator<th>before<th>after<th>change{rows}</table>"
-    shown = _pre([_diff_line(line) for line in d.lines()[2:]]) if d.changed else "<p>No change."
-    whole = "".join(
-        f"<details><summary>{title}</summary>"
-        f"{_pre([('', _colored(line)) for line in text.splitlines()])}</details>"
-        for title, text in (("Whole graph before", d.before), ("Whole graph after", d.after))
-    )
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Graph diff</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style><h1>Graph diff</h1><div class=tiles>"
-        + "".join(f"<div class=tile><span>{k}</span>{escape(v)}</div>" for k, v in tiles.items())
-        + f"</div><h2>Operators</h2>{table if rows else '<p>The same calls before and after.'}"
-        + f"<h2>Statements</h2>{shown}{whole}</html>\n"
-    )
-
-
-def _pre(lines: list[tuple[str, str]]) -> str:
-    body = "".join(f'<span class="{kind}">{text}</span>' for kind, text in lines)
-    return f"<pre><code>{body}</code></pre>"
-
-
-def _diff_line(line: str) -> tuple[str, str]:
-    if line.startswith("@@"):
-        return "hunk", escape(line)
-    kind = {"+": "add", "-": "del"}.get(line[0], "")
-    return kind, f"{line[0]} {_colored(line[1:])}"
-
-
-def _colored(line: str) -> str:
-    """HTML of a line of a graph text, with its type dimmed and its operator set off."""
-    s = read_statement(line)
-    text = escape(line)
-    if s and s.type:
-        text = text.replace(f": {escape(s.type)}", f"<i>: {escape(s.type)}</i>", 1)
-    if s and s.is_call:
-        text = text.replace(f"= {escape(s.target)}(", f"= <b>{escape(s.target)}</b>(", 1)
-    return text

@@ -47,9 +47,7 @@ class Entry:
     def add(self, direction: str, record: Record) -> Runs:
         """A graph of it; the caller counts its runs in what this returns."""
         sites = tuple(fact for fact in record.facts if isinstance(fact, Site))
-        change = None
-        if record.steps:
-            change = GraphChange(direction, record.steps[0].before, record.steps[-1].after)
+        change = GraphChange.of(direction, record) if record.steps else None
         shared = self._check_patterns if self.policy.sites else None
         runs = Runs(
             direction, sites, self.policy, self.place, strict=self.strict, when_shared=shared

@@ -5,15 +5,23 @@ Data first (frozen dataclasses), text and JSON second.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from rfcompile.codec.formats import dtype_text
 from rfcompile.errors import PolicyError, UnquantizedSiteError
-from rfcompile.report.table import TableReport, table
+from rfcompile.graph.line_facts import LineFacts
+from rfcompile.graph.outline import Called
+from rfcompile.graph.pipeline import Record
+from rfcompile.report.page.document import Page
+from rfcompile.report.page.of_report import report_page
+from rfcompile.report.page.paged import PagedReport
+from rfcompile.report.page.sites import ShownSite
+from rfcompile.report.table import table
 from rfcompile.wire.policy import Decision, Policy, Why
 
 AT_REST = "at rest"
@@ -130,27 +138,41 @@ class Traffic:
 
 @dataclass(frozen=True)
 class GraphChange:
-    """A graph before and after the passes, as :func:`~rfcompile.graph.text.graph_text`."""
+    """A graph before and after the passes, as :func:`~rfcompile.graph.text.graph_text`, and what
+    is known of the lines of both.
+    """
 
     direction: str
     before: str
     after: str
+    facts_before: LineFacts = field(default=LineFacts(), compare=False, repr=False)
+    facts_after: LineFacts = field(default=LineFacts(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, direction: str, record: Record) -> GraphChange:
+        """The change that a record of the pass runner with a step or more made."""
+        first, last = record.steps[0].before, record.steps[-1].after
+        return cls(direction, first, last, record.facts_before, record.facts_after)
 
 
 @dataclass(frozen=True)
-class Report(TableReport):
+class Report(PagedReport):
     """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
     read its fields; :func:`~rfcompile.merge_reports` makes one of several.
 
     ``patterns`` are those of :attr:`Policy.sites <rfcompile.Policy>`: whether one applies to
-    anything here. A misspelt one does not, and ``notes`` say so.
+    anything here. A misspelt one does not, and ``notes`` say so. ``calls`` are the modules that
+    ran, where a report ran the model itself.
     """
 
     sites: tuple[Site, ...]
     policy: str = ""
     notes: tuple[str, ...] = ()
-    graphs: tuple[GraphChange, ...] = ()
+    graphs: tuple[GraphChange, ...] = field(default=(), repr=False)
     patterns: Mapping[str, bool] = field(default_factory=dict)
+    calls: tuple[Called, ...] = field(default=(), repr=False)
+
+    IN_JSON: ClassVar = ("kinds", "num_sites", "num_quantized", "bytes_before", "bytes_after")
 
     @classmethod
     def of(
@@ -162,6 +184,7 @@ class Report(TableReport):
         options: str = "",
         notes: Iterable[str] = (),
         graphs: Iterable[GraphChange] = (),
+        calls: Iterable[Called] = (),
     ) -> Report:
         """The report on what ``policy`` decided.
 
@@ -174,7 +197,7 @@ class Report(TableReport):
         patterns = policy.patterns_in_use(compared)
         idle = (idle_note(pattern) for pattern, is_used in patterns.items() if not is_used)
         text = policy.describe() + options
-        return cls(sites, text, (*notes, *idle), tuple(graphs), patterns)
+        return cls(sites, text, (*notes, *idle), tuple(graphs), patterns, tuple(calls))
 
     @property
     def num_sites(self) -> int:
@@ -256,17 +279,26 @@ class Report(TableReport):
         yield from table(rows) if self.sites else []
         yield from (f"note: {note}" for note in self.notes)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the graphs as plain data, for JSON: NaN and infinity become None."""
-        fields = super().to_dict()
-        del fields["graphs"]
-        return fields | {
-            "kinds": [asdict(line) for line in self.kinds],
-            "num_sites": self.num_sites,
-            "num_quantized": self.num_quantized,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
+    def as_page(self) -> Page:
+        """The model as boxes, the sites as a table, plots."""
+        tiles = [
+            ("sites quantized", f"{self.num_quantized} of {self.num_sites}"),
+            ("sent by each rank", _arrow(self.bytes_before, self.bytes_after)),
+        ]
+        tiles += [
+            (f"{line.kind} kept", _arrow(line.bytes_before, line.bytes_after))
+            for line in self.kinds
+            if line.is_kept
+        ]
+        return report_page(
+            "Sites of traffic",
+            [self.summary(), *([f"policy: {self.policy}"] if self.policy else [])],
+            tiles,
+            self.notes,
+            [_shown(site) for site in self.sites],
+            graphs=[(g.direction, g.after, g.facts_after) for g in self.graphs],
+            calls=self.calls,
+        )
 
     def require_all(self) -> None:
         """Raise UnquantizedSiteError if an eligible site stayed exact (``strict=True``)."""
@@ -304,6 +336,33 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} bytes"
+
+
+def _arrow(before: int, after: int) -> str:
+    less = f" ({before / after:.2f}x less)" if after else ""
+    return f"{format_bytes(before)} -> {format_bytes(after)}{less}"
+
+
+def _shown(site: Site) -> ShownSite:
+    before, after = site.bytes_before, site.bytes_after
+    numel = math.prod(size for size in site.shape if isinstance(size, int))
+    is_measured = site.sqnr_db is not None and numel > 0  # where it is, the payload is what is sent
+    return ShownSite(
+        what=f"{site.direction} {site.collective}",
+        kind=site.kind + (" (kept)" if site.direction == AT_REST else ""),
+        module=site.module,
+        graph=site.direction,
+        source=site.source,
+        tensor=f"{site.dtype}[{', '.join(map(str, site.shape))}]",
+        format=site.format or "",
+        reason=site.reason,
+        bits=8 * after / numel if is_measured and after is not None else None,
+        bytes_before=None if before is None else before * site.runs,
+        bytes_after=None if after is None else after * site.runs,
+        runs=site.runs,
+        sqnr_db=site.sqnr_db,
+        kurtosis=site.kurtosis,
+    )
 
 
 def _format_of(site: Site) -> str:

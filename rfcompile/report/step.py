@@ -52,6 +52,7 @@ def merge_reports(*sources: Source) -> Report:
         notes=tuple(note for note in notes if note not in refuted),
         graphs=tuple(graph for report in reports for graph in report.graphs),
         patterns=patterns,
+        calls=tuple(dict.fromkeys(call for report in reports for call in report.calls)),
     )
 
 

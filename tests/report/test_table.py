@@ -27,7 +27,8 @@ class Numbers(TableReport):
 def test_text_data_and_json_of_a_report() -> None:
     report = Numbers((1.5, float("nan"), float("-inf")), torch.device("cpu"))
     assert str(report) == report.text() == "value\n1.5\nnan\n-inf"
-    assert report.to_dict() == {"values": [1.5, None, None], "device": "cpu"}
+    expected = {"schema": "rfcompile.numbers/1", "values": [1.5, None, None], "device": "cpu"}
+    assert report.to_dict() == expected
     assert json.loads(report.json(), parse_constant=pytest.fail) == report.to_dict()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rfcompile.errors import ResidualError
 from rfcompile.find.linears import Linear
 from rfcompile.rewrites.attention.anatomy import Anatomy, Attention, Heads
+from rfcompile.rewrites.residual.report import Initialized
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,6 @@ class Initialization:
     gain: float = 1.0
     down: float = 1.5
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Initialized:
-    """A parameter and what it got: "query", "key", "value", "output", "mlp", "zero" or "one"."""
-
-    parameter: str
-    rule: str
 
 
 def initialize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FunctionType
@@ -54,7 +54,7 @@ class Owner:
         self.names = itertools.count()
         self.present = set(module._modules)
 
-    def consider(self, frames: list[tuple[str, int]]) -> None:
+    def consider(self, frames: Sequence[tuple[str, int]]) -> None:
         """The adds in the statement of the innermost frame that is in a method of the class.
 
         Exported graphs tell the lines of functions named forward only; if none is here, all of the

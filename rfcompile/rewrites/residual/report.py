@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,9 +14,24 @@ from rfcompile.passes.open_residuals import OpenedSite
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.protocol import rewrites_of
 
-if TYPE_CHECKING:  # these import this module's users
-    from rfcompile.rewrites.residual.initialization import Initialized
-    from rfcompile.rewrites.residual.temperature import Temperature
+
+@dataclass(frozen=True)
+class Initialized:
+    """A parameter and what it got: "query", "key", "value", "output", "mlp", "zero" or "one"."""
+
+    parameter: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """One attention's temperature ``name``, and a token's weight on itself without and with it."""
+
+    name: str
+    attention: str
+    value: float
+    mass_before: float
+    mass_after: float
 
 
 @dataclass(frozen=True)

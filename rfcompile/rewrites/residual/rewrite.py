@@ -20,10 +20,10 @@ from rfcompile.nn.residual_site import Mode, ResidualSite
 from rfcompile.passes.find_residuals import Kind, ResidualAdd
 from rfcompile.passes.open_residuals import OpenedSite, OpenResiduals
 from rfcompile.rewrites.attention.anatomy import anatomy
-from rfcompile.rewrites.residual.initialization import Initialization, Initialized, initialize
-from rfcompile.rewrites.residual.report import ResidualReport
+from rfcompile.rewrites.residual.initialization import Initialization, initialize
+from rfcompile.rewrites.residual.report import Initialized, ResidualReport, Temperature
 from rfcompile.rewrites.residual.surgery import open_sites
-from rfcompile.rewrites.residual.temperature import Temperature, TemperatureRule, temper
+from rfcompile.rewrites.residual.temperature import TemperatureRule, temper
 
 Change = Literal["free", "mix", "anneal"]
 _SITE_MODES: dict[Change, Mode] = {"free": "free", "mix": "mix", "anneal": "gain"}

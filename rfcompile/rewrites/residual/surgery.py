@@ -115,7 +115,7 @@ def _open_sites(
         module = model.get_submodule(add.module)
         if not isinstance(module, ResidualSite):
             new[add.module] = owners.setdefault(module, Owner(module))
-            new[add.module].consider(frames.get(add.node, []))
+            new[add.module].consider(frames.get(add.node, ()))
     if not new:
         return tuple(OpenedSite(add.module, add) for add in wanted), left
     expected = _outputs(model, inputs)

@@ -20,6 +20,7 @@ from rfcompile.graph.places import ModuleCall, module_calls, module_of
 from rfcompile.nn.multihead import TEMPERATURE, TemperedAttention
 from rfcompile.rewrites.attention.anatomy import Attention, anatomy
 from rfcompile.rewrites.attention.matrices import matrix_of
+from rfcompile.rewrites.residual.report import Temperature
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,6 @@ class TemperatureRule:
             raise ResidualError(
                 f"self_mass={self.self_mass!r} is not supported: it is a share between 0 and 1."
             )
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """One attention's temperature ``name``, and a token's weight on itself without and with it."""
-
-    name: str
-    attention: str
-    value: float
-    mass_before: float
-    mass_after: float
 
 
 class ScaleQueries:

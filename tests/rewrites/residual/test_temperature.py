@@ -15,13 +15,8 @@ from torch import Tensor, nn
 from rfcompile.errors import ResidualError
 from rfcompile.rewrites.attention.anatomy import Anatomy, anatomy
 from rfcompile.rewrites.residual.initialization import Initialization, initialize
-from rfcompile.rewrites.residual.temperature import (
-    LIMIT,
-    TEMPERATURE,
-    Temperature,
-    TemperatureRule,
-    temper,
-)
+from rfcompile.rewrites.residual.report import Temperature
+from rfcompile.rewrites.residual.temperature import LIMIT, TEMPERATURE, TemperatureRule, temper
 from tests.rewrites.attention.test_anatomy import MODELS, Own, recorded
 from tests.zoo import TRANSFORMERS, ZOO, NanoGPT, tokens
 

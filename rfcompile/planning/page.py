@@ -1,0 +1,155 @@
+"""The page of a plan: which bits where, what that costs, and what other budgets would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from rfcompile.graph.models import uncompiled
+from rfcompile.graph.outline import outline_of
+from rfcompile.planning.scores import FormatScore, Scores, SiteScore
+from rfcompile.report.page.document import Page
+from rfcompile.report.page.of_report import report_page
+from rfcompile.report.page.plots import Points, linear, logarithmic, plot
+from rfcompile.report.page.sites import (
+    LIMIT_DB,
+    ShownSite,
+    bytes_plot,
+    kurtosis_plot,
+    sqnr_plot,
+)
+from rfcompile.report.page.texts import number, short_bytes
+
+BUDGETS = 16
+"""Of the frontier that a page shows, evenly spaced on a logarithmic scale."""
+UNLIMITED = 1e300
+
+Replan = Callable[[Scores, str, float], tuple[float, float]]
+"""Bytes and predicted increase of the best plan for (scores, "bytes" or "loss", limit)."""
+
+
+def shown_site(
+    path: str,
+    fmt: str,
+    sent: tuple[float, float],
+    seconds: float | None,
+    increase: float,
+    scores: Scores | None,
+) -> ShownSite:
+    """A site of a plan as a page shows it; ``sent``: bytes exact and in the format."""
+    site = next((s for s in scores.sites if s.site == path), None) if scores else None
+    score = next((s for s in site.formats if s.format == fmt), None) if site else None
+    return ShownSite(
+        what="forward",
+        kind="activations",
+        module=path,
+        tensor=site.dtype if site else "",
+        format=fmt,
+        bits=_bits(site, score) if site and score else None,
+        bytes_before=sent[0],
+        bytes_after=sent[1],
+        sqnr_db=site.sqnr_db(score) if site and score else None,
+        kurtosis=site.kurtosis if site else None,
+        increase=increase,
+        seconds=seconds,
+    )
+
+
+def plan_page(
+    tiles: Sequence[tuple[str, str]],
+    sites: Sequence[ShownSite],
+    scores: Scores | None,
+    model: nn.Module | None,
+    replan: Replan,
+) -> Page:
+    """The page of :meth:`Plan.page <rfcompile.planning.plan.Plan.page>`."""
+    plots = [*bytes_plot(sites), *kurtosis_plot(sites)]
+    notes = ["not planned: gradients, weights and optimizer states"]
+    if scores is None:
+        notes.append("kurtosis, SQNR and the frontier need the scores: plan.page(path, scores=...)")
+    else:
+        plots += sqnr_plot([*_measured(scores)])
+        frontier = [*_frontier(sites, scores, replan)]
+        plots += frontier
+        if not frontier:
+            notes.append("no frontier: no plan increases the predicted loss")
+    calls = outline_of(uncompiled(model)) if model is not None else ()
+    return report_page("Plan of bits", [], tiles, notes, sites, calls=calls, plots=plots)
+
+
+def _bits(site: SiteScore, score: FormatScore) -> float:
+    """Of the payload an element: the limit is a line through them."""
+    return (site.gap_db(score) + site.sqnr_db(score)) / LIMIT_DB
+
+
+def _measured(scores: Scores) -> Iterator[tuple[float, float, str]]:
+    for site in scores.sites:
+        for score in site.formats:
+            decibels = site.sqnr_db(score)
+            if math.isfinite(decibels):
+                text = f"{site.site}: {score.format}, {decibels:.1f} dB"
+                yield _bits(site, score), decibels, text
+
+
+# ---- the frontier ------------------------------------------------------------------------------
+
+
+def _frontier(sites: Sequence[ShownSite], scores: Scores, replan: Replan) -> Iterator[str]:
+    """The least predicted increase of the loss by bytes, uniform policies, and this plan."""
+    exact = sum(site.bytes_before or 0.0 for site in sites)
+    this = (sum(site.bytes_after or 0.0 for site in sites), sum(s.increase or 0.0 for s in sites))
+    series = [
+        _series("best plans", "c0", _best(scores, exact, replan), is_line=True),
+        _series("uniform policies", "c1", _uniform(scores, replan)),
+        _series("this plan", "c4", [("this plan", this)]),
+    ]
+    values = [value for points in series for value in points.y]
+    if values:
+        bytes_ = [value for points in series for value in points.x]
+        x = linear("bytes a batch", bytes_, write=short_bytes)
+        y = logarithmic("predicted increase of the loss", values)
+        yield plot("Loss by bytes", x, y, series)
+
+
+Named = tuple[str, tuple[float, float]]
+"""What a plan is called, its bytes and its predicted increase."""
+
+
+def _best(scores: Scores, exact: float, replan: Replan) -> Iterator[Named]:
+    least, _ = replan(scores, "loss", UNLIMITED)
+    if 0 < least < exact:
+        for i in range(BUDGETS):
+            limit = least * (exact / least) ** (i / (BUDGETS - 1)) * (1 + 1e-9)
+            yield "best plan", replan(scores, "bytes", limit)
+
+
+def _uniform(scores: Scores, replan: Replan) -> Iterator[Named]:
+    """One format at all sites, for each format that all sites have."""
+    for score in scores.sites[0].formats:
+        only = _only(scores, score.format)
+        if all(site.formats for site in only.sites):
+            yield f"uniform {score.format}", replan(only, "loss", UNLIMITED)
+
+
+def _only(scores: Scores, fmt: str) -> Scores:
+    def kept(site: SiteScore) -> SiteScore:
+        return replace(site, formats=tuple(s for s in site.formats if s.format == fmt))
+
+    return replace(scores, sites=tuple(map(kept, scores.sites)))
+
+
+def _series(name: str, style: str, plans: Iterable[Named], *, is_line: bool = False) -> Points:
+    """The plans that increase the loss: a logarithmic axis has no place for the others."""
+    found = sorted((sent, more, text) for text, (sent, more) in plans if more > 0)
+    return Points(
+        name,
+        style,
+        tuple(sent for sent, _, _ in found),
+        tuple(more for _, more, _ in found),
+        tuple(f"{text}: {sent:,.0f} bytes, {number(more)} more loss" for sent, more, text in found),
+        is_line=is_line,
+        is_step=is_line,
+    )
