@@ -23,12 +23,12 @@ class TrafficCallback:
         PolicyError, FormatError: the policy is not understood, or there is none.
     """
 
-    LIBRARY: ClassVar[tuple[str, str, str]]
+    _LIBRARY: ClassVar[tuple[str, str, str]]
     """Package, module and name of the library's own callback: each instance is one of these, too.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> Self:
-        package, module, name = cls.LIBRARY
+        package, module, name = cls._LIBRARY
         kind: Any = cls
         made: Self = object.__new__(derived(kind, getattr(client(package, module), name)))
         return made

@@ -25,7 +25,7 @@ class QuantizeTraffic(TrafficCallback):
         StateError: a checkpoint has a state of error feedback, and ``error_feedback`` is off.
     """
 
-    LIBRARY = ("lightning", "lightning.pytorch", "Callback")
+    _LIBRARY = ("lightning", "lightning.pytorch", "Callback")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start(trainer.strategy.model)

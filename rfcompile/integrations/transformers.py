@@ -41,7 +41,7 @@ class QuantizeTraffic(TrafficCallback):
             has a hook already.
     """
 
-    LIBRARY = ("transformers", "transformers", "TrainerCallback")
+    _LIBRARY = ("transformers", "transformers", "TrainerCallback")
 
     def __init__(
         self,

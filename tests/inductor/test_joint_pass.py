@@ -93,7 +93,9 @@ def parallel_by_hand(rank: Rank, x: Tensor, y: Tensor) -> tuple[Tensor, list[Ten
             for parameter, dim in ((block.up.weight, 0), (block.up.bias, 0), (block.down.weight, 1))
         )
         parameters += [up, bias, down]
-        x = x + _Summed.apply(F.linear(F.relu(F.linear(_Copied.apply(x), up, bias)), down))
+        copied = _Copied.apply(x)  # type: ignore[no-untyped-call]
+        branch = F.linear(F.relu(F.linear(copied, up, bias)), down)
+        x = x + _Summed.apply(branch)  # type: ignore[no-untyped-call]
     loss = F.mse_loss(x, y)
     return loss.detach(), list(torch.autograd.grad(loss, parameters))
 
