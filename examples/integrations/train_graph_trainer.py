@@ -1,8 +1,8 @@
 """torchtitan's graph_trainer: collectives of the joint graph, weights at 8 and gradients at 4 bits.
 
-torchrun --nproc-per-node 2 examples/integrations/train_graph_trainer.py TOKENIZER_FOLDER DATA_FOLDER
+torchrun --nproc-per-node 2 examples/integrations/train_graph_trainer.py TOKENIZER DATA
 
-The folders hold ``tokenizer.json`` and files of lines ``{"text": ...}``.
+TOKENIZER and DATA are folders. They hold ``tokenizer.json`` and files of lines ``{"text": ...}``.
 """
 
 import sys

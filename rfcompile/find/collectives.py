@@ -105,10 +105,12 @@ def traffic_kind(
     "unknown" where its direction is, and where it gathers what may be a parameter (``parameters``
     is None).
     """
-    if c.kind == "all_gather" and (name := _gathered_input(c.sent)):
-        if parameters is None:
+    source = _input_of(c.sent) if c.kind == "all_gather" else None
+    if source is not None:
+        is_tangent = directions.of(source) == "backward"
+        if parameters is None and not is_tangent:
             return "unknown"
-        if name in parameters:
+        if source.name in (parameters or ()):
             return "weights"
     return directions.kind_of(c.node)
 
@@ -148,11 +150,11 @@ def rows_to_others(c: Collective) -> list[int] | None:
     return [size for rank, size in enumerate(sizes) if rank != me]
 
 
-def _gathered_input(value: object) -> str:
-    """The name of the graph input that a tensor is, cast or moved, or ""."""
+def _input_of(value: object) -> fx.Node | None:
+    """The graph input that a tensor is, cast or moved."""
     while isinstance(value, fx.Node) and value.target in KEEPS_VALUES:
         value = value.args[0]
-    return value.name if isinstance(value, fx.Node) and value.op == "placeholder" else ""
+    return value if isinstance(value, fx.Node) and value.op == "placeholder" else None
 
 
 def _is_collective(node: fx.Node) -> bool:

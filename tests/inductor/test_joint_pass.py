@@ -177,8 +177,15 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
-@pytest.mark.parametrize("way", ["make_fx", "aot"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("sharded", "make_fx"),
+        ("tensor parallel", "aot"),
+        pytest.param("sharded", "aot", marks=pytest.mark.slow),
+        pytest.param("tensor parallel", "make_fx", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_on_ranks_are_what_the_eager_functions_give(
     ranks: RunRanks, name: str, way: str
 ) -> None:
@@ -332,6 +339,14 @@ def test_an_input_that_may_be_a_parameter_is_not_guessed(world: dist.ProcessGrou
     for parameters, kind in places:
         (site,) = report_on(marked(gathered, WEIGHT, X), parameters=parameters).sites
         assert (site.kind, site.format) == (kind, SPECS[kind].spec)
+
+
+def test_a_tangent_is_no_parameter(world: dist.ProcessGroup) -> None:
+    """AOTAutograd's joint graph takes it as an input, and marks it."""
+    gm = make_fx(lambda tangents_1: all_gathered(tangents_1), tracing_mode="fake")(X)
+    for node in gm.graph.nodes:
+        node.meta["partitioner_tag"] = "is_backward"
+    assert sites_of(report_on(gm)) == [BACKWARD]
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.5, "2", [0.5], [-1]])
