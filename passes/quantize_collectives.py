@@ -123,12 +123,12 @@ class QuantizeCollectives:
             return exact("not traffic", "its input is quantized already")
         # Of an all_to_all no size tells: a rank that has nothing to send may still receive.
         numel = None if c.kind == "all_to_all" else c.input.numel()
-        size, facts = size_to_compare(c), {"numel": numel, "world": c.world}
+        size = size_to_compare(c)
+        facts: dict[str, Any] = {"dtype": c.input.dtype, "numel": numel, "world": c.world}
         if kind == "unknown":
-            kept = self.policy.decide("weights", module, size, dtype=c.input.dtype, **facts)
             why = _why_unknown(statistics.directions.of(c.node))
-            return kept if kept.format is None else exact("out of reach", why)
-        decision = self.policy.decide(kind, module, size, dtype=c.input.dtype, **facts)
+            return self.policy.decide_without_kind(why, module, size, **facts)
+        decision = self.policy.decide(kind, module, size, **facts)
         if decision.why in ("one rank", "dtype", "empty"):
             return decision
         if c.op and c.op not in REDUCTIONS:

@@ -124,15 +124,10 @@ class QuantizeTransfers:
         x, module = transfer.value, module_of(transfer.node)
         is_named = self.policy.override_for(module) is not None
         kind = statistics.directions.kind_of(transfer.node)
+        facts: dict[str, Any] = {"dtype": x.dtype, "numel": x.numel()}
         if kind == "unknown":
-            return exact("out of reach", NO_DIRECTION)
-        decision = self.policy.decide(
-            kind,
-            module,
-            bytes_of(x),
-            dtype=x.dtype,
-            numel=x.numel(),
-        )
+            return self.policy.decide_without_kind(NO_DIRECTION, module, bytes_of(x), **facts)
+        decision = self.policy.decide(kind, module, bytes_of(x), **facts)
         if decision.why in ("dtype", "empty"):
             return decision
         if not is_named and (reason := _looks_like_a_statistic(transfer)):

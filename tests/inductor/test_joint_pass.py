@@ -298,6 +298,22 @@ def test_what_is_computed_from_gradients_afterwards_is_not_guessed(
         report_on(marked(step, WEIGHT, X), strict=True)
 
 
+def test_what_every_kind_leaves_exact_is_exact_for_that_reason(world: dist.ProcessGroup) -> None:
+    def step(weight: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        updated = weight - 0.1 * gradient_of(weight, x)
+        return all_gathered(updated), all_gathered(updated.argmax(1))
+
+    rf.joint_pass(rf.Policy(min_bytes=10**6, gradients=4), strict=False)(marked(step, WEIGHT, X))
+    *_, late, integers = rf.merge_reports(rf.reports()).sites
+    assert (late.kind, late.why) == ("unknown", "policy")
+    assert (integers.kind, integers.why) == ("unknown", "dtype")
+
+    def picks(weight: Tensor, x: Tensor) -> Tensor:
+        return all_gathered(gradient_of(weight, x).argmax(1))
+
+    assert report_on(marked(picks, WEIGHT, X), strict=True).num_quantized == 2
+
+
 def test_a_node_without_a_tag_among_tags_is_not_guessed(world: dist.ProcessGroup) -> None:
     gm = marked(gradient_of, WEIGHT, X)
     for node in gm.graph.nodes:
