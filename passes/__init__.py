@@ -23,14 +23,14 @@ from rfcompile.wire.policy import Policy
 def wire_pipeline(
     policy: Policy,
     direction: str,
-    parameters: frozenset[str] = frozenset(),
+    parameters: frozenset[str] | None = frozenset(),
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     *,
     merge: bool = True,
     saved: Mapping[str, Origin] | None = None,
     device: torch.device | None = None,
 ) -> tuple[GraphPass, ...]:
-    """The passes on a forward or backward graph, in order: merge, then quantize what is left.
+    """The passes on a forward, backward or joint graph: merge, then quantize what is left.
 
     ``saved``: what the forward graph returned (``Statistics.returned``), for its backward graph.
     ``device``: where the graph is to run, if not where its tensors are.

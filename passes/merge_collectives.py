@@ -17,6 +17,7 @@ from rfcompile.find.collectives import (
     size_to_compare,
     traffic_kind,
 )
+from rfcompile.find.directions import Directions
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import PassResult
@@ -76,7 +77,7 @@ class MergeCollectives:
 
     direction: str = "forward"
     policy: Policy | None = None
-    parameters: frozenset[str] = frozenset()
+    parameters: frozenset[str] | None = frozenset()
     saved: Mapping[str, Origin] = field(default_factory=dict)
     name: str = "merge-collectives"
     tier: Literal["rounding"] = "rounding"
@@ -85,7 +86,8 @@ class MergeCollectives:
         linear = [c for c in find_collectives(gm) if c.wait is not None and _is_linear(c)]
         if not linear:
             return PassResult(gm, 0)
-        statistics = Statistics(gm, self.direction, self.parameters, self.saved)
+        known = self.parameters or frozenset()
+        statistics = Statistics(gm, self.direction, known, self.saved)
         formats = {c.node: self._format(c, statistics) for c in linear}
         by_wait = {c.wait: c for c in linear if c.wait is not None}
         sites: list[Site] = []
@@ -101,7 +103,7 @@ class MergeCollectives:
             for group in _alike(terms, formats):
                 while len(group) > 1:
                     gone, kept = group[:2]
-                    sites.append(self._merged_site(gone.collective))
+                    sites.append(self._merged_site(gone.collective, statistics.directions))
                     merged = _merge(gone, kept)
                     formats[merged.collective.node] = formats[kept.collective.node]
                     assert merged.collective.wait is not None
@@ -122,18 +124,20 @@ class MergeCollectives:
             return "a statistic" if is_statistic else "traffic"
         if is_statistic:
             return None
-        kind = traffic_kind(c, self.direction, self.parameters)
+        kind = traffic_kind(c, statistics.directions, self.parameters)
+        if kind == "unknown":
+            return None
         return self.policy.decide(kind, module, size_to_compare(c)).format
 
-    def _merged_site(self, c: Collective) -> Site:
+    def _merged_site(self, c: Collective, directions: Directions) -> Site:
         return Site.of(
             exact("merged", "merged: added to a later site's tensor"),
             c.input.shape,
             c.input.dtype,
             (sent_by_each(c), 0),
             collective=c.kind,
-            direction=self.direction,
-            kind=traffic_kind(c, self.direction, self.parameters),
+            direction=directions.of(c.node),
+            kind=traffic_kind(c, directions, self.parameters),
             module=module_of(c.node),
             source=source_of(c.node),
             group=c.group,

@@ -23,6 +23,7 @@ from rfcompile.find.collectives import (
     splits,
     traffic_kind,
 )
+from rfcompile.find.directions import NO_DIRECTION
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import PassResult
@@ -55,8 +56,10 @@ class QuantizeCollectives:
 
     Args:
         policy: which traffic in which format.
-        direction: "forward" (activations) or "backward" (gradients).
+        direction: "forward" (activations), "backward" (gradients), or "joint": a graph with both,
+            whose nodes say where they run (``find/directions.py``).
         parameters: names of the placeholders that are parameters; an all-gather of one is weights.
+            None: not known, so all-gathers of placeholders stay exact.
         saved: what the placeholders are that the forward graph saved, by name.
         decompositions: operator decompositions that the graph went through already; what is put
             into it goes through them too.
@@ -68,7 +71,7 @@ class QuantizeCollectives:
 
     policy: Policy
     direction: str = "forward"
-    parameters: frozenset[str] = frozenset()
+    parameters: frozenset[str] | None = frozenset()
     decompositions: Decompositions = field(default_factory=dict)
     saved: Mapping[str, Origin] = field(default_factory=dict)
     device: torch.device | None = None
@@ -82,9 +85,11 @@ class QuantizeCollectives:
         collectives = find_collectives(gm)
         if not collectives:
             return PassResult(gm, 0)
-        statistics = Statistics(gm, self.direction, self.parameters, self.saved)
+        known = self.parameters or frozenset()
+        statistics = Statistics(gm, self.direction, known, self.saved)
+        directions = statistics.directions
         for collective in collectives:
-            kind = traffic_kind(collective, self.direction, self.parameters)
+            kind = traffic_kind(collective, directions, self.parameters)
             decision = self._decide(collective, kind, statistics)
             fmt, before = decision.format, sent_by_each(collective)
             segments = self._segments(collective, fmt) if fmt else 1
@@ -94,7 +99,7 @@ class QuantizeCollectives:
                 collective.input.dtype,
                 (before, _sent_quantized(collective, fmt, segments) if fmt else before),
                 collective=collective.kind,
-                direction=self.direction,
+                direction=directions.of(collective.node),
                 kind=kind,
                 module=module_of(collective.node),
                 source=source_of(collective.node),
@@ -118,9 +123,12 @@ class QuantizeCollectives:
             return exact("not traffic", "its input is quantized already")
         # Of an all_to_all no size tells: a rank that has nothing to send may still receive.
         numel = None if c.kind == "all_to_all" else c.input.numel()
-        decision = self.policy.decide(
-            kind, module, size_to_compare(c), dtype=c.input.dtype, numel=numel, world=c.world
-        )
+        size = size_to_compare(c)
+        facts: dict[str, Any] = {"dtype": c.input.dtype, "numel": numel, "world": c.world}
+        if kind == "unknown":
+            why = _why_unknown(statistics.directions.of(c.node))
+            return self.policy.decide_without_kind(why, module, size, **facts)
+        decision = self.policy.decide(kind, module, size, **facts)
         if decision.why in ("one rank", "dtype", "empty"):
             return decision
         if c.op and c.op not in REDUCTIONS:
@@ -179,6 +187,13 @@ def _out_of_reach(c: Collective, smallest: int) -> str:
     if smallest and c.foreign is not None and not c.foreign.as_text():
         return f"its size and its arguments are symbolic, so min_bytes={smallest} cannot be kept"
     return ""
+
+
+def _why_unknown(direction: str) -> str:
+    """Why nobody knows what kind of traffic a collective of a joint graph is."""
+    if direction == "unknown":
+        return NO_DIRECTION
+    return "it gathers an input of the graph, and nothing says whether that is a parameter"
 
 
 _CODED: frozenset[object] = frozenset(

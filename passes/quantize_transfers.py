@@ -15,7 +15,8 @@ from rfcompile.codec import operators
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import CaptureError
 from rfcompile.find.axes import bytes_of, has_one_element, is_one
-from rfcompile.find.collectives import WAIT, all_nodes, kind_of
+from rfcompile.find.collectives import WAIT, all_nodes
+from rfcompile.find.directions import NO_DIRECTION, Directions
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import PassResult
@@ -93,7 +94,7 @@ class QuantizeTransfers:
         statistics = Statistics(gm, self.direction, saved=self.saved)
         for transfer in transfers:
             decision = self._decide(transfer, statistics)
-            sites.append(self._site(transfer, decision))
+            sites.append(self._site(transfer, decision, statistics.directions))
             node = transfer.node
             calls.setdefault(node.graph, {}).setdefault(node, []).append(
                 (transfer, decision.format)
@@ -122,13 +123,11 @@ class QuantizeTransfers:
         """What both ends decide alike: what only the sender sees may at most be an error."""
         x, module = transfer.value, module_of(transfer.node)
         is_named = self.policy.override_for(module) is not None
-        decision = self.policy.decide(
-            kind_of(transfer.node, self.direction),
-            module,
-            bytes_of(x),
-            dtype=x.dtype,
-            numel=x.numel(),
-        )
+        kind = statistics.directions.kind_of(transfer.node)
+        facts: dict[str, Any] = {"dtype": x.dtype, "numel": x.numel()}
+        if kind == "unknown":
+            return self.policy.decide_without_kind(NO_DIRECTION, module, bytes_of(x), **facts)
+        decision = self.policy.decide(kind, module, bytes_of(x), **facts)
         if decision.why in ("dtype", "empty"):
             return decision
         if not is_named and (reason := _looks_like_a_statistic(transfer)):
@@ -139,7 +138,7 @@ class QuantizeTransfers:
             _refuse_a_statistic(transfer, statistics)
         return decision
 
-    def _site(self, transfer: _Transfer, decision: Decision) -> Site:
+    def _site(self, transfer: _Transfer, decision: Decision, directions: Directions) -> Site:
         x, name = transfer.value, str(transfer.node.args[-1])
         before = after = bytes_of(x) if transfer.is_send else 0
         if decision.format is not None and before:
@@ -150,8 +149,8 @@ class QuantizeTransfers:
             x.dtype,
             (before, after),
             collective="send" if transfer.is_send else "recv",
-            direction=self.direction,
-            kind=kind_of(transfer.node, self.direction),
+            direction=directions.of(transfer.node),
+            kind=directions.kind_of(transfer.node),
             module=module_of(transfer.node),
             source=source_of(transfer.node),
             group=name,

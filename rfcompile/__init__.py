@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.codec.functions import dequantize, quantize
     from rfcompile.explain import explain
     from rfcompile.inductor.custom_pass import inductor_pass
+    from rfcompile.inductor.joint_pass import joint_pass
     from rfcompile.kernels import kernels
     from rfcompile.planning.crossover import measure_crossover
     from rfcompile.planning.link import Link, measure_link
@@ -56,6 +57,7 @@ _HOMES = {
     "codec.functions": "dequantize quantize",
     "explain": "explain",
     "inductor.custom_pass": "inductor_pass",
+    "inductor.joint_pass": "joint_pass",
     "kernels": "kernels",
     "planning.crossover": "measure_crossover",
     "planning.link": "Link measure_link",
@@ -110,6 +112,7 @@ __all__ = [
     "explain",
     "find_residuals",
     "inductor_pass",
+    "joint_pass",
     "kernels",
     "low_rank",
     "measure_crossover",

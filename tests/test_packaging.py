@@ -45,6 +45,7 @@ PUBLIC_NAMES = [
     "explain",
     "find_residuals",
     "inductor_pass",
+    "joint_pass",
     "kernels",
     "low_rank",
     "measure_crossover",

@@ -13,6 +13,7 @@ from torch import fx
 
 from rfcompile.errors import ProcessGroupError
 from rfcompile.find.axes import bytes_of
+from rfcompile.find.directions import KEEPS_VALUES, Directions
 from rfcompile.find.foreign import ForeignCall, foreign_call
 from rfcompile.torch_versions import reduction_name
 from rfcompile.wire.cost import sent_bytes
@@ -30,25 +31,6 @@ KNOWN: dict[Any, str] = {
 WAIT = c10d.wait_tensor.default
 TRANSFERS = {"isend", "irecv", "batch_p2p_ops"}
 """Between two ranks: ``quantize_transfers.py``."""
-
-aten = torch.ops.aten
-_KEEPS_A_WEIGHT = frozenset(
-    {
-        torch.ops.prims.convert_element_type.default,
-        aten._to_copy.default,
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.clone.default,
-        aten.t.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.slice.Tensor,
-        aten.constant_pad_nd.default,
-        aten.detach.default,
-        aten.alias.default,
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -115,25 +97,22 @@ def all_nodes(gm: fx.GraphModule, seen: set[fx.GraphModule] | None = None) -> It
                 yield from all_nodes(inner, seen)
 
 
-def traffic_kind(c: Collective, direction: str, parameters: frozenset[str] = frozenset()) -> str:
-    """What a policy calls it: "activations", "gradients" or, of a parameter, "weights"."""
-    if c.kind == "all_gather" and _is_parameter(c.sent, parameters):
-        return "weights"
-    return kind_of(c.node, direction)
+def traffic_kind(
+    c: Collective, directions: Directions, parameters: frozenset[str] | None = frozenset()
+) -> str:
+    """What a policy calls it: "activations", "gradients" or, of a parameter, "weights".
 
-
-def kind_of(node: fx.Node, direction: str) -> str:
-    """What a policy calls the traffic of a graph that runs in this direction."""
-    is_gradient = direction == "backward" and not is_recomputed(node)
-    return "gradients" if is_gradient else "activations"
-
-
-def is_recomputed(node: fx.Node) -> bool:
-    """In a backward graph: activation checkpointing runs this part of the forward pass again.
-
-    It must give the values of the first time.
+    "unknown" where its direction is, and where it gathers what may be a parameter (``parameters``
+    is None).
     """
-    return node.meta.get("partitioner_tag") == "is_forward"
+    source = _input_of(c.sent) if c.kind == "all_gather" else None
+    if source is not None:
+        is_tangent = directions.of(source) == "backward"
+        if parameters is None and not is_tangent:
+            return "unknown"
+        if source.name in (parameters or ()):
+            return "weights"
+    return directions.kind_of(c.node)
 
 
 def size_to_compare(c: Collective) -> int | None:
@@ -171,10 +150,11 @@ def rows_to_others(c: Collective) -> list[int] | None:
     return [size for rank, size in enumerate(sizes) if rank != me]
 
 
-def _is_parameter(value: object, parameters: frozenset[str]) -> bool:
-    while isinstance(value, fx.Node) and value.target in _KEEPS_A_WEIGHT:
+def _input_of(value: object) -> fx.Node | None:
+    """The graph input that a tensor is, cast or moved."""
+    while isinstance(value, fx.Node) and value.target in KEEPS_VALUES:
         value = value.args[0]
-    return isinstance(value, fx.Node) and value.name in parameters
+    return value if isinstance(value, fx.Node) and value.op == "placeholder" else None
 
 
 def _is_collective(node: fx.Node) -> bool:

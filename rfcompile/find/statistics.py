@@ -92,8 +92,8 @@ from rfcompile.find.axes import (
     shared_axes,
     value_of,
 )
-from rfcompile.find.collectives import is_recomputed
 from rfcompile.find.dataflow import bodies, is_contraction, is_custom, is_pooling, operator_name
+from rfcompile.find.directions import Directions
 from rfcompile.find.foreign import foreign_call
 from rfcompile.find.operator_kinds import (
     ADDING,
@@ -137,7 +137,7 @@ class Statistics:
 
     Args:
         gm: an aten graph.
-        direction: "forward" or "backward".
+        direction: "forward", "backward" or "joint".
         parameters: names of the placeholders that are parameters.
         saved: of placeholders that another graph returned, by name; see :meth:`returned`.
     """
@@ -149,18 +149,18 @@ class Statistics:
         parameters: frozenset[str] = frozenset(),
         saved: Mapping[str, Origin] | None = None,
     ) -> None:
-        self._gm, self._direction = gm, direction
+        self._gm, self.directions = gm, Directions(gm, direction)
         self._parameters, self._saved = parameters, saved or {}
         self._results: dict[fx.Node, Result] = {}
         self._read(gm, {})
-        self._uses = Uses(gm, self._origin) if direction == "backward" else None
+        self._uses = Uses(gm, self._origin) if direction != "forward" else None
 
     def why_exact(self, tensor: object, node: fx.Node) -> str:
         """Why ``tensor`` must travel exactly in the collective or transfer ``node``, or "".
 
         The text starts with "a statistic".
         """
-        origin, is_forward = self._origin(tensor), self._is_forward(node)
+        origin, is_forward = self._origin(tensor), self.directions.is_forward(node)
         if origin.kind in KEEPS_EXACT and (origin.kind is not Kind.SPREAD or is_forward):
             return f"a statistic: {origin.why}"
         # Not of an all_to_all: each rank has a size of its own, and all must decide alike.
@@ -176,9 +176,6 @@ class Statistics:
         """Of what the graph returns, by name of the node: ``saved`` of its backward graph."""
         outputs = tree_leaves(self._gm.graph.output_node().args)
         return {x.name: self._origin(x) for x in outputs if isinstance(x, fx.Node)}
-
-    def _is_forward(self, node: fx.Node) -> bool:
-        return self._direction == "forward" or is_recomputed(node)
 
     def _origin(self, value: object) -> Origin:
         result = self._results.get(value, CONSTANT) if isinstance(value, fx.Node) else CONSTANT
@@ -218,7 +215,7 @@ class Statistics:
             return (arrived,) * len(value) if isinstance(value, (tuple, list)) else arrived
         if is_product(node):
             left, right = map(self._origin, node.args[:2])
-            return of_a_product(node, left, right, self._is_forward(node))
+            return of_a_product(node, left, right, self.directions.is_forward(node))
         if is_pooling(node) and "backward" not in name:
             return of_a_pooling(node, self._origin(node.args[0]))
         if isinstance(node.target, torch._ops.HigherOrderOperator) or is_contraction(node):
@@ -285,7 +282,7 @@ class Statistics:
         if name in ADDING and axes <= x.paired:
             return TRAFFIC
         summed = replace(x, adds_up=x.adds_up or name in MOMENTS)
-        over = reduced_to(summed, rank, axes, self._is_forward(node))
+        over = reduced_to(summed, rank, axes, self.directions.is_forward(node))
         if over:
             return statistic(f"made by {text_of(node)} over {over}")
         is_kept = len(shape_of(node)) == rank
@@ -297,7 +294,7 @@ class Statistics:
         parts = [(x, self._origin(x), _is_smaller(node, name, x)) for x in operands]
         kinds = {origin.kind for _, origin, _ in parts}
         if name in SIDE_BY_SIDE and Kind.TRAFFIC in kinds and not kinds.isdisjoint(KEEPS_EXACT):
-            if not self._is_forward(node):
+            if not self.directions.is_forward(node):
                 return TRAFFIC
             exact = next(origin for _, origin, _ in parts if origin.kind in KEEPS_EXACT)
             return statistic(f"beside other values in one tensor: {exact.why}")

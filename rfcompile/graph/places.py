@@ -60,10 +60,13 @@ def module_of(node: fx.Node) -> str:
     traced module writes it; "" for that module itself and when unknown.
 
     A backward node gives the module of its forward. Wrappers (``_orig_mod`` and the like) are
-    left out.
+    left out. Where no calls of modules were recorded, ``torch.fx.traceback.annotate`` may have
+    noted the path as "module_fqn", as torchtitan does.
     """
-    calls = module_calls(node)
-    return calls[-1].path if calls else ""
+    if calls := module_calls(node):
+        return calls[-1].path
+    annotated = (node.meta.get("custom") or {}).get("module_fqn", "")
+    return without_wrappers_in(annotated) if isinstance(annotated, str) else ""
 
 
 class ModuleCall(NamedTuple):

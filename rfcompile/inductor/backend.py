@@ -7,7 +7,7 @@ graph. AOTAutograd's cache is bypassed: on a hit no pass would run and there wou
 Private torch symbols used here, tried on torch 2.11 to 2.15:
 ``_inductor.compile_fx.{compile_fx, compile_fx_inner}`` and its ``inner_compile`` argument,
 ``_inductor.decomposition.select_decomp_table``,
-``_functorch.config.enable_autograd_cache``, ``utils._python_dispatch._disable_current_modes``.
+``_functorch.config.enable_autograd_cache``.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from torch._functorch import config as functorch_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.decomposition import select_decomp_table
-from torch.utils._python_dispatch import _disable_current_modes
 
 from rfcompile.errors import OptionError, PolicyError, RFCompileError, UnquantizedSiteError
-from rfcompile.find.collectives import find_collectives
 from rfcompile.find.origins import Origin
 from rfcompile.find.statistics import Statistics
 from rfcompile.graph.pipeline import run
+from rfcompile.inductor.agreement import agree_on, foreign_operators
 from rfcompile.inductor.lowering import tag_caches  # importing it registers the lowerings
 from rfcompile.passes import wire_pipeline
 from rfcompile.report import left_out
@@ -40,7 +39,6 @@ from rfcompile.report.runs import counted
 from rfcompile.torch_versions import warn_if_untried
 from rfcompile.wire.default_policy import WAYS, default_policy
 from rfcompile.wire.policy import Policy, as_policy
-from rfcompile.wire.process_groups import agree
 
 log = logging.getLogger(__name__)
 
@@ -216,33 +214,17 @@ class _Inner:
         )
         if direction == "forward":
             self.saved = Statistics(gm, direction, self.parameters).returned()
-        foreign = _foreign_operators(gm)
+        foreign = foreign_operators(gm)
         record = run(gm, passes)
         runs = self.entry.add(direction, record)
         sites = [fact for fact in record.facts if isinstance(fact, Site)]
-        self._agree(sites, foreign)
+        plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
+        agree_on(plan, sites, foreign)
         if self.settings.strict:
             self.entry.report().require_all()
         log.info("%s graph: %s", direction, self.entry.report().summary())
         compiled = self.inner(record.gm, example_inputs, **kwargs)
         return counted(compiled, runs, static if direction == "forward" else ())
-
-    def _agree(self, sites: Sequence[Site], foreign: Mapping[str, str]) -> None:
-        plan = f"rfquant {self.settings.policy.describe()} merge={self.settings.merge}"
-        with _disable_current_modes():
-            # Only two ranks take part in a transfer: the others may not be compiling.
-            shared = [s for s in sites if s.world_size > 1 and s.collective not in ("send", "recv")]
-            for group in dict.fromkeys(site.group for site in shared):
-                agree(group, plan + foreign.get(group, ""))
-
-
-def _foreign_operators(gm: fx.GraphModule) -> dict[str, str]:
-    """What the registered operators of a graph do, as text, by process group."""
-    found: dict[str, set[str]] = {}
-    for collective in find_collectives(gm):
-        if collective.foreign is not None:
-            found.setdefault(collective.group, set()).add(collective.foreign.operator.text)
-    return {group: "; ".join(["", *sorted(texts)]) for group, texts in found.items()}
 
 
 def _failing(error: BaseException) -> Callable[..., Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
+from rfcompile.integrations.clients import client, derived
 from rfcompile.report.report import Report
 from rfcompile.training.traffic import TrafficHandle, quantize_traffic
 from rfcompile.wire.default_policy import policy_of
@@ -21,6 +22,16 @@ class TrafficCallback:
     Raises:
         PolicyError, FormatError: the policy is not understood, or there is none.
     """
+
+    _LIBRARY: ClassVar[tuple[str, str, str]]
+    """Package, module and name of the library's own callback: each instance is one of these, too.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        package, module, name = cls._LIBRARY
+        kind: Any = cls
+        made: Self = object.__new__(derived(kind, getattr(client(package, module), name)))
+        return made
 
     def __init__(
         self,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
 from rfcompile.integrations.callback import TrafficCallback
-from rfcompile.integrations.clients import client, derived
 
 
 class QuantizeTraffic(TrafficCallback):
@@ -26,12 +25,7 @@ class QuantizeTraffic(TrafficCallback):
         StateError: a checkpoint has a state of error feedback, and ``error_feedback`` is off.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        kind: Any = cls
-        made: Self = object.__new__(
-            derived(kind, client("lightning", "lightning.pytorch").Callback)
-        )
-        return made
+    _LIBRARY = ("lightning", "lightning.pytorch", "Callback")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._start(trainer.strategy.model)

@@ -1,4 +1,4 @@
-"""quantized: a ModelSpec of torchtitan whose model and pipeline send quantized tensors."""
+"""torchtitan: a ModelSpec that sends quantized tensors, and passes for its graph_trainer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from rfcompile.errors import HookError
+from rfcompile.inductor.joint_pass import joint_pass
 from rfcompile.training.traffic import TrafficHandle, quantize_traffic
 from rfcompile.wire.default_policy import policy_of
 from rfcompile.wire.policy import Policyish
@@ -62,3 +63,45 @@ def quantized(
 
     pipelined = {} if spec.pipelining_fn is None else {"pipelining_fn": pipelining_fn}
     return cast(Spec, replace(spec, parallelize_fn=parallelize_fn, **pipelined))
+
+
+_BUCKETS = ("reassign_collective_pgs_pass", "joint_transformer_block_bucketing_reordering_pass")
+"""The first passes of graph_trainer that move or join collectives."""
+
+
+def quantized_passes(
+    pipeline: Callable[..., list[Any]],
+    policy: Policyish = None,
+    *,
+    strict: bool = False,
+) -> Callable[..., list[Any]]:
+    """Return a pipeline of graph_trainer's that quantizes collectives before they are bucketed.
+
+    Args:
+        pipeline: returns the other passes: ``construct_default_graph_passes``, or a pipeline that
+            is registered. The new pipeline takes what this one does, and is registered the same
+            way (``register_pass_pipeline("quantized")``).
+        policy, strict: as in :func:`~rfcompile.joint_pass`.
+
+    Raises:
+        HookError: when graph_trainer builds its passes: ``pipeline`` returns none that joins
+            collectives in buckets, so the place of the new pass is not known.
+        PolicyError, FormatError: the policy is not understood, or there is none.
+    """
+    chosen = policy_of(policy)
+
+    def with_quantization(traced_result: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        passes = list(pipeline(traced_result, *args, **kwargs))
+        names = [getattr(one, "func", one).__name__ for one in passes]  # some are partials
+        place = next((i for i, name in enumerate(names) if name in _BUCKETS), None)
+        if place is None:
+            rule = (
+                f"none of its passes is one of {', '.join(_BUCKETS)}: put "
+                "rfcompile.joint_pass(policy, parameters=traced_result.num_static_inputs) into "
+                "the list yourself, before what joins collectives."
+            )
+            raise HookError(f"the pipeline of {', '.join(names) or 'no passes'}", rule)
+        added = joint_pass(chosen, parameters=traced_result.num_static_inputs, strict=strict)
+        return [*passes[:place], added, *passes[place:]]
+
+    return with_quantization

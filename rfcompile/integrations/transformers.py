@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rfcompile.errors import HookError, RFCompileWarning
 from rfcompile.integrations.callback import TrafficCallback
-from rfcompile.integrations.clients import client, derived
 from rfcompile.wire.policy import Policyish
 
 FILE = "rfcompile_traffic.pt"
@@ -42,12 +41,7 @@ class QuantizeTraffic(TrafficCallback):
             has a hook already.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        kind: Any = cls
-        made: Self = object.__new__(
-            derived(kind, client("transformers", "transformers").TrainerCallback)
-        )
-        return made
+    _LIBRARY = ("transformers", "transformers", "TrainerCallback")
 
     def __init__(
         self,

@@ -34,8 +34,9 @@ class Site:
     Args:
         collective: all_reduce, reduce_scatter, all_gather, all_to_all, broadcast, send or boundary,
             or the operator's own name where it is none of these.
-        direction: "forward", "backward", or :data:`AT_REST` for what is kept and not sent.
-        kind: the kind of traffic, as in :class:`~rfcompile.Policy`.
+        direction: "forward", "backward", or :data:`AT_REST` for what is kept and not sent; or
+            "unknown", where a joint graph does not say.
+        kind: the kind of traffic, as in :class:`~rfcompile.Policy`, or "unknown".
         module: dotted path of the module it belongs to, "" where unknown.
         source: "file.py:123", the user's line, "" where unknown.
         shape: of the input; symbolic sizes are texts.

@@ -291,6 +291,19 @@ class Policy:
             return exact("min_bytes", f"{size_bytes} bytes < min_bytes={self.smallest}")
         return Decision(fmt)
 
+    def decide_without_kind(self, why: str, *args: Any, **facts: Any) -> Decision:
+        """A tensor of which nobody knows the kind stays exact: for the reason that all kinds share,
+        or else because of ``why``.
+
+        Args:
+            args, facts: as :meth:`decide` takes them after ``kind``.
+        """
+        decisions = [
+            self.decide(kind, *args, **facts) for kind in ("activations", "gradients", "weights")
+        ]
+        is_exact = all(decision.format is None for decision in decisions)
+        return decisions[0] if is_exact else exact("out of reach", why)
+
     def describe(self) -> str:
         """One line that two policies share only if they put the same bytes on the wire."""
         formats = {kind: str(getattr(self, kind) or "exact") for kind in KINDS}

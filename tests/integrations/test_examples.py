@@ -20,7 +20,7 @@ MAX_LINES = 40
 
 def test_an_example_fits_a_screen() -> None:
     lines = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert max(lines.values()) <= MAX_LINES, lines
 
 
@@ -61,18 +61,33 @@ def test_the_example_of_trainer(tmp_path: Path) -> None:
     assert "21 of 21 parameters quantized" in output
 
 
-@pytest.mark.slow
-@pytest.mark.torchtitan
-def test_the_example_of_torchtitan(tmp_path: Path) -> None:
-    output = run(
-        str(Path(__file__).with_name("torchtitan_on_cpu.py")), str(tmp_path), folder=tmp_path
-    )
+def run_on_cpu(example: str, folder: Path) -> str:
+    """What an example with torchtitan prints, after a check of its losses and parameters."""
+    patches = str(Path(__file__).with_name("torchtitan_on_cpu.py"))
+    output = run(patches, str(folder), example, folder=folder)
     losses = [float(x) for x in re.findall(r"RANK 0 LOSS ([\d.]+)", output)]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
     digests = re.findall(r"RANK \d DIGEST ([0-9a-f]{64})", output)
     assert len(digests) == 2
     assert len(set(digests)) == 1
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.torchtitan
+def test_the_example_of_torchtitan(tmp_path: Path) -> None:
+    output = run_on_cpu("train_torchtitan.py", tmp_path)
     assert "24 of 25 sites quantized" in output
     assert re.search(r"weights +16 of 16 .* 3\.9\dx", output)
     assert re.search(r"gradients +8 of 9 .* 7\.7\dx", output)
+
+
+@pytest.mark.slow
+@pytest.mark.torchtitan
+def test_the_example_of_graph_trainer(tmp_path: Path) -> None:
+    output = run_on_cpu("train_graph_trainer.py", tmp_path)
+    assert "71 of 97 sites quantized" in output
+    assert re.search(r"weights +32 of 45 .* 3\.9\dx", output)
+    assert re.search(r"gradients +39 of 52 .* 7\.7\dx", output)
+    assert "backward reduce_scatter  layers.5.feed_forward.w2 " in output

@@ -1,4 +1,4 @@
-"""``torchtitan.quantized`` on a stand-in with the fields and calls of torchtitan 0.3.
+"""The functions for torchtitan on a stand-in with the fields and calls of torchtitan 0.3.
 
 torchtitan itself asks for a GPU: ``make test-torchtitan`` runs the real one, patched for CPU.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +20,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 import rfcompile as rf
 from rfcompile.errors import HookError, PolicyError
-from rfcompile.integrations.torchtitan import quantized
+from rfcompile.integrations.torchtitan import quantized, quantized_passes
 from tests.integrations.helpers import Net, dataset, values
 
 if TYPE_CHECKING:
@@ -123,3 +125,33 @@ def test_what_is_no_model_spec() -> None:
     assert without.pipelining_fn is None
     with pytest.raises(HookError, match="neither in DistributedDataParallel nor sharded"):
         without.parallelize_fn(Net(), degree=1)
+
+
+# ---- graph_trainer -------------------------------------------------------------------------------
+
+
+def joint_transformer_block_bucketing_reordering_pass(gm: Any, _: Any) -> Any:
+    return gm
+
+
+def cleaned(gm: Any, _: Any) -> Any:
+    return gm
+
+
+def test_the_pass_comes_before_those_that_fill_buckets() -> None:
+    buckets = partial(joint_transformer_block_bucketing_reordering_pass)
+
+    def pipeline(traced: Any, config: Any, *, parallel_dims: Any = None) -> list[Any]:
+        assert (config, parallel_dims) == ("config", "dims")
+        return [cleaned, buckets]
+
+    traced = SimpleNamespace(num_static_inputs=3)
+    passes = quantized_passes(pipeline, 4, strict=True)(traced, "config", parallel_dims="dims")
+    first, added, last = passes
+    assert (first, last) == (cleaned, buckets)
+    assert (added.parameters, added.strict) == ((0, 1, 2), True)
+    assert added.__name__ == "quantize_collectives_pass"
+    with pytest.raises(HookError, match=r"pipeline of cleaned.*put rfcompile\.joint_pass"):
+        quantized_passes(lambda traced: [cleaned], 4)(traced)
+    with pytest.raises(PolicyError):
+        quantized_passes(pipeline, {"bitz": 4})

@@ -1,7 +1,7 @@
-"""Runs examples/integrations/train_torchtitan.py on CPU: every patch that torchtitan 0.3 needs.
+"""Runs an example with torchtitan on CPU: every patch that torchtitan 0.3 needs.
 
 It also makes a tokenizer and a data set of the examples' text, and prints the losses of each step
-and a digest of each rank's parameters. ``torchrun ... torchtitan_on_cpu.py FOLDER``.
+and a digest of each rank's parameters. ``torchrun ... torchtitan_on_cpu.py FOLDER EXAMPLE``.
 """
 
 import gzip
@@ -93,6 +93,27 @@ def say(text: str) -> None:
 
 
 config_registry.llama3_debugmodel = llama3_debugmodel
+
+from torchtitan.experiments.graph_trainer.llama3 import (  # noqa: E402  (after llama3_debugmodel)
+    config_registry as graphs,
+)
+
+joint_model = graphs.graph_trainer_llama3_debugmodel_sdpa
+
+
+def graph_trainer_llama3_debugmodel_sdpa():  # type: ignore[no-untyped-def]
+    config = joint_model()
+    # 6. It takes attention on CPU for random. 7. There are no CUDA graphs.
+    config.compile.disable_passes = ["selective_activation_remat_pass", "cudagraph_pass"]
+    return config
+
+
+# 8. Passes that order collectives ask how fast the GPU is.
+import torch.utils._runtime_estimation  # noqa: E402
+
+for name, value in {"get_gpu_dram_gbps": 100, "get_device_tflops": 1.0}.items():
+    setattr(torch.utils._runtime_estimation, name, lambda *_, value=value: value)
+graphs.graph_trainer_llama3_debugmodel_sdpa = graph_trainer_llama3_debugmodel_sdpa
 Trainer = torchtitan.trainer.Trainer
 train, close = Trainer.train, Trainer.close
 
@@ -124,6 +145,6 @@ def close_with_digest(self) -> None:  # type: ignore[no-untyped-def]
 Trainer.train, Trainer.close = train_on_gloo, close_with_digest
 while not (folder / "ready").exists():
     pass
-script = str(EXAMPLES / "integrations" / "train_torchtitan.py")
+script = str(EXAMPLES / "integrations" / sys.argv[2])
 sys.argv = [script, str(folder / "tokenizer"), str(folder / "data")]
 runpy.run_path(script, run_name="__main__")

@@ -171,11 +171,11 @@ def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:
         return {path: m for path, m in inner.named_modules() if isinstance(m, AdaptedLinear)}
 
 
-def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapters_of(model: nn.Module, *, may_be_sharded: bool = False) -> dict[str, AdaptedLinear]:
     """The same.
 
     Raises:
-        OptionError: there are none, or they are sharded.
+        OptionError: there are none, or, unless they may be, they are sharded.
     """
     found = adapted(model)
     if not found:
@@ -184,7 +184,8 @@ def adapters_of(model: nn.Module) -> dict[str, AdaptedLinear]:
             "model", name, "it has no adapters: rf.transform(model, rf.Adapters(8)) first."
         )
     for path, module in found.items():
-        if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+        if is_sharded and not may_be_sharded:
             rule = "the adapter is sharded: do this before, or gather its full_tensor() first."
             raise OptionError("model", path, rule)
     return found

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from rfcompile.errors import MissingPackageError, OptionError, StateError
 from rfcompile.graph.capture import Inputs
@@ -22,7 +25,9 @@ from rfcompile.rewrites.adapters.linear import AdaptedLinear, adapters_of
 from rfcompile.rewrites.adapters.rewrite import AdapterReport, NewAdapter, attach, refuse_adapted
 from rfcompile.rewrites.low_rank.targets import find_linears, is_linear, matrix_of
 from rfcompile.rewrites.protocol import rewritten
+from rfcompile.wire.together import together
 
+T = TypeVar("T")
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -39,28 +44,78 @@ def save_adapters(model: nn.Module, folder: str | Path) -> Path:
     adapters that are not quantized load there. For others it names a type that PEFT does not have,
     so that it refuses them.
 
+    Of adapters that FSDP has sharded all ranks of their mesh must call: they gather the tensors,
+    and the first of these ranks writes. An error of one rank is raised on all.
+
     Raises:
-        OptionError: no adapters, or sharded ones. MissingPackageError: no safetensors.
+        OptionError: no adapters, or adapters on several meshes. MissingPackageError: no
+        safetensors. PeerError: another rank could not write. TransportError: a rank is not there.
     """
-    safetensors = _safetensors()
-    found = adapters_of(model)
-    tensors: dict[str, Tensor] = {}
-    modules: dict[str, Any] = {}
-    for path, module in found.items():
-        for name in _FACTORS:
-            factor: AnyFactor = getattr(module, name)
-            for key, value in factor.state_dict().items():
-                tensors[f"{_PREFIX}{path}.{name}.{key}"] = value.contiguous()
-        if module.lora_magnitude is not None:
-            tensors[f"{_PREFIX}{path}.{_MAGNITUDE}"] = module.lora_magnitude.detach()
-        modules[path] = [module.omega, module.gain, *(_described(module, n) for n in _FACTORS)]
-        modules[path].append(module.lora_magnitude is not None)
+    found = adapters_of(model, may_be_sharded=True)
+    tensors = {
+        f"{_PREFIX}{path}.{name}": value
+        for path, module in found.items()
+        for name, value in _tensors_of(module).items()
+    }
+    mesh = _mesh_of(tensors)
+    safetensors = _together(mesh, _safetensors)
+    whole = {name: _gathered(value) for name, value in tensors.items()}
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "rfcompile": json.dumps(modules, separators=(",", ":"))}
-    safetensors.torch.save_file(tensors, str(target / WEIGHTS), metadata=metadata)
-    (target / CONFIG).write_text(json.dumps(_peft_config(found), indent=2), encoding="utf-8")
+
+    def write() -> None:
+        target.mkdir(parents=True, exist_ok=True)
+        described = json.dumps(_all_described(found), separators=(",", ":"))
+        metadata = {"format": "pt", "rfcompile": described}
+        safetensors.torch.save_file(whole, str(target / WEIGHTS), metadata=metadata)
+        (target / CONFIG).write_text(json.dumps(_peft_config(found), indent=2), encoding="utf-8")
+
+    is_first = mesh is None or not any(mesh.get_coordinate() or ())
+    _together(mesh, write if is_first else lambda: None)
     return target
+
+
+def _tensors_of(module: AdaptedLinear) -> dict[str, Tensor]:
+    # FSDP shards a module that it left whole after its forward when its state_dict is asked for.
+    found = {
+        f"{name}.{key}": value
+        for name in _FACTORS
+        for key, value in getattr(module, name).state_dict().items()
+    }
+    magnitude = module.lora_magnitude
+    return found if magnitude is None else found | {_MAGNITUDE: magnitude.detach()}
+
+
+def _mesh_of(tensors: Mapping[str, Tensor]) -> DeviceMesh | None:
+    """The mesh of the ranks that have parts of the tensors; None if every rank has all of them."""
+    meshes = {value.device_mesh for value in tensors.values() if isinstance(value, DTensor)}
+    if len(meshes) > 1:
+        rule = "its adapters lie on several meshes: gather their full_tensor() first."
+        raise OptionError("model", str(meshes), rule)
+    return meshes.pop() if meshes else None
+
+
+def _gathered(value: Tensor) -> Tensor:
+    return (value.full_tensor() if isinstance(value, DTensor) else value).contiguous()
+
+
+def _together(mesh: DeviceMesh | None, action: Callable[[], T]) -> T:
+    """:func:`~rfcompile.wire.together.together` for all ranks of a mesh."""
+    for dim in range(mesh.ndim if mesh is not None else 0):
+        assert mesh is not None
+        action = partial(together, mesh.get_group(dim), "save_adapters", action)
+    return action()
+
+
+def _all_described(found: Mapping[str, AdaptedLinear]) -> dict[str, list[Any]]:
+    return {
+        path: [
+            module.omega,
+            module.gain,
+            *(_described(module, name) for name in _FACTORS),
+            module.lora_magnitude is not None,
+        ]
+        for path, module in found.items()
+    }
 
 
 def _described(module: AdaptedLinear, name: str) -> list[Any]:

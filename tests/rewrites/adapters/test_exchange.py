@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,13 @@ from torch.distributed.tensor.parallel import (
 
 import rfcompile as rf
 from rfcompile.adapters import AdaptedLinear
-from rfcompile.errors import FormatError, OptionError, RankMismatchError, TransportError
+from rfcompile.errors import (
+    FormatError,
+    OptionError,
+    PeerError,
+    RankMismatchError,
+    TransportError,
+)
 from rfcompile.rewrites.adapters import exchange
 from rfcompile.rewrites.adapters.exchange import broadcast_adapters
 from tests.ranks import Rank, RunRanks
@@ -147,6 +154,40 @@ def check_fsdp(rank: Rank, kind: str) -> None:
 @pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "sine", "dora"])
 def test_sharded_adapters_compute_and_train_as_they_do_alone(ranks: RunRanks, kind: str) -> None:
     ranks(WORLD, check_fsdp, kind)
+
+
+def stored(place: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(place / "adapter_model.safetensors")
+
+
+def check_saved(rank: Rank, kind: str, folder: Path) -> None:
+    """The files are those of the model that is not sharded, written by the first rank alone."""
+    how = {"plain": {}, "dora": {"dora": True}}[kind]
+    alone = moved(rf.transform(made(), rf.Adapters(4, **how)))
+    sharded = copy.deepcopy(alone)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (WORLD,)))
+    sharded(tokens())  # FSDP leaves the parameters of its root whole
+    mine = folder / str(rank.index)
+    assert rf.adapters.save(sharded, mine) == mine
+    assert mine.exists() == (rank.index == 0)
+    written = folder / "0"
+    rf.adapters.save(alone, folder / f"alone{rank.index}")
+    wanted, found = (stored(place) for place in (folder / f"alone{rank.index}", written))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in wanted.items())
+    again = rf.adapters.load(made(), written)
+    assert torch.equal(again(tokens()), alone(tokens()))
+    in_the_way = folder / "file"
+    in_the_way.touch()
+    with pytest.raises(PeerError if rank.index else FileExistsError):
+        rf.adapters.save(sharded, in_the_way)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora"])
+def test_sharded_adapters_are_saved(ranks: RunRanks, kind: str, tmp_path: Path) -> None:
+    ranks(WORLD, check_saved, kind, tmp_path)
 
 
 @pytest.mark.slow
