@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.explain import explain
     from rfcompile.inductor.custom_pass import inductor_pass
     from rfcompile.kernels import kernels
-    from rfcompile.planning.link import Link, measure_link
+    from rfcompile.planning.frontier import frontier
+    from rfcompile.planning.link import Link
+    from rfcompile.planning.measured_link import measure_link
     from rfcompile.planning.plan import plan
     from rfcompile.planning.score import score
     from rfcompile.planning.scores import Scores
@@ -56,7 +58,9 @@ _HOMES = {
     "explain": "explain",
     "inductor.custom_pass": "inductor_pass",
     "kernels": "kernels",
-    "planning.link": "Link measure_link",
+    "planning.frontier": "frontier",
+    "planning.link": "Link",
+    "planning.measured_link": "measure_link",
     "planning.plan": "plan",
     "planning.score": "score",
     "planning.scores": "Scores",
@@ -107,6 +111,7 @@ __all__ = [
     "experimental",
     "explain",
     "find_residuals",
+    "frontier",
     "inductor_pass",
     "kernels",
     "low_rank",

@@ -44,6 +44,7 @@ PUBLIC_NAMES = [
     "experimental",
     "explain",
     "find_residuals",
+    "frontier",
     "inductor_pass",
     "kernels",
     "low_rank",

@@ -17,10 +17,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rfcompile.codec.formats import QuantFormat, as_format, dtype_text
@@ -29,10 +31,14 @@ from rfcompile.graph.capture import in_mode
 from rfcompile.graph.models import check_module, has_collectives, uncompiled
 from rfcompile.graph.modules import Modules
 from rfcompile.graph.one_step import state_kept
+from rfcompile.planning.progress import shown
 from rfcompile.planning.scores import FormatScore, Scores, SiteScore
-from rfcompile.planning.taps import Crossings, Tap, gradients, start, with_taps
+from rfcompile.planning.taps import Crossings, Pass, Taps
+from rfcompile.planning.weights import Weights
 from rfcompile.wire.fake import round_trip
 from rfcompile.wire.policy import Formatish
+from rfcompile.wire.process_groups import transport
+from rfcompile.wire.together import resolved, together
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """A function of (model, batch) that returns one number, the loss as a mean over the batch, such as
@@ -41,8 +47,24 @@ Loss = Callable[[nn.Module, Any], Tensor]
 FORMATS: tuple[Formatish, ...] = (2, 3, 4, 5, 6, 8, "2b:h128", "3b:h128", "4b:h128")
 """The candidates, if none are named: groups of 128, up to 4 bits also with a rotation."""
 
-KIND = "activations"
-"""The kind of traffic that is scored."""
+Kind = Literal["activations", "weights"]
+"""The kinds of traffic that are scored."""
+
+
+class Sites(Protocol):
+    """What is scored: places of a model that one pass may disturb."""
+
+    model: nn.Module
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def run(self, loss: Callable[[], Tensor], given: Crossings | None, what: str) -> Pass: ...
+
+
+_SITES: dict[str, Callable[[nn.Module, Modules], Sites]] = {
+    "activations": Taps, "weights": Weights
+}  # fmt: skip
 
 
 def score(
@@ -51,50 +73,92 @@ def score(
     *,
     loss: Loss,
     formats: Sequence[Formatish] = FORMATS,
+    kind: Kind = "activations",
     modules: Modules = "auto",
     seed: int = 0,
+    group: Any = None,
+    progress: bool | None = None,
 ) -> Scores:
     """Predict for every site and format by how much the loss grows if the site travels in it.
 
-    A site is a module whose output crosses the wire, with the name that
-    :func:`~rfcompile.explain` gives it. The model runs in eval mode. Its parameters, gradients,
-    buffers, modes and random state stay as they are; fake wires of an earlier transform are
-    left out.
+    With ``kind="activations"`` a site is a module whose output crosses the wire, with the name that
+    :func:`~rfcompile.explain` gives it. With ``kind="weights"`` a site is a parameter, which FSDP2
+    gathers. The model runs in eval mode. Its parameters, gradients, buffers, modes and random state
+    stay as they are; fake wires of an earlier transform are left out.
 
-    Only activations are scored: what crosses forward. Gradients, weights and optimizer states
-    are not, because their errors change the next step and not this loss.
+    Gradients and optimizer states are not scored: their errors change the next step and not this
+    loss.
 
     Cost: three forward and backward passes a batch, and one round trip for each site and format.
-    Memory: the activations of all sites four times, beside what a backward pass holds.
+    Memory: the values of all sites four times, beside what a backward pass holds.
 
     Args:
         batches: whatever ``loss`` takes, one after another; they are read once.
         loss: a function of (model, batch); see :data:`~rfcompile.planning.score.Loss`.
         formats: the candidates beside "exact".
-        modules: which modules are sites, as in :class:`~rfcompile.Wire`.
+        kind: "activations" or "weights".
+        modules: which modules are sites, as in :class:`~rfcompile.Wire`; for weights "auto" (all
+            parameters), or names or shell patterns of parameters or of their modules.
         seed: of the random disturbances.
+        group: a process group, or its name, whose ranks all call, each with batches of its own:
+            every rank gets the scores of all batches, and disturbances of its own. None: this
+            process scores alone.
+        progress: show a line of progress on stderr; None: if that is a terminal.
 
     Raises:
-        OptionError: there are no batches or formats, or the model has collectives.
+        OptionError: there are no batches or formats, no such kind, or the model has collectives.
         ScoreError: the loss of a batch is no finite number or depends on no site, or a site never
-            ran. BoundaryError: the model has no sites. DtypeError: a site's output cannot be coded.
+            ran. BoundaryError: the model has no sites. DtypeError: a site cannot be coded. With a
+            group every rank raises the error of one. PeerError: it is another one, of another
+            rank. TransportError: a rank died, or did not answer in time.
     """
+    mine = partial(_score, model, batches, loss, formats, kind, modules)
+    if group is None:
+        return mine(seed, progress)
+    used = resolved(group, SITE)
+    rank = used.rank()
+    shows = progress if rank == 0 else False
+    scores = together(used, SITE, lambda: mine(seed + (rank << 32), shows))
+    everyone: list[Any] = [None] * used.size()
+    with transport(used, SITE):
+        dist.all_gather_object(everyone, scores, group=used)
+    first, *others = everyone
+    return together(used, SITE, lambda: first.merge(*others))
+
+
+SITE = "score"
+"""What errors of other ranks call it."""
+
+
+def _score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    formats: Sequence[Formatish],
+    kind: str,
+    modules: Modules,
+    seed: int,
+    progress: bool | None,
+) -> Scores:
     check_module(model)
+    if kind not in _SITES:
+        raise OptionError("kind", kind, f"choose one of {', '.join(map(repr, _SITES))}.")
     model = uncompiled(model)
     if has_collectives(model):
         rule = "score the model before it is parallelized, with modules= the paths of the sites."
         raise OptionError("model", type(model).__name__, rule)
-    candidates = _candidates(formats)
-    twin, taps = with_taps(model, modules)
-    sums = {path: _SiteSums(candidates) for path in taps}
+    candidates = _candidates(formats, kind)
+    sites = _SITES[kind](model, modules)
+    sums = {name: _SiteSums(candidates) for name in sites.names}
     total, count = 0.0, 0
-    with quiet(twin), torch.enable_grad():
-        for count, batch in enumerate(batches, 1):
-            total += _score_batch(twin, taps, sums, loss, (count, batch), seed)
+    watched = closing(shown(batches, "score", progress))
+    with quiet(sites.model), torch.enable_grad(), watched as each:
+        for count, batch in enumerate(each, 1):
+            total += _score_batch(sites, sums, loss, (count, batch), seed)
     if not count:
         raise OptionError("batches", batches, "give one batch or more; an iterator is read once.")
-    sites = tuple(sums[path].result(path) for path in taps)
-    return Scores(digest(model), KIND, count, total, sites)
+    found = tuple(sums[name].result(name) for name in sites.names)
+    return Scores(digest(model), kind, count, total, found)
 
 
 def digest(model: nn.Module) -> str:
@@ -129,53 +193,31 @@ def loss_of(loss: Loss, model: nn.Module, batch: Any, index: int) -> Tensor:
     return value.reshape(())
 
 
-def _candidates(formats: Sequence[Formatish]) -> list[QuantFormat]:
-    found = [fmt.for_kind(KIND) for fmt in map(as_format, formats) if fmt is not None]
+def _candidates(formats: Sequence[Formatish], kind: str) -> list[QuantFormat]:
+    found = [fmt.for_kind(kind) for fmt in map(as_format, formats) if fmt is not None]
     if not found:
         raise OptionError("formats", formats, "give one format or more beside exact.")
     return list(dict.fromkeys(found))
 
 
 def _score_batch(
-    twin: nn.Module,
-    taps: dict[str, Tap],
-    sums: dict[str, _SiteSums],
-    loss: Loss,
-    numbered: tuple[int, Any],
-    seed: int,
+    sites: Sites, sums: dict[str, _SiteSums], loss: Loss, numbered: tuple[int, Any], seed: int
 ) -> float:
     index, batch = numbered
 
-    def run(given: Crossings | None) -> tuple[Tensor, list[list[Tensor]]]:
-        start(taps, given)
-        value = loss_of(loss, twin, batch, index)
-        _check_ran(taps, value, index)
-        for tap in taps.values():
-            tap.finish()
-        return value.detach(), gradients(value, taps.values())
+    def value() -> Tensor:
+        return loss_of(loss, sites.model, batch, index)
 
-    exact, at_rest = run(None)
-    values = {path: tap.values for path, tap in taps.items()}
-    probes = _probes(values, seed, index)
-    above = run(probes)[1]
-    below = run({path: [-v for v in probes[path]] for path in probes})[1]
-    for path, g, up, down in zip(taps, at_rest, above, below, strict=True):
-        triples = zip(values[path], g, probes[path], up, down, strict=True)
-        sums[path].add([(y, grad, _curvature(v, u, d)) for y, grad, v, u, d in triples])
-    return float(exact)
-
-
-def _check_ran(taps: dict[str, Tap], value: Tensor, index: int) -> None:
-    idle = [path for path, tap in taps.items() if not tap.values]
-    if idle:
-        rule = (
-            f"nothing crossed there in batch {index}: the model did not call these modules, or "
-            "they returned no floating-point tensor. Name the sites that run in modules=."
-        )
-        raise ScoreError("sites that never ran", idle, rule)
-    if not value.requires_grad:
-        rule = "it depends on no site: compute it from the model's output, without no_grad."
-        raise ScoreError(f"the loss of batch {index}", value.item(), rule)
+    what = f"batch {index}"
+    exact = sites.run(value, None, what)
+    probes = _probes(exact.values, seed, index)
+    above = sites.run(value, probes, what).gradients
+    below = sites.run(value, {n: [-v for v in probes[n]] for n in probes}, what).gradients
+    for name in sites.names:
+        parts = (exact.values, exact.gradients, probes, above, below)
+        crossed = zip(*(part[name] for part in parts), strict=True)
+        sums[name].add([(y, g, _curvature(v, up, down)) for y, g, v, up, down in crossed])
+    return float(exact.value)
 
 
 def _probes(values: Crossings, seed: int, index: int) -> Crossings:
@@ -206,7 +248,7 @@ class _SiteSums:
         self.sums = {fmt.spec: [0.0] * 4 for fmt in candidates}
         self.powers = [0.0] * 5
         self.peak, self.dtype, self.itemsize = 0.0, "", 0
-        self.calls: dict[int, int] = {}
+        self.calls: dict[tuple[int, ...], int] = {}
 
     def add(self, crossed: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """One batch: output, gradient and curvature of each call."""
@@ -225,7 +267,8 @@ class _SiteSums:
 
     def _add_values(self, y: Tensor) -> None:
         self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()
-        self.calls[y.numel()] = self.calls.get(y.numel(), 0) + 1
+        shape = tuple(y.shape)
+        self.calls[shape] = self.calls.get(shape, 0) + 1
         exact = y.double()
         power = torch.ones_like(exact)
         for i in range(5):

@@ -13,8 +13,9 @@ from typing import Any
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import ScoreError
 from rfcompile.report.table import TableReport, table
+from rfcompile.wire.policy import KINDS
 
-SCHEMA = "rfcompile.scores/1"
+SCHEMA = "rfcompile.scores/2"
 """The first field of a file; the number grows when a reader of the old one would misread."""
 
 
@@ -42,9 +43,9 @@ class SiteScore:
     """Sums over batches for one site, and one :class:`FormatScore` a format.
 
     Args:
-        site: the path of the module whose output travels.
-        dtype: of that output, such as "float32".
-        calls: ``{elements of an output: how often}`` over all batches.
+        site: the path of the module whose output travels, or the name of the parameter that does.
+        dtype: of what travels, such as "float32".
+        calls: ``{its shape: how often}`` over all batches.
         powers: sums of ``y^0 .. y^4`` over all elements, in float64.
         peak: the largest ``|y|``.
         formats: the candidates.
@@ -53,7 +54,7 @@ class SiteScore:
     site: str
     dtype: str
     itemsize: int
-    calls: dict[int, int]
+    calls: dict[tuple[int, ...], int]
     powers: tuple[float, ...]
     peak: float
     formats: tuple[FormatScore, ...]
@@ -91,8 +92,9 @@ class SiteScore:
         same power one may.
         """
         fmt = QuantFormat.parse(score.format)
-        sent = sum(fmt.payload_bytes(n) * times for n, times in self.calls.items())
-        rate = 8 * sent / sum(n * times for n, times in self.calls.items())
+        calls = [(math.prod(shape), times) for shape, times in self.calls.items()]
+        sent = sum(fmt.payload_bytes(n) * times for n, times in calls)
+        rate = 8 * sent / sum(n * times for n, times in calls)
         return 20 * math.log10(2) * rate - self.sqnr_db(score)
 
 
@@ -102,7 +104,7 @@ class Scores(TableReport):
 
     Args:
         model: a digest of the names, shapes and dtypes of the model's parameters.
-        kind: of traffic; "activations" is all that is scored so far.
+        kind: of traffic: "activations" or "weights".
         batches: how many were scored.
         loss: the sum of their exact losses.
         sites: one entry a site, in order of the model.
@@ -152,11 +154,14 @@ class Scores(TableReport):
                 rows.append([*facts, score.format, *numbers, f"{site.gap_db(score):.1f}"])
                 facts = ["", "", ""]
         yield from table(rows)
-        yield "not scored: gradients, weights, optimizer states (no plan is made for them)"
+        left = [kind for kind in KINDS if kind != self.kind]
+        yield f"not scored: {', '.join(left)} (this plans nothing for them)"
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a JSON file that :meth:`load` reads; a number keeps all its digits."""
         data = {"schema": SCHEMA, **asdict(self)}
+        for site in data["sites"]:
+            site["calls"] = {"x".join(map(str, s)): times for s, times in site["calls"].items()}
         Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -199,7 +204,10 @@ class Scores(TableReport):
 
 def _site(data: dict[str, Any]) -> SiteScore:
     formats = tuple(FormatScore(**score) for score in data.pop("formats"))
-    calls = {int(n): times for n, times in data.pop("calls").items()}
+    calls = {
+        tuple(map(int, filter(None, shape.split("x")))): times
+        for shape, times in data.pop("calls").items()
+    }
     return SiteScore(**data | {"powers": tuple(data["powers"])}, calls=calls, formats=formats)
 
 
@@ -221,7 +229,7 @@ def _layout(scores: Scores) -> list[tuple[Any, ...]]:
 
 
 def _merged_site(a: SiteScore, b: SiteScore) -> SiteScore:
-    calls = {n: a.calls.get(n, 0) + b.calls.get(n, 0) for n in {**a.calls, **b.calls}}
+    calls = {s: a.calls.get(s, 0) + b.calls.get(s, 0) for s in {**a.calls, **b.calls}}
     powers = tuple(x + y for x, y in zip(a.powers, b.powers, strict=True))
     formats = tuple(_merged_format(x, y) for x, y in zip(a.formats, b.formats, strict=True))
     return SiteScore(a.site, a.dtype, a.itemsize, calls, powers, max(a.peak, b.peak), formats)

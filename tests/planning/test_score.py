@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.errors import BoundaryError, DtypeError, OptionError, ScoreError
+from rfcompile.errors import (
+    BoundaryError,
+    DtypeError,
+    OptionError,
+    ProcessGroupError,
+    RFCompileError,
+    ScoreError,
+)
 from rfcompile.report.measures import excess_kurtosis, sqnr_db
+from tests.ranks import Rank, RunRanks, error_of
 from tests.zoo import VOCABULARY, NanoGPT
 
 Batch = tuple[Tensor, Tensor]
@@ -99,7 +108,7 @@ def test_measures_of_a_site() -> None:
     rate = 4 + 16 / 128  # bits an element, with the scale of a group
     limit = rate * 20 * torch.log10(torch.tensor(2.0)).item()
     assert site.gap_db(site.formats[0]) == pytest.approx(limit - sqnr_db(y, decoded), abs=1e-4)
-    assert site.calls == {x.numel(): 1}
+    assert site.calls == {(32, 64): 1}
 
 
 def test_the_model_stays_as_it_is() -> None:
@@ -118,7 +127,63 @@ def test_a_module_that_runs_twice_is_one_site() -> None:
     block = Scale(64)
     model = nn.Sequential(block, nn.Tanh(), block)
     scores = rf.score(model, [torch.randn(4, 64)], loss=quadratic, formats=[4], modules=["0"])
-    assert scores.sites[0].calls == {256: 2}
+    assert scores.sites[0].calls == {(4, 64): 2}
+
+
+# ---- ranks and progress ------------------------------------------------------------------------
+
+
+def scored_together(rank: Rank) -> tuple[rf.Scores, rf.Scores]:
+    torch.manual_seed(7)
+    model, batches = NanoGPT(), sentences(3)
+    mine = batches[:2] if rank.index == 0 else batches[2:]
+    alone = rf.score(model, mine, loss=language, formats=[3], seed=rank.index << 32)
+    return alone, rf.score(model, mine, loss=language, formats=[3], group=dist.group.WORLD)
+
+
+def test_ranks_score_their_batches_together(ranks: RunRanks) -> None:
+    (first, found), (second, same) = ranks(2, scored_together)
+    assert found == same == first.merge(second)
+    assert found.batches == 3
+
+
+def failed_together(rank: Rank) -> RFCompileError:
+    return error_of(
+        lambda: rf.score(chain(), [] if rank.index else [torch.randn(2, 64)], loss=quadratic,
+                         modules=["0"], formats=[4], group=dist.group.WORLD)
+    )  # fmt: skip
+
+
+def different_together(rank: Rank) -> RFCompileError:
+    bits = 4 - rank.index
+    return error_of(
+        lambda: rf.score(chain(), [torch.randn(2, 64)], loss=quadratic, modules=["0"],
+                         formats=[bits], group=dist.group.WORLD)
+    )  # fmt: skip
+
+
+def test_what_fails_on_one_rank_fails_on_all(ranks: RunRanks) -> None:
+    for error in ranks(2, failed_together):
+        assert isinstance(error, OptionError)
+        assert "rank 1: batches=[]" in str(error)
+    for error in ranks(2, different_together):
+        assert isinstance(error, ScoreError)
+        assert "the sites of the scores to merge" in str(error)
+    with pytest.raises(ProcessGroupError, match="there is no process group"):
+        rf.score(chain(), [torch.randn(2, 64)], loss=quadratic, group="world")
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_line_of_progress(has_length: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(2, 64)
+    batches: Any = [x, x] if has_length else iter([x, x])
+    rf.score(chain(), batches, loss=quadratic, modules=["0"], formats=[4], progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert shown[-1] == ""
+    assert not shown[-2].strip()
+    assert ("] 1/2, " if has_length else "score: batch 2, ") in shown[-3]
+    rf.score(chain(), [x], loss=quadratic, modules=["0"], formats=[4])
+    assert capsys.readouterr().err == ""
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -129,7 +194,7 @@ def test_saved_scores_are_the_same(tmp_path: Path) -> None:
     scores.save(tmp_path / "scores.json")
     assert rf.Scores.load(tmp_path / "scores.json") == scores
     assert "blocks.1" in str(scores)
-    assert "not scored: gradients, weights, optimizer states" in str(scores)
+    assert "not scored: gradients, weights, optimizer_state" in str(scores)
 
 
 def test_merged_scores_are_those_of_all_batches() -> None:
@@ -157,8 +222,8 @@ def test_merged_scores_are_those_of_all_batches() -> None:
     [
         ("nonsense", "give a file that Scores.save wrote"),
         ("[]", "give a file that Scores.save wrote"),
-        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/1'"),
-        ('{"schema": "rfcompile.scores/1", "sites": [{}]}', "a field is missing or unknown"),
+        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/2'"),
+        ('{"schema": "rfcompile.scores/2", "sites": [{}]}', "a field is missing or unknown"),
     ],
 )
 def test_files_that_are_no_scores(content: str, message: str, tmp_path: Path) -> None:
