@@ -69,9 +69,9 @@ def frontier(scores: Scores, *, link: Link | None = None, points: int = 16) -> F
     least = sum(min(map(cost, options)) for options in sites)
     best = [min(options, key=lambda option: (option.increase, cost(option))) for options in sites]
     most = sum(map(cost, best))
-    between = np.geomspace(least, most, points)[1:-1] if least > 0 else []
+    between = np.geomspace(least, most, points)[1:-1].tolist() if least > 0 else []
     found: list[Plan] = []
-    for limit in [least, *map(float, between), most]:
+    for limit in [least, *between, most]:
         budgets = {budget: limit}
         planned = plan(scores, **budgets, link=link)
         if not found or planned.increase < found[-1].increase:

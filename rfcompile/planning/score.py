@@ -10,12 +10,18 @@ One batch takes three forward and backward passes, whatever the number of sites 
 
 Each format then costs one round trip of ``y``: with ``e`` its error, ``g . e + 1/2 sum H_ii e_i^2``
 is the Taylor series of the loss to second order, for errors that are independent of one another.
+
+The estimates of ``H_ii`` are noisy, and a plan chooses what is low by chance. All formats of a site
+have errors in the same places, because the elements of a group share their step. So what a unit of
+squared error costs, ``1/2 sum H_ii e_i^2 / sum e_i^2``, is taken as one number for a site: the mean
+over the formats. The squared errors themselves are exact, and they alone tell formats apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -122,7 +128,8 @@ def score(
     everyone: list[Any] = [None] * used.size()
     with transport(used, SITE):
         dist.all_gather_object(everyone, scores, group=used)
-    first, *others = everyone
+    first: Scores = everyone[0]
+    others: list[Scores] = everyone[1:]
     return together(used, SITE, lambda: first.merge(*others))
 
 
@@ -254,16 +261,12 @@ class _SiteSums:
         """One batch: output, gradient and curvature of each call."""
         for y, _, _ in crossed:
             self._add_values(y)
-        for spec, sums in self.sums.items():
-            first = 0.0
-            for y, gradient, curvature in crossed:
-                error = round_trip(y, spec).float() - y.float()
-                squared = error.square()
-                first += _dot(gradient.float(), error)
-                sums[2] += _dot(curvature, squared) / 2
-                sums[3] += float(squared.sum(dtype=torch.float64))
-            sums[0] += first
-            sums[1] += first**2
+        found = {spec: _terms(crossed, spec) for spec in self.sums}
+        costs = [second / noise for _, second, noise in found.values() if noise]
+        cost = statistics.fmean(costs) if costs else 0.0
+        for spec, (first, _, noise) in found.items():
+            added = first, first**2, cost * noise, noise
+            self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
 
     def _add_values(self, y: Tensor) -> None:
         self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()
@@ -282,6 +285,20 @@ class _SiteSums:
         return SiteScore(
             path, self.dtype, self.itemsize, self.calls, tuple(self.powers), self.peak, formats
         )
+
+
+def _terms(
+    crossed: Sequence[tuple[Tensor, Tensor, Tensor]], spec: str
+) -> tuple[float, float, float]:
+    """Of one batch in one format: ``g . e``, ``1/2 sum_i H_ii e_i^2`` and ``sum_i e_i^2``."""
+    first = second = noise = 0.0
+    for y, gradient, curvature in crossed:
+        error = round_trip(y, spec).float() - y.float()
+        squared = error.square()
+        first += _dot(gradient.float(), error)
+        second += _dot(curvature, squared) / 2
+        noise += float(squared.sum(dtype=torch.float64))
+    return first, second, noise
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -28,7 +28,7 @@ class Weights:
     def __init__(self, model: nn.Module, modules: Modules) -> None:
         self.model = copy_of(model, share=False)
         parameters = dict(self.model.named_parameters())
-        patterns = patterns_of(modules)
+        patterns = patterns_of(modules)  # type: ignore[arg-type]  # it refuses functions
         named = [p for pattern in patterns for p in (pattern, f"{pattern}.*")]
         chosen = list(parameters) if modules == "auto" else matching_any(named, parameters)
         if not chosen:

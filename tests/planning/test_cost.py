@@ -39,7 +39,7 @@ class Handed(TorchDispatchMode):
     """Bytes that one rank hands to collectives for others, by the definition of each."""
 
     def __init__(self, world: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.world, self.bytes = world, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

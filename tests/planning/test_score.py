@@ -20,6 +20,7 @@ from rfcompile.errors import (
     RFCompileError,
     ScoreError,
 )
+from rfcompile.planning.scores import FormatScore, SiteScore
 from rfcompile.report.measures import excess_kurtosis, sqnr_db
 from tests.ranks import Rank, RunRanks, error_of
 from tests.zoo import VOCABULARY, NanoGPT
@@ -94,6 +95,32 @@ def test_increases_of_sites_add_up() -> None:
         predicted = sum(scores.increase(site.formats[i]) for site in scores.sites)
         together = measured(model, distance, batches, {site.site: bits for site in scores.sites})
         assert 0.7 < together / predicted < 1.4, bits  # what Plan.check takes for additive
+
+
+def test_one_number_of_a_site_says_what_a_unit_of_squared_error_costs() -> None:
+    model, batches = NanoGPT(), sentences(1)
+    scores = rf.score(model, batches, loss=language, formats=[2, 3, 8])
+    alone = [rf.score(model, batches, loss=language, formats=[bits]) for bits in (2, 3, 8)]
+    for i, site in enumerate(scores.sites):
+        own = [one.sites[i].formats[0] for one in alone]
+        mean = sum(score.second / score.noise for score in own) / len(own)
+        for score in site.formats:
+            assert score.second / score.noise == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize(("batches", "counts"), [(4, False), (10, False), (20, True)])
+def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: bool) -> None:
+    def score_of(terms: list[float]) -> FormatScore:
+        squares = sum(term**2 for term in terms)
+        return FormatScore("4b:g128:rise", sum(terms), squares, 0.1, 1.0)
+
+    one_sided, coins = score_of([0.5] * batches), score_of([0.5, -0.5] * (batches // 2))
+    others = (one_sided, coins, *[coins] * 46)
+    site = SiteScore("s", "float32", 4, {(8,): batches}, (1.0, 0.0, 1.0, 0.0, 3.0), 1.0, others)
+    scores = rf.Scores("", "activations", batches, 1.0, (site,))
+    assert scores.first_counts(one_sided) == counts  # of 48: 2 log(96 / 0.05) = 15.1 batches
+    assert not scores.first_counts(coins)
+    assert scores.increase(one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
 
 
 def test_measures_of_a_site() -> None:
