@@ -143,7 +143,8 @@ def frontier_row(found: Measured, points: int) -> Row:
 
 def rows_of(case: Case, job: Job, done: list[Row], options: argparse.Namespace) -> Iterator[Row]:
     bits = [b for b in options.bits if all(row.get("bits") != b for row in done)]
-    has_frontier = job.seed > 0 or any(row["task"] == "frontier" for row in done)
+    has_frontier = job.seed > 0 or not options.points
+    has_frontier |= any(row["task"] == "frontier" for row in done)
     if not bits and has_frontier:
         return
     found = Measured(case, job)

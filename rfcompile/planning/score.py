@@ -3,18 +3,20 @@
 One batch takes three forward and backward passes, whatever the number of sites and formats:
 
 1. as the model is: the outputs ``y`` of all sites and the gradients ``g`` of the loss there;
-2. and 3. with a small random disturbance ``+v`` and ``-v`` at all sites at once: half the
-   difference of the gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to
-   disturbances at all sites. The elements of ``v`` are ``+h`` or ``-h``, independent, so
-   ``v_i (H v)_i / h^2`` has the mean ``H_ii`` (Hutchinson; Bekas, Kokiopoulou, Saad 2007).
+2. and 3. with a disturbance ``+v`` and ``-v`` at all sites at once. The elements of ``v`` are as
+   large as the errors of the formats, with independent random signs. Half the difference of the
+   gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to disturbances at all
+   sites, so ``v . H v`` over a site has the mean ``sum_i H_ii v_i^2`` (Hutchinson).
 
-Each format then costs one round trip of ``y``: with ``e`` its error, ``g . e + 1/2 sum H_ii e_i^2``
-is the Taylor series of the loss to second order, for errors that are independent of one another.
+Each format costs one round trip of ``y``, with the error ``e``. To second order, and for errors
+that are independent of one another, the loss then grows by ``g . e + 1/2 sum_i H_ii e_i^2``.
 
-The estimates of ``H_ii`` are noisy, and a plan chooses what is low by chance. All formats of a site
-have errors in the same places, because the elements of a group share their step. So what a unit of
-squared error costs, ``1/2 sum H_ii e_i^2 / sum e_i^2``, is taken as one number for a site: the mean
-over the formats. The squared errors themselves are exact, and they alone tell formats apart.
+All formats of a site have errors in the same places, because the elements of a group share their
+step. So one number, ``c = 1/2 sum_i H_ii v_i^2 / sum_i v_i^2``, says what a unit of squared error
+costs at a site. ``v_i^2`` is the mean over formats of ``e_i^2 / sum_j e_j^2``, times the median of
+``sum_j e_j^2``. The second term is ``c sum_i e_i^2``. The squared errors are exact, and they alone
+tell the formats of a site apart: with an estimate of its own for each format a plan would choose
+what is low by chance (docs/measured/plan.md).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -212,40 +215,37 @@ def _score_batch(
 ) -> float:
     index, batch = numbered
 
-    def value() -> Tensor:
-        return loss_of(loss, sites.model, batch, index)
+    def run(disturbances: Crossings | None) -> Pass:
+        value = partial(loss_of, loss, sites.model, batch, index)
+        return sites.run(value, disturbances, f"batch {index}")
 
-    what = f"batch {index}"
-    exact = sites.run(value, None, what)
-    probes = _probes(exact.values, seed, index)
-    above = sites.run(value, probes, what).gradients
-    below = sites.run(value, {n: [-v for v in probes[n]] for n in probes}, what).gradients
-    for name in sites.names:
-        parts = (exact.values, exact.gradients, probes, above, below)
-        crossed = zip(*(part[name] for part in parts), strict=True)
-        sums[name].add([(y, g, _curvature(v, up, down)) for y, g, v, up, down in crossed])
+    exact = run(None)
+    terms = {n: sums[n].terms(exact.values[n], exact.gradients[n]) for n in sites.names}
+    signs = torch.Generator().manual_seed(seed + index)
+    probes = {n: [_signed(v, signs) for v in found.probe] for n, found in terms.items()}
+    above = run(probes).gradients
+    below = run({n: [-v for v in probe] for n, probe in probes.items()}).gradients
+    for n, probe in probes.items():
+        parts = zip(probe, above[n], below[n], strict=True)
+        bent = sum(_dot(v.float(), up.float() - down.float()) for v, up, down in parts)
+        size = sum(_dot(v.float(), v.float()) for v in probe)
+        sums[n].add(exact.values[n], terms[n], bent / (4 * size) if size else 0.0)
     return float(exact.value)
 
 
-def _probes(values: Crossings, seed: int, index: int) -> Crossings:
-    """``+h`` or ``-h`` for each element, ``h = eps**(1/3) RMS(y)``: the step of a central
-    difference at which its rounding and its truncation are alike, for the dtype of ``y``.
-    """
-    generator = torch.Generator().manual_seed(seed + index)
-    found: Crossings = {}
-    for path, tensors in values.items():
-        found[path] = []
-        for y in tensors:
-            rms = y.double().square().mean().sqrt().to(y.dtype)
-            step = torch.finfo(y.dtype).eps ** (1 / 3) * torch.where(rms > 0, rms, 1)
-            signs = torch.randint(0, 2, y.shape, generator=generator, dtype=torch.int8)
-            found[path].append((2 * signs - 1).to(y.device, y.dtype) * step)
-    return found
+def _signed(v: Tensor, generator: torch.Generator) -> Tensor:
+    """``v`` with an independent random sign for each element."""
+    signs = torch.randint(0, 2, v.shape, generator=generator, dtype=torch.int8)
+    return v * (2 * signs - 1).to(v.device, v.dtype)
 
 
-def _curvature(v: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Estimates of the Hessian's diagonal, from the gradients at ``+v`` and ``-v``."""
-    return (above.float() - below.float()) / (2 * v.float())
+@dataclass
+class _Terms:
+    """Of one site and batch: by format ``g . e`` and ``sum_i e_i^2``, and what to disturb it by."""
+
+    first: dict[str, float]
+    noise: dict[str, float]
+    probe: list[Tensor]
 
 
 class _SiteSums:
@@ -257,14 +257,28 @@ class _SiteSums:
         self.peak, self.dtype, self.itemsize = 0.0, "", 0
         self.calls: dict[tuple[int, ...], int] = {}
 
-    def add(self, crossed: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """One batch: output, gradient and curvature of each call."""
-        for y, _, _ in crossed:
+    def terms(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Terms:
+        """Quantize what crossed, in all formats."""
+        found = _Terms({}, {}, [])
+        shares = [torch.zeros_like(y, dtype=torch.float32) for y in values]
+        for spec in self.sums:
+            errors = [round_trip(y, spec).float() - y.float() for y in values]
+            pairs = zip(gradients, errors, strict=True)
+            found.first[spec] = sum(_dot(g.float(), e) for g, e in pairs)
+            found.noise[spec] = noise = sum(_dot(e, e) for e in errors)
+            for share, error in zip(shares, errors, strict=True):
+                share += error.square() / noise if noise else 0.0
+        typical = statistics.median(found.noise.values()) / len(self.sums)
+        pairs = zip(values, shares, strict=True)
+        found.probe = [(typical * share).sqrt().to(y.dtype) for y, share in pairs]
+        return found
+
+    def add(self, values: Sequence[Tensor], terms: _Terms, cost: float) -> None:
+        """One batch; ``cost`` of a unit of squared error."""
+        for y in values:
             self._add_values(y)
-        found = {spec: _terms(crossed, spec) for spec in self.sums}
-        costs = [second / noise for _, second, noise in found.values() if noise]
-        cost = statistics.fmean(costs) if costs else 0.0
-        for spec, (first, _, noise) in found.items():
+        for spec, first in terms.first.items():
+            noise = terms.noise[spec]
             added = first, first**2, cost * noise, noise
             self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
 
@@ -285,20 +299,6 @@ class _SiteSums:
         return SiteScore(
             path, self.dtype, self.itemsize, self.calls, tuple(self.powers), self.peak, formats
         )
-
-
-def _terms(
-    crossed: Sequence[tuple[Tensor, Tensor, Tensor]], spec: str
-) -> tuple[float, float, float]:
-    """Of one batch in one format: ``g . e``, ``1/2 sum_i H_ii e_i^2`` and ``sum_i e_i^2``."""
-    first = second = noise = 0.0
-    for y, gradient, curvature in crossed:
-        error = round_trip(y, spec).float() - y.float()
-        squared = error.square()
-        first += _dot(gradient.float(), error)
-        second += _dot(curvature, squared) / 2
-        noise += float(squared.sum(dtype=torch.float64))
-    return first, second, noise
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

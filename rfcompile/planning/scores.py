@@ -27,9 +27,8 @@ class FormatScore:
         format: the text of the format.
         first, first_squared: sum of ``g . e`` and of its square, with ``e`` the quantization error
             of the site's output and ``g`` the gradient of the loss there.
-        second: sum of ``c sum_i e_i^2``; ``c`` is what a unit of squared error costs at this site
-            in this batch, the mean over formats of ``1/2 sum_i H_ii e_i^2 / sum_i e_i^2``, with
-            ``H`` the Hessian of the loss there.
+        second: sum of ``c sum_i e_i^2``, with ``c`` what a unit of squared error costs at this site
+            in this batch (:mod:`rfcompile.planning.score` has the formula).
         noise: sum of all ``e_i^2``.
     """
 

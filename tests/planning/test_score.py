@@ -98,14 +98,15 @@ def test_increases_of_sites_add_up() -> None:
 
 
 def test_one_number_of_a_site_says_what_a_unit_of_squared_error_costs() -> None:
-    model, batches = NanoGPT(), sentences(1)
-    scores = rf.score(model, batches, loss=language, formats=[2, 3, 8])
-    alone = [rf.score(model, batches, loss=language, formats=[bits]) for bits in (2, 3, 8)]
-    for i, site in enumerate(scores.sites):
-        own = [one.sites[i].formats[0] for one in alone]
-        mean = sum(score.second / score.noise for score in own) / len(own)
-        for score in site.formats:
-            assert score.second / score.noise == pytest.approx(mean, rel=1e-9)
+    model, x = chain(), torch.randn(32, 64)
+    scores = rf.score(model, [x], loss=quadratic, formats=[2, 3, 8], modules=["0"])
+    costs = [score.second / score.noise for score in scores.sites[0].formats]
+    assert costs == pytest.approx([costs[0]] * 3, rel=1e-9)
+    # With H diagonal: the mean over formats of the cost that each has alone.
+    alone = [rf.score(model, [x], loss=quadratic, formats=[b], modules=["0"]) for b in (2, 3, 8)]
+    own = [one.sites[0].formats[0] for one in alone]
+    mean = sum(score.second / score.noise for score in own) / 3
+    assert costs[0] == pytest.approx(mean, rel=2e-4)  # float32 gradients
 
 
 @pytest.mark.parametrize(("batches", "counts"), [(4, False), (10, False), (20, True)])
