@@ -121,9 +121,11 @@ class Scores(TableReport):
         """The predicted increase of the mean loss if this site alone travels in this format.
 
         The mean over batches of ``g . e`` and of the second-order term, :attr:`FormatScore.second`.
-        The first term counts only where it is no chance, see :meth:`first_counts`.
+        The first term counts only where it is no chance, see :meth:`first_counts`. Of the second
+        term the magnitude counts: at a minimum of the loss it is not negative, and where an
+        estimate is, a plan would send the site with the largest error there is.
         """
-        return self.second(score) + (self.first(score) if self.first_counts(score) else 0.0)
+        return abs(self.second(score)) + (self.first(score) if self.first_counts(score) else 0.0)
 
     def first(self, score: FormatScore) -> float:
         """The mean of ``g . e`` over batches."""

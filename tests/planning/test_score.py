@@ -124,6 +124,18 @@ def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: b
     assert scores.increase(one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
 
 
+def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
+    def falling(model: nn.Module, batch: Tensor) -> Tensor:
+        return -quadratic(model, batch)
+
+    model, x = chain(), torch.randn(32, 64)
+    [site] = rf.score(model, [x], loss=quadratic, formats=[2, 8], modules=["0"]).sites
+    scores = rf.score(model, [x], loss=falling, formats=[2, 8], modules=["0"])
+    for up, down in zip(site.formats, scores.sites[0].formats, strict=True):
+        assert scores.second(down) == -up.second < 0
+        assert scores.increase(down) == up.second
+
+
 def test_measures_of_a_site() -> None:
     model, x = chain(), torch.randn(32, 64)
     [site] = rf.score(model, [x], loss=quadratic, formats=[4], modules=["0"]).sites
