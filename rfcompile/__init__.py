@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.inductor.joint_pass import joint_pass
     from rfcompile.kernels import kernels
     from rfcompile.planning.crossover import measure_crossover
-    from rfcompile.planning.link import Link, measure_link
+    from rfcompile.planning.frontier import frontier
+    from rfcompile.planning.link import Link
+    from rfcompile.planning.measured_link import measure_link
     from rfcompile.planning.plan import plan
     from rfcompile.planning.score import score
     from rfcompile.planning.scores import Scores
@@ -60,7 +62,9 @@ _HOMES = {
     "inductor.joint_pass": "joint_pass",
     "kernels": "kernels",
     "planning.crossover": "measure_crossover",
-    "planning.link": "Link measure_link",
+    "planning.frontier": "frontier",
+    "planning.link": "Link",
+    "planning.measured_link": "measure_link",
     "planning.plan": "plan",
     "planning.score": "score",
     "planning.scores": "Scores",
@@ -111,6 +115,7 @@ __all__ = [
     "experimental",
     "explain",
     "find_residuals",
+    "frontier",
     "inductor_pass",
     "joint_pass",
     "kernels",

@@ -25,8 +25,10 @@ ranks in graphs     2.14     ``isend``, ``irecv`` and ``batch_p2p_ops``   ``isen
                              ranks
 reductions          2.15     ``reduce_op`` may be a ``ReduceOp``; before, its type
                              a text
-name of a gather    2.14     ``dist.all_gather_into_tensor`` is            it has the new name
-                             deprecated for ``all_gather_single``
+names of gather     2.13     ``dist.all_gather_into_tensor`` and           it has the new names
+and reduce-scatter           ``dist.reduce_scatter_tensor`` are
+                             deprecated for ``all_gather_single`` and
+                             ``reduce_scatter_single``
 captured graphs     2.15     Dynamo empties a graph whose backend         no need: ``find.py`` keeps
                              raises                                       a copy
 decorators          2.15     torch renames the code of what               no need: ``owner.py``
@@ -104,6 +106,11 @@ def require(thing: object, names: Sequence[str], what: str) -> None:
 
 all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """``torch.distributed.all_gather_into_tensor`` under the name that is not deprecated."""
+
+reduce_scatter_single: Any = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+"""``torch.distributed.reduce_scatter_tensor`` under the name that is not deprecated."""
 
 
 # ---- FSDP2 -------------------------------------------------------------------------------------

@@ -160,16 +160,38 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
 def test_plan(root: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "plan.jsonl", tmp_path / "gpt.pt"
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
-    command = ["benchmarks/plan.py", *sizes.split(), "--seeds", "1", "--threads", "1"]
-    rows = rows_of(root, out, *command, "--bits", "4", "--checkpoint", str(checkpoint))
-    assert [(row["boundary"], row["bits"]) for row in rows] == [("stream", 4), ("branch", 4)]
+    command = ["benchmarks/plan.py", *sizes.split(), "--evaluation", "2", "--threads", "1"]
+    command += ["--models", "gpt", "--seeds", "1", "--bits", "4", "--points", "3"]
+    rows = rows_of(root, out, *command, "--checkpoint", str(checkpoint))
+    tasks = [(row["boundary"], row["task"]) for row in rows]
+    assert tasks == [(b, t) for b in ("stream", "branch") for t in ("plan", "frontier")]
     assert checkpoint.exists()
-    for row in rows:
+    assert out.with_suffix(".png").exists()
+    assert rows_of(root, out, *command, "--checkpoint", str(checkpoint)) == rows  # nothing is left
+    for row in rows[::2]:
         assert row.keys() >= MACHINE | {"uniform", "predicted_increase", "ratio", "formats"}
         planned, budget = row["planned_bytes"], row["budget"]
         assert isinstance(planned, float)
         assert isinstance(budget, int)
         assert planned <= budget
+
+
+def test_score_cost(root: Path, tmp_path: Path) -> None:
+    sizes = "--layers 2 --width 32 --heads 2 --context 16 --batch 2 --runs 2"
+    out = tmp_path / "cost.jsonl"
+    [row] = rows_of(root, out, "benchmarks/score_cost.py", *sizes.split())
+    assert row.keys() >= MACHINE | {"step", "score", "ratio"}
+
+
+def test_plan_link(root: Path, tmp_path: Path) -> None:
+    needs_namespaces()
+    sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
+    command = ["benchmarks/plan_link.py", *sizes.split(), "--ranks", "2", "--rates", "1gbit"]
+    rows = rows_of(root, tmp_path / "link.jsonl", *command, "--runs", "2", "--seconds", "0.2")
+    assert [row["wire"] for row in rows[:3]] == [
+        "exact", "2b:g128:rise", "plan as good as 2b:g128:rise"
+    ]  # fmt: skip
+    assert all(row["planned_bytes"] and row["sent_bytes"] for row in rows)
 
 
 def needs_namespaces() -> None:

@@ -44,6 +44,7 @@ PUBLIC_NAMES = [
     "experimental",
     "explain",
     "find_residuals",
+    "frontier",
     "inductor_pass",
     "joint_pass",
     "kernels",

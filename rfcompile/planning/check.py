@@ -16,8 +16,10 @@ from rfcompile.errors import OptionError, RFCompileWarning
 from rfcompile.graph.models import check_module, copy_of, uncompiled
 from rfcompile.planning.score import Loss, loss_of, quiet
 from rfcompile.planning.site_policy import site_policy
+from rfcompile.planning.weights import Weights
 from rfcompile.report.table import TableReport, table
 from rfcompile.rewrites.wires import Wire, with_fake_wire
+from rfcompile.wire.fake import round_trip
 
 ADDITIVE = (0.7, 1.4)
 """Measured over predicted: inside, the sum over sites is taken for true."""
@@ -86,6 +88,7 @@ def check(
     model: nn.Module,
     batches: Any,
     loss: Loss,
+    kind: str,
     formats: Mapping[str, str],
     increases: Mapping[str, float],
     largest: int,
@@ -100,10 +103,10 @@ def check(
     model = uncompiled(model)
     coded = {site: fmt for site, fmt in formats.items() if fmt}
     worst = sorted(coded, key=lambda site: -increases[site])[:largest]
-    before = _losses(model, kept, loss, {}, list(formats))
+    before = _losses(model, kept, loss, kind, {}, list(formats))
 
     def added(sites: list[str]) -> list[float]:
-        after = _losses(model, kept, loss, {s: coded[s] for s in sites}, list(formats))
+        after = _losses(model, kept, loss, kind, {s: coded[s] for s in sites}, list(formats))
         return [b - a for a, b in zip(before, after, strict=True)]
 
     whole = added(list(coded))
@@ -129,10 +132,20 @@ def check(
 
 
 def _losses(
-    model: nn.Module, batches: list[Any], loss: Loss, formats: dict[str, str], sites: list[str]
+    model: nn.Module,
+    batches: list[Any],
+    loss: Loss,
+    kind: str,
+    formats: dict[str, str],
+    sites: list[str],
 ) -> list[float]:
-    """The loss of each batch, with a fake wire at each site; a site without a format is exact."""
-    policy = site_policy({site: formats.get(site, "") for site in sites})
-    twin = with_fake_wire(copy_of(model, share=True), Wire(policy, modules=sites))
+    """The loss of each batch with these sites in their formats; a site without one is exact."""
+    if kind == "weights":
+        weights = Weights(model, sites)
+        twin = weights.model
+        weights.set({name: round_trip(weights.exact[name], fmt) for name, fmt in formats.items()})
+    else:
+        policy = site_policy({site: formats.get(site, "") for site in sites})
+        twin = with_fake_wire(copy_of(model, share=True), Wire(policy, modules=sites))
     with quiet(twin), torch.no_grad():
         return [loss_of(loss, twin, batch, i).item() for i, batch in enumerate(batches, 1)]

@@ -16,7 +16,7 @@ from rfcompile.codec.formats import DTYPES, QuantFormat, as_format, dtype_text
 from rfcompile.errors import OptionError, ProcessGroupError
 from rfcompile.report.report import format_bytes
 from rfcompile.report.table import TableReport, table
-from rfcompile.torch_versions import all_gather_single
+from rfcompile.torch_versions import all_gather_single, reduce_scatter_single
 from rfcompile.wire import collectives, crossover
 from rfcompile.wire.policy import Formatish
 from rfcompile.wire.process_groups import resolve
@@ -194,7 +194,7 @@ def _runners(
             lambda: collectives.all_gather(x, fmt, group),
         ),
         "reduce_scatter": (
-            lambda: dist.reduce_scatter_tensor(part, x, group=group),
+            lambda: reduce_scatter_single(part, x, group=group),
             lambda: collectives.reduce_scatter(x, fmt, group),
         ),
     }

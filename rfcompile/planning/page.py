@@ -22,6 +22,7 @@ from rfcompile.report.page.sites import (
     sqnr_plot,
 )
 from rfcompile.report.page.texts import number, short_bytes
+from rfcompile.wire.policy import KINDS
 
 BUDGETS = 16
 """Of the frontier that a page shows, evenly spaced on a logarithmic scale."""
@@ -32,6 +33,7 @@ Replan = Callable[[Scores, str, float], tuple[float, float]]
 
 
 def shown_site(
+    kind: str,
     path: str,
     fmt: str,
     sent: tuple[float, float],
@@ -43,8 +45,8 @@ def shown_site(
     site = next((s for s in scores.sites if s.site == path), None) if scores else None
     score = next((s for s in site.formats if s.format == fmt), None) if site else None
     return ShownSite(
-        what="forward",
-        kind="activations",
+        what="forward" if kind == "activations" else kind,
+        kind=kind,
         module=path,
         tensor=site.dtype if site else "",
         format=fmt,
@@ -63,11 +65,12 @@ def plan_page(
     sites: Sequence[ShownSite],
     scores: Scores | None,
     model: nn.Module | None,
+    kind: str,
     replan: Replan,
 ) -> Page:
     """The page of :meth:`Plan.page <rfcompile.planning.plan.Plan.page>`."""
     plots = [*bytes_plot(sites), *kurtosis_plot(sites)]
-    notes = ["not planned: gradients, weights and optimizer states"]
+    notes = [f"not planned: {', '.join(other for other in KINDS if other != kind)}"]
     if scores is None:
         notes.append("kurtosis, SQNR and the frontier need the scores: plan.page(path, scores=...)")
     else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,9 @@ from torch import nn
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import BudgetError, OptionError, ScoreError
 from rfcompile.planning.check import PlanCheck, check
+from rfcompile.planning.cost import Cost, cost_of
 from rfcompile.planning.knapsack import choose
-from rfcompile.planning.link import Link
+from rfcompile.planning.link import Link, sent_elements
 from rfcompile.planning.page import plan_page, shown_site
 from rfcompile.planning.score import Loss, digest
 from rfcompile.planning.scores import FormatScore, Scores, SiteScore
@@ -37,6 +38,8 @@ class Choice:
         exact_bytes, bytes: that one rank sends for one batch, as it is and in the format.
         seconds: for one batch on the link; None without a link.
         increase: predicted, of the mean loss.
+        calls: ``{shape: how often}`` over all batches that were scored.
+        itemsize: bytes of an element as it is.
     """
 
     site: str
@@ -45,6 +48,8 @@ class Choice:
     bytes: float
     seconds: float | None
     increase: float
+    calls: Mapping[tuple[int, ...], int] = field(default_factory=dict)
+    itemsize: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Plan(PagedReport):
         budget, limit: "bytes", "seconds" or "loss", and how much of it.
         choices: one a site, in order of the model.
         link: that carries the traffic; None: each site sends its tensor once.
+        batches: how many were scored.
+        kind: of traffic that was scored.
     """
 
     model: str
@@ -63,6 +70,8 @@ class Plan(PagedReport):
     limit: float
     choices: tuple[Choice, ...]
     link: Link | None = None
+    batches: int = 1
+    kind: str = "activations"
 
     @property
     def bytes(self) -> float:
@@ -84,6 +93,11 @@ class Plan(PagedReport):
     def policy(self) -> Policy:
         """The plan as a policy with a pattern for each site; all other traffic is exact."""
         return site_policy({choice.site: choice.format for choice in self.choices})
+
+    @property
+    def cost(self) -> Cost:
+        """What the plan sends and takes, as formulas of batch, sequence, width and world size."""
+        return cost_of(self.choices, self.kind, self.link, self.batches)
 
     def toml(self) -> str:
         """The policy as the text of a TOML file for :meth:`~rfcompile.Policy.from_file`."""
@@ -134,10 +148,13 @@ class Plan(PagedReport):
             return found.bytes, found.increase
 
         sites = [
-            shown_site(c.site, c.format, (c.exact_bytes, c.bytes), c.seconds, c.increase, scores)
+            shown_site(
+                *(self.kind, c.site, c.format, (c.exact_bytes, c.bytes), c.seconds, c.increase),
+                scores,
+            )
             for c in self.choices
         ]
-        return plan_page(tiles, sites, scores, model, replan)
+        return plan_page(tiles, sites, scores, model, self.kind, replan)
 
     def check(self, model: nn.Module, batches: Any, *, loss: Loss, largest: int = 3) -> PlanCheck:
         """Measure what the plan costs, and compare it with the prediction.
@@ -161,7 +178,7 @@ class Plan(PagedReport):
             raise ScoreError("the digest of the model", digest(model), rule)
         formats = {choice.site: choice.format for choice in self.choices}
         increases = {choice.site: choice.increase for choice in self.choices}
-        return check(model, batches, loss, formats, increases, largest)
+        return check(model, batches, loss, self.kind, formats, increases, largest)
 
     def lines(self) -> Iterator[str]:
         exact = sum(choice.exact_bytes for choice in self.choices)
@@ -211,26 +228,26 @@ def plan(
     """
     budgets = {"bytes": bytes, "seconds": seconds, "loss": loss}
     name, limit = _one_budget(budgets, link)
-    carrier = link or Link(bandwidth=math.inf)
-    options = [_options(scores, site, carrier, link is not None) for site in scores.sites]
-    cost = _COSTS["seconds" if link is not None and name == "loss" else name]
+    options = options_of(scores, link)
+    cost = COSTS[name]
     numbers = [[cost(option) for option in site] for site in options]
     increases = [[option.increase for option in site] for site in options]
     if name == "loss":
-        spent = _COSTS["seconds"] if link is not None else _COSTS["bytes"]
+        spent = COSTS["bytes" if link is None else "seconds"]
         numbers, increases = increases, [[spent(option) for option in site] for site in options]
     chosen = choose(numbers, increases, limit)
     if chosen is None:
         raise BudgetError(name, limit, sum(min(site) for site in numbers))
     picked = tuple(site[i] for site, i in zip(options, chosen, strict=True))
-    return Plan(scores.model, name, limit, picked, link)
+    return Plan(scores.model, name, limit, picked, link, scores.batches, scores.kind)
 
 
-_COSTS: dict[str, Callable[[Choice], float]] = {
+COSTS: dict[Budget, Callable[[Choice], float]] = {
     "bytes": lambda option: option.bytes,
     "seconds": lambda option: option.seconds or 0.0,
     "loss": lambda option: option.increase,
 }
+"""What of a choice counts against a budget."""
 
 
 def _one_budget(budgets: dict[str, float | None], link: Link | None) -> tuple[Budget, float]:
@@ -240,15 +257,20 @@ def _one_budget(budgets: dict[str, float | None], link: Link | None) -> tuple[Bu
     [(name, value)] = given.items()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise OptionError(name, value, "give a finite number.")
-    if link is not None and not isinstance(link, Link):
-        raise OptionError("link", link, "give an rf.Link(bandwidth=125e6, latency=1e-4).")
     if name == "seconds" and link is None:
         raise OptionError(name, value, "seconds need a link=rf.Link(bandwidth, latency).")
     return name, float(value)  # type: ignore[return-value]
 
 
+def options_of(scores: Scores, link: Link | None) -> list[list[Choice]]:
+    """For each site exact, and each format; with a link only those that are faster than exact."""
+    if link is not None and not isinstance(link, Link):
+        raise OptionError("link", link, "give an rf.Link(bandwidth=125e6, latency=1e-4).")
+    carrier = link or Link(bandwidth=math.inf)
+    return [_options(scores, site, carrier, link is not None) for site in scores.sites]
+
+
 def _options(scores: Scores, site: SiteScore, link: Link, has_link: bool) -> list[Choice]:
-    """Exact, and each format; with a link only those that are faster than exact."""
     exact = _choice(scores, site, None, link, has_link)
     coded = [_choice(scores, site, score, link, has_link) for score in site.formats]
     faster = [c for c in coded if not has_link or (c.seconds or 0.0) < (exact.seconds or 0.0)]
@@ -261,8 +283,11 @@ def _choice(
     fmt = QuantFormat.parse(score.format) if score else None
 
     def per_batch(cost: Callable[[int, int, QuantFormat | None], float], f: Any) -> float:
-        calls = site.calls.items()
-        return sum(cost(n, site.itemsize, f) * times for n, times in calls) / scores.batches
+        total = 0.0
+        for shape, times in site.calls.items():
+            n = sent_elements(math.prod(shape), scores.kind, link.carrier, link.world)
+            total += cost(n, site.itemsize, f) * times
+        return total / scores.batches
 
     return Choice(
         site.site,
@@ -271,10 +296,12 @@ def _choice(
         per_batch(link.sent, fmt),
         per_batch(link.seconds, fmt) if has_link else None,
         scores.increase(score) if score else 0.0,
+        site.calls,
+        site.itemsize,
     )
 
 
 def _quoted(text: str) -> str:
     """A basic string of TOML."""
-    plain = "".join(c if c.isprintable() and c not in '"\\' else f"\\u{ord(c):04x}" for c in text)
+    plain = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
     return f'"{plain}"'

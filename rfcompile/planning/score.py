@@ -3,24 +3,35 @@
 One batch takes three forward and backward passes, whatever the number of sites and formats:
 
 1. as the model is: the outputs ``y`` of all sites and the gradients ``g`` of the loss there;
-2. and 3. with a small random disturbance ``+v`` and ``-v`` at all sites at once: half the
-   difference of the gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to
-   disturbances at all sites. The elements of ``v`` are ``+h`` or ``-h``, independent, so
-   ``v_i (H v)_i / h^2`` has the mean ``H_ii`` (Hutchinson; Bekas, Kokiopoulou, Saad 2007).
+2. and 3. with a disturbance ``+v`` and ``-v`` at all sites at once. The elements of ``v`` are as
+   large as the errors of the formats, with independent random signs. Half the difference of the
+   gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to disturbances at all
+   sites, so ``v . H v`` over a site has the mean ``sum_i H_ii v_i^2`` (Hutchinson).
 
-Each format then costs one round trip of ``y``: with ``e`` its error, ``g . e + 1/2 sum H_ii e_i^2``
-is the Taylor series of the loss to second order, for errors that are independent of one another.
+Each format costs one round trip of ``y``, with the error ``e``. To second order, and for errors
+that are independent of one another, the loss then grows by ``g . e + 1/2 sum_i H_ii e_i^2``.
+
+All formats of a site have errors in the same places, because the elements of a group share their
+step. So one number, ``c = 1/2 sum_i H_ii v_i^2 / sum_i v_i^2``, says what a unit of squared error
+costs at a site. ``v_i^2`` is the mean over formats of ``e_i^2 / sum_j e_j^2``, times the median of
+``sum_j e_j^2``. The second term is ``c sum_i e_i^2``. The squared errors are exact, and they alone
+tell the formats of a site apart: with an estimate of its own for each format a plan would choose
+what is low by chance (docs/measured/plan.md).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rfcompile.codec.formats import QuantFormat, as_format, dtype_text
@@ -29,10 +40,14 @@ from rfcompile.graph.capture import in_mode
 from rfcompile.graph.models import check_module, has_collectives, uncompiled
 from rfcompile.graph.modules import Modules
 from rfcompile.graph.one_step import state_kept
+from rfcompile.planning.progress import shown
 from rfcompile.planning.scores import FormatScore, Scores, SiteScore
-from rfcompile.planning.taps import Crossings, Tap, gradients, start, with_taps
+from rfcompile.planning.taps import Crossings, Pass, Taps
+from rfcompile.planning.weights import Weights
 from rfcompile.wire.fake import round_trip
 from rfcompile.wire.policy import Formatish
+from rfcompile.wire.process_groups import transport
+from rfcompile.wire.together import resolved, together
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """A function of (model, batch) that returns one number, the loss as a mean over the batch, such as
@@ -41,8 +56,24 @@ Loss = Callable[[nn.Module, Any], Tensor]
 FORMATS: tuple[Formatish, ...] = (2, 3, 4, 5, 6, 8, "2b:h128", "3b:h128", "4b:h128")
 """The candidates, if none are named: groups of 128, up to 4 bits also with a rotation."""
 
-KIND = "activations"
-"""The kind of traffic that is scored."""
+Kind = Literal["activations", "weights"]
+"""The kinds of traffic that are scored."""
+
+
+class Sites(Protocol):
+    """What is scored: places of a model that one pass may disturb."""
+
+    model: nn.Module
+
+    @property
+    def names(self) -> list[str]: ...
+
+    def run(self, loss: Callable[[], Tensor], given: Crossings | None, what: str) -> Pass: ...
+
+
+_SITES: dict[str, Callable[[nn.Module, Modules], Sites]] = {
+    "activations": Taps, "weights": Weights
+}  # fmt: skip
 
 
 def score(
@@ -51,50 +82,93 @@ def score(
     *,
     loss: Loss,
     formats: Sequence[Formatish] = FORMATS,
+    kind: Kind = "activations",
     modules: Modules = "auto",
     seed: int = 0,
+    group: Any = None,
+    progress: bool | None = None,
 ) -> Scores:
     """Predict for every site and format by how much the loss grows if the site travels in it.
 
-    A site is a module whose output crosses the wire, with the name that
-    :func:`~rfcompile.explain` gives it. The model runs in eval mode. Its parameters, gradients,
-    buffers, modes and random state stay as they are; fake wires of an earlier transform are
-    left out.
+    With ``kind="activations"`` a site is a module whose output crosses the wire, with the name that
+    :func:`~rfcompile.explain` gives it. With ``kind="weights"`` a site is a parameter, which FSDP2
+    gathers. The model runs in eval mode. Its parameters, gradients, buffers, modes and random state
+    stay as they are; fake wires of an earlier transform are left out.
 
-    Only activations are scored: what crosses forward. Gradients, weights and optimizer states
-    are not, because their errors change the next step and not this loss.
+    Gradients and optimizer states are not scored: their errors change the next step and not this
+    loss.
 
     Cost: three forward and backward passes a batch, and one round trip for each site and format.
-    Memory: the activations of all sites four times, beside what a backward pass holds.
+    Memory: the values of all sites four times, beside what a backward pass holds.
 
     Args:
         batches: whatever ``loss`` takes, one after another; they are read once.
         loss: a function of (model, batch); see :data:`~rfcompile.planning.score.Loss`.
         formats: the candidates beside "exact".
-        modules: which modules are sites, as in :class:`~rfcompile.Wire`.
+        kind: "activations" or "weights".
+        modules: which modules are sites, as in :class:`~rfcompile.Wire`; for weights "auto" (all
+            parameters), or names or shell patterns of parameters or of their modules.
         seed: of the random disturbances.
+        group: a process group, or its name, whose ranks all call, each with batches of its own:
+            every rank gets the scores of all batches, and disturbances of its own. None: this
+            process scores alone.
+        progress: show a line of progress on stderr; None: if that is a terminal.
 
     Raises:
-        OptionError: there are no batches or formats, or the model has collectives.
+        OptionError: there are no batches or formats, no such kind, or the model has collectives.
         ScoreError: the loss of a batch is no finite number or depends on no site, or a site never
-            ran. BoundaryError: the model has no sites. DtypeError: a site's output cannot be coded.
+            ran. BoundaryError: the model has no sites. DtypeError: a site cannot be coded. With a
+            group every rank raises the error of one. PeerError: it is another one, of another
+            rank. TransportError: a rank died, or did not answer in time.
     """
+    mine = partial(_score, model, batches, loss, formats, kind, modules)
+    if group is None:
+        return mine(seed, progress)
+    used = resolved(group, SITE)
+    rank = used.rank()
+    shows = progress if rank == 0 else False
+    scores = together(used, SITE, lambda: mine(seed + (rank << 32), shows))
+    everyone: list[Any] = [None] * used.size()
+    with transport(used, SITE):
+        dist.all_gather_object(everyone, scores, group=used)
+    first: Scores = everyone[0]
+    others: list[Scores] = everyone[1:]
+    return together(used, SITE, lambda: first.merge(*others))
+
+
+SITE = "score"
+"""What errors of other ranks call it."""
+
+
+def _score(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Loss,
+    formats: Sequence[Formatish],
+    kind: str,
+    modules: Modules,
+    seed: int,
+    progress: bool | None,
+) -> Scores:
     check_module(model)
+    if kind not in _SITES:
+        raise OptionError("kind", kind, f"choose one of {', '.join(map(repr, _SITES))}.")
     model = uncompiled(model)
     if has_collectives(model):
         rule = "score the model before it is parallelized, with modules= the paths of the sites."
         raise OptionError("model", type(model).__name__, rule)
-    candidates = _candidates(formats)
-    twin, taps = with_taps(model, modules)
-    sums = {path: _SiteSums(candidates) for path in taps}
+    candidates = _candidates(formats, kind)
+    sites = _SITES[kind](model, modules)
+    sums = {name: _SiteSums(candidates) for name in sites.names}
     total, count = 0.0, 0
-    with quiet(twin), torch.enable_grad():
-        for count, batch in enumerate(batches, 1):
-            total += _score_batch(twin, taps, sums, loss, (count, batch), seed)
+    watched = closing(shown(batches, "score", progress))
+    with quiet(sites.model), torch.enable_grad(), watched as each:
+        for count, batch in enumerate(each, 1):
+            total += _score_batch(sites, sums, loss, (count, batch), seed)
     if not count:
         raise OptionError("batches", batches, "give one batch or more; an iterator is read once.")
-    sites = tuple(sums[path].result(path) for path in taps)
-    return Scores(digest(model), KIND, count, total, sites)
+    found = tuple(sums[name].result(name) for name in sites.names)
+    return Scores(digest(model), kind, count, total, found)
 
 
 def digest(model: nn.Module) -> str:
@@ -129,74 +203,49 @@ def loss_of(loss: Loss, model: nn.Module, batch: Any, index: int) -> Tensor:
     return value.reshape(())
 
 
-def _candidates(formats: Sequence[Formatish]) -> list[QuantFormat]:
-    found = [fmt.for_kind(KIND) for fmt in map(as_format, formats) if fmt is not None]
+def _candidates(formats: Sequence[Formatish], kind: str) -> list[QuantFormat]:
+    found = [fmt.for_kind(kind) for fmt in map(as_format, formats) if fmt is not None]
     if not found:
         raise OptionError("formats", formats, "give one format or more beside exact.")
     return list(dict.fromkeys(found))
 
 
 def _score_batch(
-    twin: nn.Module,
-    taps: dict[str, Tap],
-    sums: dict[str, _SiteSums],
-    loss: Loss,
-    numbered: tuple[int, Any],
-    seed: int,
+    sites: Sites, sums: dict[str, _SiteSums], loss: Loss, numbered: tuple[int, Any], seed: int
 ) -> float:
     index, batch = numbered
 
-    def run(given: Crossings | None) -> tuple[Tensor, list[list[Tensor]]]:
-        start(taps, given)
-        value = loss_of(loss, twin, batch, index)
-        _check_ran(taps, value, index)
-        for tap in taps.values():
-            tap.finish()
-        return value.detach(), gradients(value, taps.values())
+    def run(disturbances: Crossings | None) -> Pass:
+        value = partial(loss_of, loss, sites.model, batch, index)
+        return sites.run(value, disturbances, f"batch {index}")
 
-    exact, at_rest = run(None)
-    values = {path: tap.values for path, tap in taps.items()}
-    probes = _probes(values, seed, index)
-    above = run(probes)[1]
-    below = run({path: [-v for v in probes[path]] for path in probes})[1]
-    for path, g, up, down in zip(taps, at_rest, above, below, strict=True):
-        triples = zip(values[path], g, probes[path], up, down, strict=True)
-        sums[path].add([(y, grad, _curvature(v, u, d)) for y, grad, v, u, d in triples])
-    return float(exact)
-
-
-def _check_ran(taps: dict[str, Tap], value: Tensor, index: int) -> None:
-    idle = [path for path, tap in taps.items() if not tap.values]
-    if idle:
-        rule = (
-            f"nothing crossed there in batch {index}: the model did not call these modules, or "
-            "they returned no floating-point tensor. Name the sites that run in modules=."
-        )
-        raise ScoreError("sites that never ran", idle, rule)
-    if not value.requires_grad:
-        rule = "it depends on no site: compute it from the model's output, without no_grad."
-        raise ScoreError(f"the loss of batch {index}", value.item(), rule)
+    exact = run(None)
+    terms = {n: sums[n].terms(exact.values[n], exact.gradients[n]) for n in sites.names}
+    signs = torch.Generator().manual_seed(seed + index)
+    probes = {n: [_signed(v, signs) for v in found.probe] for n, found in terms.items()}
+    above = run(probes).gradients
+    below = run({n: [-v for v in probe] for n, probe in probes.items()}).gradients
+    for n, probe in probes.items():
+        parts = zip(probe, above[n], below[n], strict=True)
+        bent = sum(_dot(v.float(), up.float() - down.float()) for v, up, down in parts)
+        size = sum(_dot(v.float(), v.float()) for v in probe)
+        sums[n].add(exact.values[n], terms[n], bent / (4 * size) if size else 0.0)
+    return float(exact.value)
 
 
-def _probes(values: Crossings, seed: int, index: int) -> Crossings:
-    """``+h`` or ``-h`` for each element, ``h = eps**(1/3) RMS(y)``: the step of a central
-    difference at which its rounding and its truncation are alike, for the dtype of ``y``.
-    """
-    generator = torch.Generator().manual_seed(seed + index)
-    found: Crossings = {}
-    for path, tensors in values.items():
-        found[path] = []
-        for y in tensors:
-            rms = y.double().square().mean().sqrt().to(y.dtype)
-            step = torch.finfo(y.dtype).eps ** (1 / 3) * torch.where(rms > 0, rms, 1)
-            signs = torch.randint(0, 2, y.shape, generator=generator, dtype=torch.int8)
-            found[path].append((2 * signs - 1).to(y.device, y.dtype) * step)
-    return found
+def _signed(v: Tensor, generator: torch.Generator) -> Tensor:
+    """``v`` with an independent random sign for each element."""
+    signs = torch.randint(0, 2, v.shape, generator=generator, dtype=torch.int8)
+    return v * (2 * signs - 1).to(v.device, v.dtype)
 
 
-def _curvature(v: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """Estimates of the Hessian's diagonal, from the gradients at ``+v`` and ``-v``."""
-    return (above.float() - below.float()) / (2 * v.float())
+@dataclass
+class _Terms:
+    """Of one site and batch: by format ``g . e`` and ``sum_i e_i^2``, and what to disturb it by."""
+
+    first: dict[str, float]
+    noise: dict[str, float]
+    probe: list[Tensor]
 
 
 class _SiteSums:
@@ -206,26 +255,37 @@ class _SiteSums:
         self.sums = {fmt.spec: [0.0] * 4 for fmt in candidates}
         self.powers = [0.0] * 5
         self.peak, self.dtype, self.itemsize = 0.0, "", 0
-        self.calls: dict[int, int] = {}
+        self.calls: dict[tuple[int, ...], int] = {}
 
-    def add(self, crossed: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """One batch: output, gradient and curvature of each call."""
-        for y, _, _ in crossed:
+    def terms(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Terms:
+        """Quantize what crossed, in all formats."""
+        found = _Terms({}, {}, [])
+        shares = [torch.zeros_like(y, dtype=torch.float32) for y in values]
+        for spec in self.sums:
+            errors = [round_trip(y, spec).float() - y.float() for y in values]
+            pairs = zip(gradients, errors, strict=True)
+            found.first[spec] = sum(_dot(g.float(), e) for g, e in pairs)
+            found.noise[spec] = noise = sum(_dot(e, e) for e in errors)
+            for share, error in zip(shares, errors, strict=True):
+                share += error.square() / noise if noise else 0.0
+        typical = statistics.median(found.noise.values()) / len(self.sums)
+        pairs = zip(values, shares, strict=True)
+        found.probe = [(typical * share).sqrt().to(y.dtype) for y, share in pairs]
+        return found
+
+    def add(self, values: Sequence[Tensor], terms: _Terms, cost: float) -> None:
+        """One batch; ``cost`` of a unit of squared error."""
+        for y in values:
             self._add_values(y)
-        for spec, sums in self.sums.items():
-            first = 0.0
-            for y, gradient, curvature in crossed:
-                error = round_trip(y, spec).float() - y.float()
-                squared = error.square()
-                first += _dot(gradient.float(), error)
-                sums[2] += _dot(curvature, squared) / 2
-                sums[3] += float(squared.sum(dtype=torch.float64))
-            sums[0] += first
-            sums[1] += first**2
+        for spec, first in terms.first.items():
+            noise = terms.noise[spec]
+            added = first, first**2, cost * noise, noise
+            self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
 
     def _add_values(self, y: Tensor) -> None:
         self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()
-        self.calls[y.numel()] = self.calls.get(y.numel(), 0) + 1
+        shape = tuple(y.shape)
+        self.calls[shape] = self.calls.get(shape, 0) + 1
         exact = y.double()
         power = torch.ones_like(exact)
         for i in range(5):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -65,27 +66,59 @@ class Tap(FakeWire):
             raise ScoreError("a site with another course", self.module, rule)
 
 
-def with_taps(model: nn.Module, modules: Modules) -> tuple[nn.Module, dict[str, Tap]]:
-    """A copy of the model on the same parameters with a tap at each boundary, and the taps by site.
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward pass: the loss, and by site what crossed and its gradients."""
+
+    value: Tensor
+    values: Crossings
+    gradients: Crossings
+
+
+class Taps:
+    """The boundaries of a model as sites: a copy on the same parameters, with a tap at each.
 
     Raises:
         BoundaryError: the model has no such place. CaptureError: the model cannot be copied.
     """
-    twin = copy_of(model, share=True)
-    taps = {path: Tap(path) for path in find_boundaries(twin, modules)}
-    place(twin, dict(taps))
-    return twin, taps
+
+    def __init__(self, model: nn.Module, modules: Modules) -> None:
+        self.model = copy_of(model, share=True)
+        self.taps = {path: Tap(path) for path in find_boundaries(self.model, modules)}
+        place(self.model, dict(self.taps))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.taps)
+
+    def run(self, loss: Callable[[], Tensor], given: Crossings | None, what: str) -> Pass:
+        """One pass, with these disturbances; None: with none. ``what`` is being run, for errors.
+
+        Raises:
+            ScoreError: a site never ran, or another way than without disturbances; the loss depends
+            on none.
+        """
+        for path, tap in self.taps.items():
+            tap.start(None if given is None else given[path])
+        value = loss()
+        idle = [path for path, tap in self.taps.items() if not tap.values]
+        if idle:
+            rule = (
+                f"nothing crossed there in {what}: the model did not call these modules, or they "
+                "returned no floating-point tensor. Name the sites that run in modules=."
+            )
+            raise ScoreError("sites that never ran", idle, rule)
+        for tap in self.taps.values():
+            tap.finish()
+        check_depends(value, what)
+        leaves = [leaf for tap in self.taps.values() for leaf in tap.disturbances]
+        found = iter(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
+        gradients = {p: [next(found) for _ in tap.values] for p, tap in self.taps.items()}
+        return Pass(value.detach(), {p: tap.values for p, tap in self.taps.items()}, gradients)
 
 
-def start(taps: Mapping[str, Tap], given: Crossings | None) -> None:
-    """Prepare all taps for one pass; see :meth:`Tap.start`."""
-    for path, tap in taps.items():
-        tap.start(None if given is None else given[path])
-
-
-def gradients(loss: Tensor, taps: Iterable[Tap]) -> list[list[Tensor]]:
-    """Of the loss, with respect to what crossed each tap; zeros where nothing reaches the loss."""
-    taps = list(taps)
-    leaves = [leaf for tap in taps for leaf in tap.disturbances]
-    found = iter(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
-    return [[next(found) for _ in tap.disturbances] for tap in taps]
+def check_depends(value: Tensor, what: str) -> None:
+    """Raise a ScoreError if a loss has no gradient."""
+    if not value.requires_grad:
+        rule = "it depends on no site: compute it from the model's output, without no_grad."
+        raise ScoreError(f"the loss of {what}", value.item(), rule)

@@ -29,6 +29,7 @@ from rfcompile.wire.exchanges import (
     broadcast_wire,
     reduce_scatter_wire,
 )
+from rfcompile.wire.policy import check_segments
 from rfcompile.wire.process_groups import agree, check_source, resolve
 
 REDUCTIONS = ("sum", "avg")
@@ -220,11 +221,6 @@ def _op_name(op: ReduceOp) -> str:
     raise OptionError("op", op, rule)
 
 
-def _check_segments(segments: object) -> None:
-    if segments is not None and (type(segments) is not int or segments < 1):
-        raise OptionError("segments", segments, "use a number of 1 or more, or None.")
-
-
 def all_reduce(
     x: Tensor,
     fmt: Formatish,
@@ -265,7 +261,7 @@ def all_reduce(
             call with known values while others call with new ones.
     """
     op = _op_name(op)
-    _check_segments(segments)
+    check_segments(segments)
     how = f"{op} segments={segments}"
     spec, _, world, name = _prepare(x, fmt, group, "all_reduce", how)
     if world == 1 or x.numel() == 0:

@@ -26,8 +26,9 @@ _wait: Callable[..., Tensor] = c10d.wait_tensor
 _all_to_all: Callable[..., Tensor] = c10d.all_to_all_single
 
 SEGMENT_BYTES = 2**18
-"""On a CPU a large all-reduce is cut into up to 8 segments of at least this payload, so that coding
-overlaps sending.
+SEGMENTS = (8, 4, 2)
+"""On a CPU a large all-reduce is cut into the first of these numbers of segments that gives each
+at least ``SEGMENT_BYTES`` of payload, so that coding overlaps sending.
 
 Measured with benchmarks/slow_link.py: 4 to 8 segments of a 16 MB tensor are best at 4 bits.
 """
@@ -205,10 +206,15 @@ def default_segments(size: int | torch.SymInt, fmt: QuantFormat, device: torch.d
     by_place = fmt.group_size is None or fmt.rounding == "stochastic"
     if device.type != "cpu" or by_place or not isinstance(size, int):
         return 1
-    segments = 1
-    while segments < 8 and fmt.payload_bytes(size) >= 2 * segments * SEGMENT_BYTES:
-        segments *= 2
-    return segments
+    return segments_of(fmt.payload_bytes(size))
+
+
+def segments_of(payload_bytes: int) -> int:
+    """Of an all-reduce on a CPU whose whole tensor has so large a payload: 1, 2, 4 or 8."""
+    for segments in SEGMENTS:
+        if payload_bytes >= segments * SEGMENT_BYTES:
+            return segments
+    return 1
 
 
 def _exchange(payload_WB: Tensor, world: int, group: str) -> Tensor:

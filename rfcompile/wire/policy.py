@@ -85,6 +85,16 @@ def matches(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"*.{pattern}")
 
 
+def check_segments(segments: object) -> None:
+    """Of an all-reduce: a number from 1 on, or None for the default.
+
+    Raises:
+        PolicyError: it is neither.
+    """
+    if segments is not None and (type(segments) is not int or segments < 1):
+        raise PolicyError("segments", segments, "use a number of 1 or more, or None.")
+
+
 @dataclass(frozen=True)
 class Policy:
     """A format for each kind of traffic, or None where the traffic stays exact.
@@ -134,8 +144,7 @@ class Policy:
         if size is not None and (type(size) is not int or not 0 <= size < 2**63):
             raise PolicyError("min_bytes", size, 'use a number of bytes, 0 or more, or "auto".')
         object.__setattr__(self, "min_bytes", size)
-        if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
-            raise PolicyError("segments", self.segments, "use a number of 1 or more, or None.")
+        check_segments(self.segments)
         is_mapping = isinstance(self.sites, Mapping)
         if not (is_mapping and all(isinstance(pattern, str) for pattern in self.sites)):
             raise PolicyError("sites", self.sites, "use {module path pattern: format}.")

@@ -8,7 +8,7 @@ import pytest
 
 import rfcompile as rf
 from rfcompile.errors import OptionError, ProcessGroupError
-from rfcompile.planning.link import CarrierTime, MeasuredLinks
+from rfcompile.planning.measured_link import CarrierTime, MeasuredLinks
 from rfcompile.wire.process_groups import simulated
 from tests.ranks import Rank, RunRanks, error_of
 
@@ -22,6 +22,8 @@ def measured(rank: Rank) -> dict[str, Any]:
         assert row.seconds > 0
         assert row.spread >= 0
         assert row.runs >= 3
+    assert list(found.coding) == CARRIERS
+    assert all(rate > 0 for rate in found.coding.values())
     link = found.link("all_reduce")
     assert (link.carrier, link.world) == ("all_reduce", rank.world)
     assert "all_reduce" in str(found)
@@ -38,12 +40,14 @@ def test_all_ranks_measure_the_same(world: int, ranks: RunRanks) -> None:
 def test_the_line_through_the_times() -> None:
     sizes = (1000, 101_000)
     rows = [CarrierTime("send", sent, 0.002 + sent / 1e6, 0.0, 3) for sent in sizes]
-    link = MeasuredLinks(2, tuple(rows)).link("send")
+    link = MeasuredLinks(2, tuple(rows), {"send": 5e8}).link("send")
     assert link.bandwidth == pytest.approx(1e6)
     assert link.latency == pytest.approx(0.002)
     assert link.seconds(500, 2, None) == pytest.approx(0.003)
+    coded = rf.QuantFormat(4).payload_bytes(500)
+    assert link.seconds(500, 2, rf.QuantFormat(4)) == pytest.approx(0.002 + coded / 1e6 + 2e-6)
     with pytest.raises(OptionError, match=r"carrier=.all_reduce. .* measured were send"):
-        MeasuredLinks(2, tuple(rows)).link("all_reduce")
+        MeasuredLinks(2, tuple(rows), {}).link("all_reduce")
 
 
 @pytest.mark.parametrize("carrier", ["all_reduce", "all_gather", "reduce_scatter"])

@@ -145,7 +145,7 @@ def test_a_site_is_no_pattern_of_another() -> None:
 
 
 def test_odd_names_survive_toml(tmp_path: Path) -> None:
-    names = ['a"b', "c\\d", "line\nbreak", "ü.*"]
+    names = ['a"b', "c\\d", "line\nbreak", "ü.*", "tag\U000e0001"]
     found = Plan("", "bytes", 1, tuple(Choice(n, "4b:g128", 1, 1, None, 0.1) for n in names))
     found.save(tmp_path / "plan.toml")
     assert rf.Policy.from_file(tmp_path / "plan.toml") == found.policy
@@ -227,6 +227,7 @@ def test_budgets_that_are_none(budget: Any, message: str, case: Any) -> None:
         ({"bandwidth": 1, "latency": -1}, "latency=-1 is not supported: give seconds, 0 or more"),
         ({"bandwidth": 1, "coding": 0}, "coding=0"),
         ({"bandwidth": 1, "world": 1}, "world=1 is not supported: give the number of ranks"),
+        ({"bandwidth": 1, "device": "tpu"}, "device='tpu' is not supported: choose 'cpu' or"),
         ({"bandwidth": 1, "carrier": "pigeon"}, "carrier='pigeon' is not supported: choose one"),
     ],
 )

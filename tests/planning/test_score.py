@@ -7,12 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rfcompile as rf
-from rfcompile.errors import BoundaryError, DtypeError, OptionError, ScoreError
+from rfcompile.errors import (
+    BoundaryError,
+    DtypeError,
+    OptionError,
+    ProcessGroupError,
+    RFCompileError,
+    ScoreError,
+)
+from rfcompile.planning.scores import FormatScore, SiteScore
 from rfcompile.report.measures import excess_kurtosis, sqnr_db
+from tests.ranks import Rank, RunRanks, error_of
 from tests.zoo import VOCABULARY, NanoGPT
 
 Batch = tuple[Tensor, Tensor]
@@ -87,6 +97,45 @@ def test_increases_of_sites_add_up() -> None:
         assert 0.7 < together / predicted < 1.4, bits  # what Plan.check takes for additive
 
 
+def test_one_number_of_a_site_says_what_a_unit_of_squared_error_costs() -> None:
+    model, x = chain(), torch.randn(32, 64)
+    scores = rf.score(model, [x], loss=quadratic, formats=[2, 3, 8], modules=["0"])
+    costs = [score.second / score.noise for score in scores.sites[0].formats]
+    assert costs == pytest.approx([costs[0]] * 3, rel=1e-9)
+    # With H diagonal: the mean over formats of the cost that each has alone.
+    alone = [rf.score(model, [x], loss=quadratic, formats=[b], modules=["0"]) for b in (2, 3, 8)]
+    own = [one.sites[0].formats[0] for one in alone]
+    mean = sum(score.second / score.noise for score in own) / 3
+    assert costs[0] == pytest.approx(mean, rel=2e-4)  # float32 gradients
+
+
+@pytest.mark.parametrize(("batches", "counts"), [(4, False), (10, False), (20, True)])
+def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: bool) -> None:
+    def score_of(terms: list[float]) -> FormatScore:
+        squares = sum(term**2 for term in terms)
+        return FormatScore("4b:g128:rise", sum(terms), squares, 0.1, 1.0)
+
+    one_sided, coins = score_of([0.5] * batches), score_of([0.5, -0.5] * (batches // 2))
+    others = (one_sided, coins, *[coins] * 46)
+    site = SiteScore("s", "float32", 4, {(8,): batches}, (1.0, 0.0, 1.0, 0.0, 3.0), 1.0, others)
+    scores = rf.Scores("", "activations", batches, 1.0, (site,))
+    assert scores.first_counts(one_sided) == counts  # of 48: 2 log(96 / 0.05) = 15.1 batches
+    assert not scores.first_counts(coins)
+    assert scores.increase(one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
+
+
+def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
+    def falling(model: nn.Module, batch: Tensor) -> Tensor:
+        return -quadratic(model, batch)
+
+    model, x = chain(), torch.randn(32, 64)
+    [site] = rf.score(model, [x], loss=quadratic, formats=[2, 8], modules=["0"]).sites
+    scores = rf.score(model, [x], loss=falling, formats=[2, 8], modules=["0"])
+    for up, down in zip(site.formats, scores.sites[0].formats, strict=True):
+        assert scores.second(down) == -up.second < 0
+        assert scores.increase(down) == up.second
+
+
 def test_measures_of_a_site() -> None:
     model, x = chain(), torch.randn(32, 64)
     [site] = rf.score(model, [x], loss=quadratic, formats=[4], modules=["0"]).sites
@@ -99,7 +148,7 @@ def test_measures_of_a_site() -> None:
     rate = 4 + 16 / 128  # bits an element, with the scale of a group
     limit = rate * 20 * torch.log10(torch.tensor(2.0)).item()
     assert site.gap_db(site.formats[0]) == pytest.approx(limit - sqnr_db(y, decoded), abs=1e-4)
-    assert site.calls == {x.numel(): 1}
+    assert site.calls == {(32, 64): 1}
 
 
 def test_the_model_stays_as_it_is() -> None:
@@ -118,7 +167,63 @@ def test_a_module_that_runs_twice_is_one_site() -> None:
     block = Scale(64)
     model = nn.Sequential(block, nn.Tanh(), block)
     scores = rf.score(model, [torch.randn(4, 64)], loss=quadratic, formats=[4], modules=["0"])
-    assert scores.sites[0].calls == {256: 2}
+    assert scores.sites[0].calls == {(4, 64): 2}
+
+
+# ---- ranks and progress ------------------------------------------------------------------------
+
+
+def scored_together(rank: Rank) -> tuple[rf.Scores, rf.Scores]:
+    torch.manual_seed(7)
+    model, batches = NanoGPT(), sentences(3)
+    mine = batches[:2] if rank.index == 0 else batches[2:]
+    alone = rf.score(model, mine, loss=language, formats=[3], seed=rank.index << 32)
+    return alone, rf.score(model, mine, loss=language, formats=[3], group=dist.group.WORLD)
+
+
+def test_ranks_score_their_batches_together(ranks: RunRanks) -> None:
+    (first, found), (second, same) = ranks(2, scored_together)
+    assert found == same == first.merge(second)
+    assert found.batches == 3
+
+
+def failed_together(rank: Rank) -> RFCompileError:
+    return error_of(
+        lambda: rf.score(chain(), [] if rank.index else [torch.randn(2, 64)], loss=quadratic,
+                         modules=["0"], formats=[4], group=dist.group.WORLD)
+    )  # fmt: skip
+
+
+def different_together(rank: Rank) -> RFCompileError:
+    bits = 4 - rank.index
+    return error_of(
+        lambda: rf.score(chain(), [torch.randn(2, 64)], loss=quadratic, modules=["0"],
+                         formats=[bits], group=dist.group.WORLD)
+    )  # fmt: skip
+
+
+def test_what_fails_on_one_rank_fails_on_all(ranks: RunRanks) -> None:
+    for error in ranks(2, failed_together):
+        assert isinstance(error, OptionError)
+        assert "rank 1: batches=[]" in str(error)
+    for error in ranks(2, different_together):
+        assert isinstance(error, ScoreError)
+        assert "the sites of the scores to merge" in str(error)
+    with pytest.raises(ProcessGroupError, match="there is no process group"):
+        rf.score(chain(), [torch.randn(2, 64)], loss=quadratic, group="world")
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_a_line_of_progress(has_length: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(2, 64)
+    batches: Any = [x, x] if has_length else iter([x, x])
+    rf.score(chain(), batches, loss=quadratic, modules=["0"], formats=[4], progress=True)
+    shown = capsys.readouterr().err.split("\r")
+    assert shown[-1] == ""
+    assert not shown[-2].strip()
+    assert ("] 1/2, " if has_length else "score: batch 2, ") in shown[-3]
+    rf.score(chain(), [x], loss=quadratic, modules=["0"], formats=[4])
+    assert capsys.readouterr().err == ""
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -129,7 +234,7 @@ def test_saved_scores_are_the_same(tmp_path: Path) -> None:
     scores.save(tmp_path / "scores.json")
     assert rf.Scores.load(tmp_path / "scores.json") == scores
     assert "blocks.1" in str(scores)
-    assert "not scored: gradients, weights, optimizer states" in str(scores)
+    assert "not scored: gradients, weights, optimizer_state" in str(scores)
 
 
 def test_merged_scores_are_those_of_all_batches() -> None:
@@ -157,8 +262,8 @@ def test_merged_scores_are_those_of_all_batches() -> None:
     [
         ("nonsense", "give a file that Scores.save wrote"),
         ("[]", "give a file that Scores.save wrote"),
-        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/1'"),
-        ('{"schema": "rfcompile.scores/1", "sites": [{}]}', "a field is missing or unknown"),
+        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/2'"),
+        ('{"schema": "rfcompile.scores/2", "sites": [{}]}', "a field is missing or unknown"),
     ],
 )
 def test_files_that_are_no_scores(content: str, message: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import rfcompile as rf
-from rfcompile.errors import OptionError, ProcessGroupError, RankMismatchError
+from rfcompile.errors import OptionError, PolicyError, ProcessGroupError, RankMismatchError
 
 if TYPE_CHECKING:
     from tests.ranks import Rank, RunRanks
@@ -169,7 +169,7 @@ def wrong_arguments(rank: Rank) -> list[str]:
             (OptionError, lambda op=op: rf.all_reduce(x, 8, op=op))  # type: ignore[misc]
             for op in ("max", dist.ReduceOp.MAX, None, 3)
         ),
-        (OptionError, lambda: rf.all_reduce(x, 8, segments=0)),
+        (PolicyError, lambda: rf.all_reduce(x, 8, segments=0)),
         (OptionError, lambda: rf.all_reduce(x, None)),  # type: ignore[arg-type]
     ]
     wrong = []

@@ -220,8 +220,6 @@ def _legend(model: Row) -> str:
     return "".join(f'<span><i class="{cls}"></i>{escape(name)}</span> ' for cls, name in found)
 
 
-
-
 def _file(name: str) -> str:
     return (files("rfcompile.report.page") / name).read_text(encoding="utf-8")
 

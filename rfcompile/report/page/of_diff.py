@@ -53,9 +53,7 @@ class Side:
 
     def _part(self, first: int, count: int) -> LineFacts:
         part, facts = slice(first, first + count), self.facts
-        return LineFacts(
-            facts.sent[part], facts.modules[part], facts.sources[part], facts.classes
-        )
+        return LineFacts(facts.sent[part], facts.modules[part], facts.sources[part], facts.classes)
 
     def shown(self, lines: Sequence[str]) -> Texts:
         """The statements for the panel: all lines, which may have other names than the graphs."""
@@ -144,9 +142,7 @@ _WHERE = {"added": "after", "removed": "before", "same": "both", "changed": "bot
 
 def _fake_wires(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """What fake wires code: bytes as they are, and in their formats."""
-    wires = [
-        block for row in rows if (block := row.sides[1]) is not None and block.kind == WIRE
-    ]
+    wires = [block for row in rows if (block := row.sides[1]) is not None and block.kind == WIRE]
     if wires:
         exact = sum(tensor_bytes(block.note) or 0 for block in wires)
         coded = sum(block.sent or 0 for block in wires)
@@ -226,9 +222,7 @@ def statements(unified: Sequence[str]) -> str:
     """The HTML of a unified diff of graph texts."""
     if not unified:
         return "<p>No change.</p>"
-    body = "".join(
-        f'<span class="{kind}">{text}</span>' for kind, text in map(_diff_line, unified)
-    )
+    body = "".join(f'<span class="{kind}">{text}</span>' for kind, text in map(_diff_line, unified))
     return f"<pre><code>{body}</code></pre>"
 
 

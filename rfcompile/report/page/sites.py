@@ -210,9 +210,7 @@ def table_of(
     ]
     kept = [(column, cells) for column, cells in wanted if any(cell.text for cell in cells)]
     columns = tuple(column for column, _ in kept)
-    lines = [
-        Line(tuple(cells[i] for _, cells in kept), boxes[i]) for i in range(len(sites))
-    ]
+    lines = [Line(tuple(cells[i] for _, cells in kept), boxes[i]) for i in range(len(sites))]
     return columns, tuple(lines)
 
 

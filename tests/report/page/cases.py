@@ -1,6 +1,6 @@
 """Pages of real models, for tests in a browser; as a script it writes them into a folder.
 
-    python -m tests.report.page.cases FOLDER
+python -m tests.report.page.cases FOLDER
 """
 
 from __future__ import annotations

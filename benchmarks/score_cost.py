@@ -1,0 +1,63 @@
+"""How long does scoring a batch take, in steps of training?
+
+    python benchmarks/score_cost.py    # some minutes
+
+A GPT of 24 layers (``examples/gpt.py``) on one thread: a step of training (forward, backward,
+AdamW) and ``rf.score`` of one batch take turns in one process. The row has the median time of each
+and the ratio. ``rf.score`` has its default formats; the sites are the ends of the blocks. What a
+score does once, the copy of the model, counts too. Results: in ``results/score_cost.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import RESULTS, alternate, machine, write
+from study_tasks import BYTES, GPT, GPTConfig
+from torch import Tensor, nn
+
+import rfcompile as rf
+from rfcompile.planning.score import FORMATS
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, default in (
+        ("layers", 24), ("width", 256), ("heads", 4), ("context", 128), ("batch", 8), ("runs", 5),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS / "score_cost.jsonl")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = GPTConfig(options.width, options.layers, options.heads, options.context)
+    model = GPT(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(BYTES, (options.batch, options.context + 1))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model, tokens).backward()
+        optimizer.step()
+
+    def score() -> None:
+        rf.score(model, [tokens], loss=loss, modules="blocks")
+
+    times = alternate({"step": step, "score": score}, options.runs, warm_up=1)
+    ratio = times["score"]["median_ms"] / times["step"]["median_ms"]
+    facts = {"batch": options.batch, "formats": len(FORMATS), **vars(config), **machine()}
+    row = {**{name: found["median_ms"] for name, found in times.items()}, "ratio": ratio}
+    spread = {f"{name}_iqr": found["iqr_ms"] for name, found in times.items()}
+    write(options.out, [row | spread | facts])
+    print(f"a step {row['step']:.0f} ms, a score {row['score']:.0f} ms: {ratio:.2f} steps")
+
+
+if __name__ == "__main__":
+    main()
