@@ -39,6 +39,8 @@ COPIES = frozenset(
     )
 )
 SCALES = frozenset(("mul", "div"))
+CONSTANTS = ("zeros_like", "ones_like", "empty_like", "full_like", "rand", "new_", "scalar_tensor")
+"""Their values depend on no tensor."""
 ADDS = frozenset(("add", "sub", "rsub"))
 
 
@@ -74,9 +76,9 @@ class ResidualOracle(TorchDispatchMode):
         inputs = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = [self._facts.get(x, _CONSTANT) for x in inputs]
         outputs = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
-        if any(facts.seen for facts in known):
-            name = func._schema.name.partition("::")[2]
-            facts = self._result(name.removesuffix("_"), inputs, known, outputs)
+        name = func._schema.name.partition("::")[2].removesuffix("_")
+        if any(facts.seen for facts in known) and not name.startswith(CONSTANTS):
+            facts = self._result(name, inputs, known, outputs)
             for output in outputs:
                 self._facts[output] = facts
         return result
