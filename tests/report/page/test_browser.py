@@ -265,7 +265,9 @@ def test_a_plan_has_its_frontier(browser: Any, folder: Path) -> None:
         page.box("blocks").click()
         page.box("blocks.0").click()
         page.box("mlp").hover()
-        assert "predicted loss" in page.tab.locator("#panel").inner_text()
+        panel = page.tab.locator("#panel").inner_text()
+        for text in ("predicted loss", "excess kurtosis", "elements a batch", "Not known: shape"):
+            assert text in panel
 
 
 def test_a_page_of_48_layers_opens_at_once(browser: Any, folder: Path) -> None:
