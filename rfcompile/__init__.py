@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares it with _HOM
     from rfcompile.explain import explain
     from rfcompile.inductor.custom_pass import inductor_pass
     from rfcompile.kernels import kernels
+    from rfcompile.planning.crossover import measure_crossover
     from rfcompile.planning.link import Link, measure_link
     from rfcompile.planning.plan import plan
     from rfcompile.planning.score import score
@@ -56,6 +57,7 @@ _HOMES = {
     "explain": "explain",
     "inductor.custom_pass": "inductor_pass",
     "kernels": "kernels",
+    "planning.crossover": "measure_crossover",
     "planning.link": "Link measure_link",
     "planning.plan": "plan",
     "planning.score": "score",
@@ -110,6 +112,7 @@ __all__ = [
     "inductor_pass",
     "kernels",
     "low_rank",
+    "measure_crossover",
     "measure_link",
     "measure_step",
     "merge_reports",

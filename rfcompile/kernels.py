@@ -12,9 +12,9 @@ from torch import fx, nn
 from rfcompile.emission.absent_gpu import check_triton, install
 from rfcompile.emission.capture import CapturedGraph, capture
 from rfcompile.emission.child import in_children
-from rfcompile.emission.emit import Emission, emit
+from rfcompile.emission.emit import Emission, Launch, compiled_launch, emit
 from rfcompile.emission.gpus import GPU, gpu_of
-from rfcompile.emission.machine_code import MachineCode, compile_kernel
+from rfcompile.emission.machine_code import MachineCode
 from rfcompile.emission.report import GraphKernels, KernelReport, model_text
 from rfcompile.errors import CaptureError
 from rfcompile.graph.capture import inputs_of
@@ -108,20 +108,20 @@ def _codes(
 ) -> list[dict[str, list[MachineCode]]]:
     """Of each graph the machine code of its kernels by name."""
     jobs = [
-        (graph, launch.kernel, emission.kernels[launch.kernel], launch.numels)
+        (graph, launch, emission.kernels[launch.kernel])
         for graph, emission in enumerate(emissions)
         for launch in {launch.kernel: launch for launch in emission.launches}.values()
     ]
 
-    def work(job: tuple[int, str, str, dict[str, int]]) -> list[MachineCode]:
-        _, name, source, numels = job
-        return compile_kernel(name, source, numels, every_config=every_config)
+    def work(job: tuple[int, Launch, str]) -> list[MachineCode]:
+        _, launch, source = job
+        return compiled_launch(launch, source, every_config=every_config)
 
     found: list[dict[str, list[MachineCode]]] = [{} for _ in emissions]
     compiled = in_children(lambda: install(gpu), work, jobs, PROCESSES)
     for done, (number, codes) in enumerate(compiled, 1):
-        graph, name, _, _ = jobs[number]
-        found[graph][name] = codes
+        graph, launch, _ = jobs[number]
+        found[graph][launch.kernel] = codes
         log.info("compiled kernel %d of %d", done, len(jobs))
     return found
 

@@ -172,9 +172,22 @@ def test_plan(root: Path, tmp_path: Path) -> None:
         assert planned <= budget
 
 
-def test_traffic(root: Path, tmp_path: Path) -> None:
+def needs_namespaces() -> None:
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("NOT TESTED HERE: network namespaces need root, ip and tc")
+
+
+@pytest.mark.slow
+def test_crossover(root: Path, tmp_path: Path) -> None:
+    needs_namespaces()
+    command = ["benchmarks/crossover.py", "--quick", "--seconds", "0.5"]
+    (row,) = rows_of(root, tmp_path / "crossover.jsonl", *command)
+    assert row.keys() >= MACHINE | {"ranks", "rate", "format", "times"}
+    assert {*row["min_bytes"]} == {"all_reduce", "all_gather", "reduce_scatter"}  # type: ignore[misc]
+
+
+def test_traffic(root: Path, tmp_path: Path) -> None:
+    needs_namespaces()
     out = tmp_path / "traffic.jsonl"
     command = ["benchmarks/traffic.py", "--kinds", "states adamw", "--worlds", "2"]
     command += ["--steps", "1", "--runs", "2", "--rate", "1gbit"]

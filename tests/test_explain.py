@@ -157,6 +157,7 @@ def test_boundaries() -> None:
     assert places(report)[::2] == [("forward", "layers.0.down"), ("forward", "layers.1.down")]
 
 
+@pytest.mark.slow
 def test_branches_are_attention_and_mlp() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -47,6 +47,7 @@ PUBLIC_NAMES = [
     "inductor_pass",
     "kernels",
     "low_rank",
+    "measure_crossover",
     "measure_link",
     "measure_step",
     "merge_reports",

@@ -1,4 +1,4 @@
-// The formulas of arithmetic.py as loops over one group at a time, which stays in the first cache.
+// The formulas of arithmetic.py as loops over a few groups at a time: they stay in the first cache.
 //
 // The bytes are those of arithmetic.py, for the reasons that stand there: a butterfly adds the same
 // pairs, rows are added from the first to the last, and the build contracts no multiply-adds.
@@ -57,7 +57,6 @@ struct BFloat16 {
 float to_float(float x) { return x; }
 float to_float(BFloat16 x) { return float_of(static_cast<int32_t>(uint32_t{x.bits} << 16)); }
 
-void store(float value, float& out) { out = value; }
 void store(float value, BFloat16& out) {
   const uint32_t bits = static_cast<uint32_t>(bits_of(value));
   const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -170,33 +169,32 @@ Row row_of(uint8_t* payload, int64_t row, int64_t groups, const Format& f) {
   return {start, start + groups * f.group * f.low_width / 8, start + codes, groups};
 }
 
-// Codes u of a group, one a byte, to WIDTH of their bits from bit `first` on.
-template <int WIDTH>
-void pack(const uint8_t* __restrict u, int64_t E, int first, uint8_t* __restrict plane) {
-  constexpr int PARTS = 8 / WIDTH;
-  constexpr uint8_t MASK = (1 << WIDTH) - 1;
-  const int64_t R = E / PARTS;
-  for (int64_t j = 0; j < R; ++j) {
-    uint8_t byte = 0;
-    for (int i = 0; i < PARTS; ++i)
-      byte = static_cast<uint8_t>(byte | (((u[i * R + j] >> first) & MASK) << (WIDTH * i)));
-    plane[j] = byte;
+// Four codes, one a byte: shifts of bytes have no instruction of their own.
+using Word __attribute__((may_alias, aligned(1))) = uint32_t;
+
+// The WIDTH low bits of each byte.
+template <int WIDTH, typename W>
+constexpr W FIELDS = static_cast<W>(((1u << WIDTH) - 1) * 0x01010101u);
+
+// Codes u of a group, one a byte, to WIDTH of their bits from bit `first` on: `size` W of a plane.
+template <int WIDTH, typename W>
+void pack(const W* __restrict u, int64_t size, int first, W* __restrict plane) {
+  for (int64_t j = 0; j < size; ++j) {
+    uint32_t packed = 0;
+    for (int i = 0; i < 8 / WIDTH; ++i)
+      packed |= ((u[i * size + j] >> first) & FIELDS<WIDTH, W>) << (WIDTH * i);
+    plane[j] = static_cast<W>(packed);
   }
 }
 
-template <int WIDTH>
-void unpack(const uint8_t* __restrict plane, int64_t E, int first, uint8_t* __restrict u) {
-  constexpr int PARTS = 8 / WIDTH;
-  constexpr uint8_t MASK = (1 << WIDTH) - 1;
-  const int64_t R = E / PARTS;
-  for (int i = 0; i < PARTS; ++i) {
-    uint8_t* part = u + i * R;
-    if (first)
-      for (int64_t j = 0; j < R; ++j)
-        part[j] = static_cast<uint8_t>(part[j] | ((plane[j] >> (WIDTH * i)) & MASK) << first);
-    else
-      for (int64_t j = 0; j < R; ++j)
-        part[j] = static_cast<uint8_t>((plane[j] >> (WIDTH * i)) & MASK);
+template <int WIDTH, typename W>
+void unpack(const W* __restrict plane, int64_t size, int first, W* __restrict u) {
+  for (int i = 0; i < 8 / WIDTH; ++i) {
+    W* part = u + i * size;
+    for (int64_t j = 0; j < size; ++j) {
+      const uint32_t codes = ((plane[j] >> (WIDTH * i)) & FIELDS<WIDTH, W>) << first;
+      part[j] = static_cast<W>(first ? part[j] | codes : codes);
+    }
   }
 }
 
@@ -211,12 +209,38 @@ void with_width(int width, Work work) {
   }
 }
 
-void pack_plane(int width, const uint8_t* u, int64_t E, int first, uint8_t* plane) {
-  with_width(width, [=](auto constant) { pack<constant.value>(u, E, first, plane); });
+// Codes of `count` groups, one a byte, to `width` of their bits from bit `first` on.
+void pack_plane(int width, const uint8_t* u, int64_t E, int64_t count, int first, uint8_t* plane) {
+  with_width(width, [=](auto constant) {
+    constexpr int WIDTH = constant.value;
+    const int64_t bytes = E * WIDTH / 8;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* from = u + g * E;
+      uint8_t* to = plane + g * bytes;
+      if (bytes % 4)
+        pack<WIDTH>(from, bytes, first, to);
+      else
+        pack<WIDTH>(
+            reinterpret_cast<const Word*>(from), bytes / 4, first, reinterpret_cast<Word*>(to));
+    }
+  });
 }
 
-void unpack_plane(int width, const uint8_t* plane, int64_t E, int first, uint8_t* u) {
-  with_width(width, [=](auto constant) { unpack<constant.value>(plane, E, first, u); });
+void unpack_plane(
+    int width, const uint8_t* plane, int64_t E, int64_t count, int first, uint8_t* u) {
+  with_width(width, [=](auto constant) {
+    constexpr int WIDTH = constant.value;
+    const int64_t bytes = E * WIDTH / 8;
+    for (int64_t g = 0; g < count; ++g) {
+      const uint8_t* from = plane + g * bytes;
+      uint8_t* to = u + g * E;
+      if (bytes % 4)
+        unpack<WIDTH>(from, bytes, first, to);
+      else
+        unpack<WIDTH>(
+            reinterpret_cast<const Word*>(from), bytes / 4, first, reinterpret_cast<Word*>(to));
+    }
+  });
 }
 
 uint32_t noise(float x, uint32_t place, uint32_t seed) {
@@ -257,124 +281,202 @@ void stochastic_levels(
   }
 }
 
-// Codes the values of a group; `u` is room for E codes.
-void encode(const float* x, const Format& f, uint32_t place, Row row, int64_t group, uint8_t* u) {
-  const int64_t E = f.group;
-  int32_t peak = 0;
-  for (int64_t i = 0; i < E; ++i) peak = std::max(peak, bits_of(x[i]) & MAGNITUDE);
-  const int32_t bits = bits_of(float_of(peak) * f.clip_over_half_range) & MAGNITUDE;
-  const bool is_finite = bits < EXPONENT;
-  int32_t step = std::min(std::max(bits, f.smallest_scale), f.largest_scale);
-  step = (step + 0xFFFF) & -65536;
-  int32_t inverse = bits_of(1.0f / float_of(step));
-  inverse = (inverse + 0xFF + ((inverse >> 9) & 1)) & -512;
-  const int half = 1 << (f.bits - 1), low = f.is_mid_rise ? -half : 1 - half, top = half - 1;
-  if (!is_finite)
-    std::memset(u, low + half, static_cast<std::size_t>(E));
-  else if (f.is_stochastic)
-    stochastic_levels(x, f, float_of(inverse), low, top, half, place, u);
-  else if (f.is_mid_rise)
-    levels<true>(x, E, float_of(inverse), low, top, half, u);
-  else
-    levels<false>(x, E, float_of(inverse), low, top, half, u);
-  pack_plane(f.low_width, u, E, 0, row.low + group * E * f.low_width / 8);
-  if (f.high_width)
-    pack_plane(f.high_width, u, E, f.low_width, row.high + group * E * f.high_width / 8);
-  const int32_t stored = !is_finite ? NAN_SCALE : bits == 0 ? 0 : step;
-  row.scales[group] = static_cast<uint8_t>(stored >> 16);
-  row.scales[row.groups + group] = static_cast<uint8_t>(stored >> 24);
+constexpr int64_t MOST_AT_ONCE = 16;
+
+// How many groups are coded at once, so that what is computed once a group stands side by side.
+int64_t at_once(const Format& f) {
+  return std::clamp(8192 / std::max(f.group, int64_t{1}), int64_t{1}, MOST_AT_ONCE);
 }
 
-// Decodes a group into `x`, or adds it.
-template <bool ADD>
-void decode(
-    const Row& row, const Format& f, int64_t group, uint8_t* __restrict u, float* __restrict x) {
+// Room for the groups coded at once, one a thread.
+struct Room {
+  std::vector<float> values;
+  std::vector<uint8_t> codes;
+  int32_t peak[MOST_AT_ONCE], scale[MOST_AT_ONCE];
+  float inverse[MOST_AT_ONCE];
+  explicit Room(const Format& f) : values(f.group * at_once(f)), codes(values.size()) {}
+};
+
+// Groups of one row that are coded at once.
+struct Part {
+  int64_t row, group, count;
+};
+
+int32_t largest_magnitude(const float* x, int64_t E) {
+  int32_t peak = 0;
+  for (int64_t i = 0; i < E; ++i) peak = std::max(peak, bits_of(x[i]) & MAGNITUDE);
+  return peak;
+}
+
+// The stored scales of groups with these peaks, and the inverses of their steps.
+void scales_of(const Format& f, int64_t count, Room& room) {
+  const int32_t smallest = f.smallest_scale, largest = f.largest_scale;
+  const float factor = f.clip_over_half_range;
+  for (int64_t g = 0; g < count; ++g) {
+    const int32_t bits = bits_of(float_of(room.peak[g]) * factor) & MAGNITUDE;
+    const int32_t step = (std::min(std::max(bits, smallest), largest) + 0xFFFF) & -65536;
+    const int32_t inverse = bits_of(1.0f / float_of(step));
+    room.inverse[g] = float_of((inverse + 0xFF + ((inverse >> 9) & 1)) & -512);
+    room.scale[g] = bits >= EXPONENT ? NAN_SCALE : bits == 0 ? 0 : step;
+  }
+}
+
+// The levels of the values of group g, as codes.
+void levels_of(const float* x, const Format& f, int64_t g, uint32_t place, Room& room) {
   const int64_t E = f.group;
-  unpack_plane(f.low_width, row.low + group * E * f.low_width / 8, E, 0, u);
+  const int half = 1 << (f.bits - 1), low = f.is_mid_rise ? -half : 1 - half, top = half - 1;
+  const float inverse = room.inverse[g];
+  uint8_t* u = room.codes.data() + g * E;
+  if (room.scale[g] == NAN_SCALE)
+    std::memset(u, low + half, static_cast<std::size_t>(E));
+  else if (f.is_stochastic)
+    stochastic_levels(x, f, inverse, low, top, half, place, u);
+  else if (f.is_mid_rise)
+    levels<true>(x, E, inverse, low, top, half, u);
+  else
+    levels<false>(x, E, inverse, low, top, half, u);
+}
+
+// Codes the values x of a part of the payload's rows.
+void encode(const float* x, const Format& f, Part part, const Row& row, Room& room) {
+  const int64_t E = f.group, first = part.group * E;
+  for (int64_t g = 0; g < part.count; ++g) room.peak[g] = largest_magnitude(x + g * E, E);
+  scales_of(f, part.count, room);
+  const uint32_t place = static_cast<uint32_t>((part.row * row.groups + part.group) * E);
+  for (int64_t g = 0; g < part.count; ++g) {
+    const float* next = x + (MOST_AT_ONCE + g) * E;  // it arrives while this part is coded
+    for (int64_t i = 0; i < E; i += 16) __builtin_prefetch(next + i);
+    levels_of(x + g * E, f, g, place + static_cast<uint32_t>(g * E), room);
+  }
+  const uint8_t* u = room.codes.data();
+  pack_plane(f.low_width, u, E, part.count, 0, row.low + first * f.low_width / 8);
   if (f.high_width)
-    unpack_plane(f.high_width, row.high + group * E * f.high_width / 8, E, f.low_width, u);
-  const uint32_t low = row.scales[group], high = row.scales[row.groups + group];
-  const float scale = float_of(static_cast<int32_t>(low << 16 | high << 24));
-  const float offset = f.zero_offset;
+    pack_plane(f.high_width, u, E, part.count, f.low_width, row.high + first * f.high_width / 8);
+  uint8_t* scales = row.scales + part.group;
+  for (int64_t g = 0; g < part.count; ++g) {
+    scales[g] = static_cast<uint8_t>(room.scale[g] >> 16);
+    scales[row.groups + g] = static_cast<uint8_t>(room.scale[g] >> 24);
+  }
+}
+
+template <bool ADD>
+void scale_codes(
+    const uint8_t* __restrict u, int64_t E, float scale, float offset, float* __restrict x) {
   for (int64_t i = 0; i < E; ++i) {
     const float value = (static_cast<float>(static_cast<int>(u[i])) - offset) * scale;
     x[i] = ADD ? x[i] + value : value;
   }
 }
 
+// Decodes a part of a payload's row into `x`, or adds it.
+template <bool ADD>
+void decode(const Row& row, const Format& f, Part part, Room& room, float* x) {
+  const int64_t E = f.group, first = part.group * E;
+  uint8_t* u = room.codes.data();
+  unpack_plane(f.low_width, row.low + first * f.low_width / 8, E, part.count, 0, u);
+  if (f.high_width)
+    unpack_plane(f.high_width, row.high + first * f.high_width / 8, E, part.count, f.low_width, u);
+  const uint8_t* scales = row.scales + part.group;
+  for (int64_t g = 0; g < part.count; ++g) {
+    const uint32_t low = scales[g], high = scales[row.groups + g];
+    const float scale = float_of(static_cast<int32_t>(low << 16 | high << 24));
+    scale_codes<ADD>(u + g * E, E, scale, f.zero_offset, x + g * E);
+  }
+}
+
 // ---- operators -------------------------------------------------------------------------------
 
-// Room for a group, one a thread.
-struct Room {
-  std::vector<float> values;
-  std::vector<uint8_t> codes;
-  explicit Room(const Format& f) : values(f.group), codes(f.group) {}
-};
-
 template <typename Work>
-void for_each(int64_t count, const Format& f, int threads, Work work) {
-  if (threads < 2 || count < 2) {
+void for_each_part(int64_t rows, int64_t groups, const Format& f, int threads, Work work) {
+  const int64_t most = at_once(f), parts = (groups + most - 1) / most;
+  const auto call = [&](int64_t i, Room& room) {
+    const int64_t group = i % parts * most;
+    work(Part{i / parts, group, std::min(most, groups - group)}, room);
+  };
+  if (threads < 2 || rows * parts < 2) {
     Room room(f);
-    for (int64_t i = 0; i < count; ++i) work(i, room);
+    for (int64_t i = 0; i < rows * parts; ++i) call(i, room);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     Room room(f);
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count; ++i) work(i, room);
+    for (int64_t i = 0; i < rows * parts; ++i) call(i, room);
   }
+}
+
+// What is coded of `left` values at x: x itself, or a copy with zeros after them, as f asks for it.
+template <typename T>
+const float* prepared(const T* x, int64_t left, const Format& f, Part part, Room& room) {
+  const int64_t E = f.group, numel = part.count * E;
+  if constexpr (std::is_same_v<T, float>)
+    if (left >= numel && !f.saturates && !f.num_axes) return x;
+  float* values = room.values.data();
+  load(x, std::min(left, numel), numel, values);
+  for (int64_t g = 0; g < part.count; ++g) {
+    if (f.saturates) clamp_to_finite(values + g * E, E);
+    rotate(values + g * E, f);
+  }
+  return values;
 }
 
 template <typename T>
 void quantize(
     const T* x, int64_t rows, int64_t row_numel, int64_t row_stride, int64_t groups,
     const Format& f, int threads, uint8_t* payload) {
-  for_each(rows * groups, f, threads, [&](int64_t i, Room& room) {
-    const int64_t row = i / groups, group = i % groups, first = group * f.group;
-    const int64_t count = std::min(f.group, row_numel - first);
-    float* values = room.values.data();
-    load(x + row * row_stride + first, count, f.group, values);
-    if (f.saturates) clamp_to_finite(values, f.group);
-    rotate(values, f);
-    const uint32_t place = static_cast<uint32_t>(i * f.group);
-    encode(values, f, place, row_of(payload, row, groups, f), group, room.codes.data());
+  for_each_part(rows, groups, f, threads, [&](Part part, Room& room) {
+    const int64_t first = part.group * f.group;
+    const T* source = x + part.row * row_stride + first;
+    const float* values = prepared(source, row_numel - first, f, part, room);
+    encode(values, f, part, row_of(payload, part.row, groups, f), room);
   });
+}
+
+// Adds up a part of `rows` rows of a payload, from part.row on; the sum stays rotated.
+void sum_rows(
+    uint8_t* payload, int64_t rows, int64_t groups, const Format& f, Part part, Room& room,
+    float* sum) {
+  decode<false>(row_of(payload, part.row, groups, f), f, part, room, sum);
+  for (int64_t row = 1; row < rows; ++row)
+    decode<true>(row_of(payload, part.row + row, groups, f), f, part, room, sum);
+}
+
+void average(float* sum, int64_t numel, int64_t rows) {
+  const float share = static_cast<float>(1.0 / static_cast<double>(rows));
+  for (int64_t i = 0; i < numel; ++i) sum[i] *= share;
+}
+
+// sum_rows, rotated back, as T.
+template <typename T>
+void decode_rows(
+    uint8_t* payload, int64_t rows, int64_t groups, const Format& f, bool averages, Part part,
+    Room& room, T* out) {
+  const int64_t E = f.group, numel = part.count * E;
+  float* values = room.values.data();
+  if constexpr (std::is_same_v<T, float>) values = out;
+  sum_rows(payload, rows, groups, f, part, room, values);
+  for (int64_t g = 0; g < part.count; ++g) rotate_back(values + g * E, f);
+  if (averages) average(values, numel, rows);
+  if constexpr (!std::is_same_v<T, float>) store_all(values, numel, out);
 }
 
 template <typename T>
 void dequantize(
     uint8_t* payload, int64_t rows, int64_t groups, const Format& f, int threads, T* out) {
-  for_each(rows * groups, f, threads, [&](int64_t i, Room& room) {
-    float* values = room.values.data();
-    decode<false>(row_of(payload, i / groups, groups, f), f, i % groups, room.codes.data(), values);
-    rotate_back(values, f);
-    store_all(values, f.group, out + i * f.group);
+  for_each_part(rows, groups, f, threads, [&](Part part, Room& room) {
+    T* place = out + (part.row * groups + part.group) * f.group;
+    decode_rows(payload, 1, groups, f, false, part, room, place);
   });
-}
-
-void sum_rows(
-    uint8_t* payload, int64_t rows, int64_t groups, const Format& f, int64_t group, Room& room) {
-  float* values = room.values.data();
-  decode<false>(row_of(payload, 0, groups, f), f, group, room.codes.data(), values);
-  for (int64_t row = 1; row < rows; ++row)
-    decode<true>(row_of(payload, row, groups, f), f, group, room.codes.data(), values);
-}
-
-void average(Room& room, int64_t rows) {
-  const float share = static_cast<float>(1.0 / static_cast<double>(rows));
-  for (float& value : room.values) value *= share;
 }
 
 template <typename T>
 void dequantize_sum(
     uint8_t* payload, int64_t rows, int64_t groups, const Format& f, bool averages, int threads,
     T* out) {
-  for_each(groups, f, threads, [&](int64_t group, Room& room) {
-    sum_rows(payload, rows, groups, f, group, room);
-    rotate_back(room.values.data(), f);
-    if (averages) average(room, rows);
-    store_all(room.values.data(), f.group, out + group * f.group);
+  for_each_part(1, groups, f, threads, [&](Part part, Room& room) {
+    T* place = out + part.group * f.group;
+    decode_rows(payload, rows, groups, f, averages, part, room, place);
   });
 }
 
@@ -414,11 +516,11 @@ void rfcompile_dequantize_sum(
 void rfcompile_requantize(
     uint8_t* payload, int64_t rows, int64_t groups, const Format* f, int averages, int threads,
     uint8_t* total) {
-  for_each(groups, *f, threads, [&](int64_t group, Room& room) {
-    sum_rows(payload, rows, groups, *f, group, room);
-    if (averages) average(room, rows);
-    const uint32_t place = static_cast<uint32_t>(group * f->group);
-    encode(room.values.data(), *f, place, row_of(total, 0, groups, *f), group, room.codes.data());
+  for_each_part(1, groups, *f, threads, [&](Part part, Room& room) {
+    float* values = room.values.data();
+    sum_rows(payload, rows, groups, *f, part, room, values);
+    if (averages) average(values, part.count * f->group, rows);
+    encode(values, *f, part, row_of(total, 0, groups, *f), room);
   });
 }
 }

@@ -6,9 +6,9 @@ Private parts used here, run with torch 2.13.0: ``_inductor.compile_fx.compile_f
 ``_inductor.exc.InductorError``, ``_inductor.graph.GraphLowering.{compile_to_module, codegen,
 scheduler, get_output_names}``, ``_inductor.codegen.triton.TritonScheduling.define_kernel``,
 ``_inductor.ir.{MultiOutput, MutationLayoutSHOULDREMOVE, NonOwningLayout}``,
-``_inductor.scheduler.ExternKernelSchedulerNode``, ``_inductor.dependencies.MemoryDep``,
-``_inductor.virtualized.V``, ``_inductor.config``, ``_guards.{tracing, TracingContext}``, and in the
-text of a wrapper the places where kernels stand.
+``_inductor.scheduler.{ExternKernelSchedulerNode, Scheduler.codegen_extern_call}``,
+``_inductor.dependencies.MemoryDep``, ``_inductor.virtualized.V``, ``_inductor.config``,
+``_guards.{tracing, TracingContext}``, and in the text of a wrapper the places where kernels stand.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import ExternKernelSchedulerNode
+from torch._inductor.scheduler import ExternKernelSchedulerNode, Scheduler
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
+from rfcompile.emission.called import Call, call_of, compile_call, source_of_kernels
 from rfcompile.emission.capture import CapturedGraph
+from rfcompile.emission.machine_code import MachineCode, compile_kernel
 from rfcompile.emission.retarget import retarget
 from rfcompile.errors import EmissionError
 from rfcompile.graph.places import source_of
@@ -48,7 +50,7 @@ _COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a generated kernel.
+    """One launch of a generated kernel, or of one of the package.
 
     Args:
         kernel: its name.
@@ -59,6 +61,7 @@ class Launch:
         reads, writes: bytes, by the buffer.
         read, written, least: bytes; see :class:`Emission`.
         elements: of the largest tensor that it reads or writes.
+        call: what it computes, if the kernel is one of the package.
     """
 
     kernel: str
@@ -70,6 +73,7 @@ class Launch:
     writes: dict[str, int]
     elements: int
     least: int = 0
+    call: Call | None = None
 
     @property
     def read(self) -> int:
@@ -92,7 +96,7 @@ class Emission:
 
     Args:
         wrapper: the Python module that Inductor wrote.
-        kernels: the Triton source of each kernel.
+        kernels: the Triton source of each kernel; of one of the package the whole module.
         collective_calls, external_calls: what else the wrapper calls, in order.
     """
 
@@ -120,9 +124,17 @@ def emit(graph: CapturedGraph) -> Emission:
         launches.append(_launch(name, schedule, kernel))
         return name
 
+    extern: Any = Scheduler.codegen_extern_call
+
+    def codegen_extern_call(self: Any, scheduled: Any) -> None:
+        if call := call_of(scheduled.node):
+            launches.append(_called_launch(call, scheduled.node))
+        extern(self, scheduled)
+
     with ExitStack() as stack:
         for owner, name, new in (
             (TritonScheduling, "define_kernel", define_kernel),
+            (Scheduler, "codegen_extern_call", codegen_extern_call),
             (GraphLowering, "compile_to_module", _stop),
         ):
             stack.enter_context(mock.patch.object(owner, name, new))
@@ -167,6 +179,15 @@ def _told(error: Exception, gm: fx.GraphModule) -> EmissionError:
     return EmissionError(what, source_of(about[0]) if about else "", text[:2000])
 
 
+def compiled_launch(
+    launch: Launch, source: str, *, every_config: bool = False
+) -> list[MachineCode]:
+    """The machine code of the kernel of a launch; see :func:`machine_code.compile_kernel`."""
+    if launch.call:
+        return [compile_call(launch.call)]
+    return compile_kernel(launch.kernel, source, launch.numels, every_config=every_config)
+
+
 # ---- launches, while Inductor writes them --------------------------------------------------------
 
 
@@ -197,13 +218,41 @@ def _launch(name: str, schedule: Any, kernel: Any) -> Launch:
     )
 
 
+def _called_launch(call: Call, node: Any) -> Launch:
+    """A launch of a kernel of the package: it reads its input and writes its output, each once."""
+    (given,), (made,) = node.inputs, node.outputs
+    names = [_real(buffer.get_name()) for buffer in (given, made)]
+    read, written = (_nbytes(name) for name in names)
+    origins = [origin for origin in _in_order(node.get_origins()) if _is_of_codec(origin)]
+    return Launch(
+        kernel=call.kernel,
+        operators=(call.operator,),
+        nodes=tuple(origin.name for origin in origins),
+        sources=tuple(dict.fromkeys(filter(None, map(source_of, origins)))),
+        numels={},
+        reads={names[0]: read},
+        writes={names[1]: written},
+        elements=max(int(V.graph.get_numel(name)) for name in names),
+        call=call,
+    )
+
+
+def _real(name: str) -> str:
+    """What waits for a collective renames its result."""
+    renamed: str = V.graph.scheduler.mutation_real_name.get(name, name)
+    return renamed
+
+
+def _nbytes(name: str) -> int:
+    return int(V.graph.get_numel(name)) * V.graph.get_dtype(name).itemsize
+
+
 def _bytes(deps: Iterator[Any]) -> dict[str, int]:
     """Bytes touched of each buffer: the sum over different indices, at most the whole."""
-    real = V.graph.scheduler.mutation_real_name  # what waits for a collective renames its result
     found: dict[str, dict[Any, int]] = {}
     for dep in deps:
         if isinstance(dep, MemoryDep):
-            found.setdefault(real.get(dep.name, dep.name), {})[dep.index] = _numel(dep)
+            found.setdefault(_real(dep.name), {})[dep.index] = _numel(dep)
     result = {}
     for name, parts in found.items():
         numel = min(sum(parts.values()), int(V.graph.get_numel(name)))
@@ -247,7 +296,7 @@ def _emission(written: _Written, launches: list[Launch]) -> Emission:
     collectives, externals = [], []
     leaving = {_owner(graph, name) for name in graph.get_output_names()}
     for node in graph.scheduler.nodes:
-        if not isinstance(node, ExternKernelSchedulerNode):
+        if not isinstance(node, ExternKernelSchedulerNode) or call_of(node.node):
             continue
         leaving |= {_owner(graph, dep.name) for dep in node.read_writes.reads}
         call = _called(node.node)
@@ -259,7 +308,8 @@ def _emission(written: _Written, launches: list[Launch]) -> Emission:
     leaving |= set(graph.graph_input_names) | set(graph.mutated_inputs)
     return Emission(
         wrapper=written.wrapper,
-        kernels=dict(_KERNEL.findall(written.wrapper)),
+        kernels=dict(_KERNEL.findall(written.wrapper))
+        | {launch.kernel: source_of_kernels() for launch in launches if launch.call},
         launches=tuple(_with_least(launches, leaving, lambda name: _owner(graph, name))),
         collective_calls=tuple(collectives),
         external_calls=tuple(externals),

@@ -14,6 +14,7 @@ import torch
 
 from rfcompile.codec.formats import DTYPES, FORMAT_FIELDS, QuantFormat, as_format, dtype_text
 from rfcompile.errors import PolicyError
+from rfcompile.wire import crossover
 
 KINDS = ("activations", "gradients", "weights", "optimizer_state")
 
@@ -101,6 +102,8 @@ class Policy:
             latency and quantization does not reduce latency. 0: no collective is too small
             (statistics still stay exact). None: :data:`DEFAULT_MIN_BYTES` for tensors that are sent
             or kept, and 0 for a fake wire, which sends nothing and often runs on tiny inputs.
+            "auto": what :func:`~rfcompile.measure_crossover` found in this process before; the
+            policy has the number from then on.
         sites: formats for single modules: ``{"layers.0.*": None, "lm_head": 8}``. A key is a shell
             pattern (``*``, ``?``, ``[...]``) that matches the path of a module as a whole, or from
             a dot on. The first pattern that matches wins. ``min_bytes`` does not apply to a module
@@ -119,7 +122,7 @@ class Policy:
     gradients: Formatish = None
     weights: Formatish = None
     optimizer_state: Formatish = None
-    min_bytes: int | None = None
+    min_bytes: int | Literal["auto"] | None = None
     sites: Mapping[str, Formatish] = field(default_factory=dict)
     segments: int | None = None
 
@@ -127,9 +130,10 @@ class Policy:
         for kind in KINDS:
             fmt = as_format(getattr(self, kind))
             object.__setattr__(self, kind, fmt and fmt.for_kind(kind))
-        size = self.min_bytes
+        size = crossover.measured() if self.min_bytes == "auto" else self.min_bytes
         if size is not None and (type(size) is not int or not 0 <= size < 2**63):
-            raise PolicyError("min_bytes", size, "use a number of bytes, 0 or more.")
+            raise PolicyError("min_bytes", size, 'use a number of bytes, 0 or more, or "auto".')
+        object.__setattr__(self, "min_bytes", size)
         if self.segments is not None and (type(self.segments) is not int or self.segments < 1):
             raise PolicyError("segments", self.segments, "use a number of 1 or more, or None.")
         is_mapping = isinstance(self.sites, Mapping)
@@ -229,7 +233,7 @@ class Policy:
     @property
     def smallest(self) -> int:
         """``min_bytes``, or the default of it for what is sent or kept."""
-        return DEFAULT_MIN_BYTES if self.min_bytes is None else self.min_bytes
+        return DEFAULT_MIN_BYTES if self.min_bytes is None else int(self.min_bytes)
 
     def for_fake_wire(self) -> Policy:
         """The same policy where nothing is sent: only a ``min_bytes`` that is named applies."""

@@ -326,7 +326,7 @@ def check_the_thread(rank: Rank) -> None:
     "check",
     [
         pytest.param(check_ways, marks=pytest.mark.slow),
-        check_dtypes,
+        pytest.param(check_dtypes, marks=pytest.mark.slow),
         check_formats_by_name,
         check_odd_parameters,
         check_nothing_but_empty,

@@ -159,6 +159,7 @@ def test_the_pipeline_example_trains_with_4_bits_in_both_directions(ranks: RunRa
     assert "backward send  stages.1" in last_stage
 
 
+@pytest.mark.slow
 def test_the_fsdp2_example_trains_with_weight_differences(ranks: RunRanks) -> None:
     name = "train_fsdp2.py"
     assert len((EXAMPLES / name).read_text().splitlines()) < 60

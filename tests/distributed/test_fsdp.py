@@ -481,6 +481,7 @@ def check_compiled(rank: Rank) -> None:
     assert quantize_fsdp(torch.compile(shard(Net(depth=1))), policy()).report().sites == ()
 
 
+@pytest.mark.slow
 def test_compiled_models(ranks: RunRanks) -> None:
     ranks(2, check_compiled)
 

@@ -68,6 +68,21 @@ def made() -> Made:
     return Made(rf.kernels(model, bits=4, example_inputs=inputs), model)
 
 
+@pytest.mark.slow
+def test_kernels_of_the_package_are_reported_as_generated_ones_are() -> None:
+    model, inputs = net()
+    report = rf.kernels(model, bits="4b:h32", example_inputs=inputs)
+    forward = next(graph for graph in report.graphs if graph.direction == "forward")
+    quantize, dequantize = (one for one in forward.kernels if one.name.startswith("codec_"))
+    assert (quantize.operators, dequantize.operators) == (("quantize",), ("dequantize",))
+    assert quantize.launches == dequantize.launches == 2
+    assert quantize.read == dequantize.written == 2 * BYTES
+    assert quantize.written == dequantize.read == 2 * PAYLOAD
+    assert quantize.spilled == dequantize.spilled == 0
+    assert "def quantize(" in quantize.triton
+    assert {*forward.external_calls} == {"aten.mm"}
+
+
 def test_the_model_stays_as_it_was(made: Made) -> None:
     assert made.model.calls == 0
     assert all(p.grad is None for p in made.model.parameters())

@@ -33,10 +33,10 @@ from rfcompile.codec.formats import QuantFormat
 from rfcompile.emission.absent_gpu import install
 from rfcompile.emission.capture import CapturedGraph
 from rfcompile.emission.child import in_children
-from rfcompile.emission.emit import Emission
+from rfcompile.emission.emit import Emission, compiled_launch
 from rfcompile.emission.emit import emit as emit_graph
 from rfcompile.emission.gpus import gpu_of
-from rfcompile.emission.machine_code import MachineCode, compile_kernel, load_module
+from rfcompile.emission.machine_code import MachineCode, load_module
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,9 +132,8 @@ def emitted(case: Case) -> Emitted:
     try:
         emission = emit_graph(graph_of(lambda given: [case.call(given)], case.like()))
         codes = {}
-        for name, source in emission.kernels.items():
-            numels = next(one.numels for one in emission.launches if one.kernel == name)
-            (codes[name],) = compile_kernel(name, source, numels)
+        for launch in emission.launches:
+            (codes[launch.kernel],) = compiled_launch(launch, emission.kernels[launch.kernel])
         return Emitted(case, emission, codes)
     except Exception as error:
         return Emitted(case, error="".join(traceback.format_exception(error))[-2000:])

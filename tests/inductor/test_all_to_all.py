@@ -111,6 +111,7 @@ def check_experts(rank: Rank) -> int:
     return sum(report.num_quantized for report in rf.reports(clear=True))
 
 
+@pytest.mark.slow
 def test_context_parallel_layers(ranks: RunRanks) -> None:
     for num_quantized in ranks(2, check_context_parallel):
         assert num_quantized == 2 * 4, "q, k, v and the output, forward and backward"

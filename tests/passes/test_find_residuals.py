@@ -438,6 +438,7 @@ def test_silent(rule: str) -> None:
     assert kinds_of(export(Parts(SILENT[rule]), inputs())) == {}
 
 
+@pytest.mark.slow
 def test_silent_when_compiled() -> None:
     nothing: dict[str, dict[str, int]] = {rule: {} for rule in SILENT}
     assert compiled_kinds(SILENT) == {"dynamo": nothing, "aot": nothing}
@@ -521,6 +522,7 @@ def test_kinds(case: str) -> None:
     assert kinds_of(export(Parts(forward), inputs())) == expected
 
 
+@pytest.mark.slow
 def test_kinds_when_compiled() -> None:
     expected = {case: kinds for case, (_, kinds) in KINDS.items()}
     kinds = compiled_kinds({case: forward for case, (forward, _) in KINDS.items()})
@@ -658,6 +660,7 @@ def test_two_equal_tensors_stay_two_when_one_is_changed() -> None:
         assert second.stream != first.node
 
 
+@pytest.mark.slow
 def test_many_layers_in_a_second() -> None:
     model = NanoGPT(layers=48)
     gm = export(model, tokens())

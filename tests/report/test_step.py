@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ def step(rank: Rank) -> rf.Report:
     return rf.merge_reports(rf.reports(clear=True), hook, states)
 
 
+@pytest.mark.slow
 def test_a_step_is_one_table(ranks: RunRanks) -> None:
     first, second = ranks(2, step)
     kinds = {line.kind: line for line in first.kinds}

@@ -201,6 +201,7 @@ def test_an_ordinary_model() -> None:
     assert copy.deepcopy(new).bfloat16()(tokens()).dtype is torch.bfloat16
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_quantized_too() -> None:
     new = moved(rf.transform(made(), rf.Adapters(4, sine=True, omega=10.0, modules=["up"])))
     for model in (new, rf.adapters.quantize(new, 3)):
@@ -512,6 +513,7 @@ def test_the_configuration_says_what_peft_may_load(tmp_path: Path) -> None:
         assert kind != "plain" or config["lora_alpha"] == 6.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "dora"])
 def test_peft_reads_ours_and_we_read_peft(tmp_path: Path, kind: str) -> None:
     peft = pytest.importorskip("peft")

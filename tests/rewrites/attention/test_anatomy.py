@@ -202,6 +202,7 @@ def test_rotary_heads_are_read_as_a_whole() -> None:
     assert features(attention.key) == (block(0, 8), block(8, 8))
 
 
+@pytest.mark.slow
 def test_which_attentions_attend_to_their_own_tokens() -> None:
     pytest.importorskip("transformers")
     same_length = tokens() | {"decoder_input_ids": tokens()["input_ids"]}

@@ -147,6 +147,7 @@ def test_a_trained_model_by_its_gains() -> None:
     torch.testing.assert_close(new(ids), model.head(model.norm(x)))
 
 
+@pytest.mark.slow
 def test_free_after_anneal() -> None:
     annealed = rf.transform(NanoGPT(), residual="anneal", example_inputs=((), tokens()))
     new = rf.transform(annealed, residual="free", example_inputs=((), tokens()))
@@ -253,6 +254,7 @@ def test_a_model_without_a_report() -> None:
 # ---- uses --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["free", "anneal"])
 def test_compiled(mode: str) -> None:
     new = rf.transform(NanoGPT(1), residual=mode, example_inputs=((), tokens())).eval()
@@ -289,6 +291,7 @@ def test_generate_with_a_cache(name: str, mode: str) -> None:
     assert cached.shape == (2, 20)
 
 
+@pytest.mark.slow
 def test_copies_and_files() -> None:
     new = rf.transform(NanoGPT(), residual="free", example_inputs=((), tokens())).eval()
     file = io.BytesIO()
@@ -306,6 +309,7 @@ def tokens_again() -> dict[str, Tensor]:
     return {"input_ids": torch.arange(12).view(2, 6)}
 
 
+@pytest.mark.slow
 def test_with_a_wire() -> None:
     new = rf.transform(NanoGPT(), bits=4, residual="free", example_inputs=((), tokens())).eval()
     wires = [m for m in new.modules() for h in m._forward_hooks.values() if isinstance(h, FakeWire)]

@@ -102,6 +102,7 @@ class WithoutGradients(Two):
         return self.second(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Cast, WithoutGradients])
 @pytest.mark.parametrize("mode", ["anneal", "free", "mix"])
 def test_regions(cls: type[nn.Module], mode: str) -> None:
@@ -137,6 +138,7 @@ def test_a_weight_under_two_names_is_initialized_once() -> None:
     assert rf.training.residual_report(new).notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm]
 )
@@ -151,6 +153,7 @@ def test_computed_weights_are_told_and_tempered(parametrize: Callable[..., nn.Mo
     assert "first.attention.qkv.parametrizations.weight.original" in note
 
 
+@pytest.mark.slow
 def test_buffers_stay_as_they_are() -> None:
     class Counting(Two):
         steps: Tensor
@@ -178,6 +181,7 @@ def test_buffers_stay_as_they_are() -> None:
 # ---- wrappers ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap", [checkpoint_wrapper, lambda block: torch.compile(block, backend="eager")]
 )
@@ -199,6 +203,7 @@ def test_wrapped_blocks(wrap: Callable[[nn.Module], nn.Module]) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_transform_in_inference_mode_gives_a_model_to_train() -> None:
     model = Two()
     with torch.inference_mode():

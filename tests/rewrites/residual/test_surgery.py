@@ -99,6 +99,7 @@ def test_the_opened_model_is_the_same_one(opened: Opened) -> None:
     assert all(torch.equal(a, b) for a, b in zip(opened.expected, got, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["convnext", "gpt2", "bloom"])
 def test_in_training_mode(name: str) -> None:
     """The same random numbers give the same result: dropout and random depth are untouched."""

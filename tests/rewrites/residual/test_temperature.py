@@ -82,6 +82,7 @@ def test_every_attention_gets_its_mass(name: str) -> None:
         assert measured == pytest.approx(item.mass_after, abs=BISECTION)
 
 
+@pytest.mark.slow
 def test_deeper_models_attend_more_to_themselves() -> None:
     for layers in (1, 3):
         model = attentive(NanoGPT(layers), anatomy(NanoGPT(layers), ((), tokens())))
@@ -146,6 +147,7 @@ def test_fused_and_written_out_attention_agree(name: str) -> None:
     torch.testing.assert_close(other(**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_behind_a_norm_of_the_queries() -> None:
     model, inputs = build("qwen3")
     got = temper(model, ((), inputs))
@@ -243,6 +245,7 @@ def test_what_scales_more_than_queries(cls: type[nn.Module], text: str) -> None:
     assert not any(TEMPERATURE in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 def test_cross_attention_keeps_its_temperature() -> None:
     """Also where both sequences have one length."""
     pytest.importorskip("transformers")
