@@ -247,7 +247,8 @@ def contrast(ink: str, page: str) -> float:
 
 
 def test_a_page_prints(explained: Opened, tmp_path: Path) -> None:
-    explained.tab.emulate_media(media="print")
+    explained.tab.emulate_media(media="print", color_scheme="dark")
+    assert explained.tab.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not explained.tab.locator("#panel").is_visible()
     assert not explained.tab.locator("#filter").is_visible()
     assert explained.tab.locator("#sites tbody tr").last.is_visible()
