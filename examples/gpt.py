@@ -162,16 +162,20 @@ def tiny() -> tuple[GPT, tuple[Tensor, ...]]:
     return GPT(config), (torch.randint(BYTES, (4, config.context)),)
 
 
-def tiny_to_plan() -> tuple[GPT, list[Tensor], Callable[[GPT, Tensor], Tensor]]:
-    """A model, batches and a loss, for ``rfcompile plan examples/gpt.py:tiny_to_plan``."""
+def tiny_to_plan() -> tuple[GPT, list[tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """A model, batches and a loss, for ``rfcompile plan examples/gpt.py:tiny_to_plan``.
+
+    The loss is how far the logits are from those of the exact model.
+    """
     model, _ = tiny()
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.02)  # branches that end at zero would send only zeros
+        nn.init.normal_(parameter, std=0.1)  # branches that end at zero would send only zeros
+    batches = [(x, model(x).detach()) for x in torch.randint(BYTES, (2, 4, 64))]
 
-    def loss(model: GPT, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    def loss(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
 
-    return model, [torch.randint(BYTES, (4, 65)) for _ in range(2)], loss
+    return model, batches, loss
 
 
 def tiny_tensor_parallel() -> tuple[GPT, tuple[Tensor, ...]]:

@@ -48,7 +48,7 @@ def shown_site(
         what="forward" if kind == "activations" else kind,
         kind=kind,
         module=path,
-        tensor=site.dtype if site else "",
+        tensor=_tensor(site, scores) if site and scores else "",
         format=fmt,
         bits=_bits(site, score) if site and score else None,
         bytes_before=sent[0],
@@ -81,6 +81,10 @@ def plan_page(
             notes.append("no frontier: no plan increases the predicted loss")
     calls = outline_of(uncompiled(model)) if model is not None else ()
     return report_page("Plan of bits", [], tiles, notes, sites, calls=calls, plots=plots)
+
+
+def _tensor(site: SiteScore, scores: Scores) -> str:
+    return f"{site.dtype}, {site.powers[0] / scores.batches:,.0f} elements a batch"
 
 
 def _bits(site: SiteScore, score: FormatScore) -> float:

@@ -172,6 +172,12 @@ class Page:
         for i, line in enumerate(self.lines):
             if line.box is not None:
                 links.setdefault(line.box, []).append(i)
+        within: dict[int, list[int]] = {}
+        for row in reversed(rows):  # children before the row that holds them
+            inner = [*links.get(row.number, ())]
+            inner += [i for child in row.children for i in within.get(child.number, ())]
+            if inner:
+                within[row.number] = inner
         boxes: dict[int, dict[str, Any]] = {}
         for row in rows:
             found: dict[str, Any] = {}
@@ -182,8 +188,8 @@ class Page:
                 found["facts"] = [[fact.label, *fact.values] for fact in facts]
             if unknown := self.unknown.get(row.number):
                 found["unknown"] = unknown
-            if inner := [i for r in row.walk() for i in links.get(r.number, ())]:
-                found["sites"] = sorted(inner)
+            if row.number in within:
+                found["sites"] = sorted(within[row.number])
             if found:
                 boxes[row.number] = found
         texts = [

@@ -28,6 +28,7 @@ HINTS = {
     "SQNR": "rf.explain on one machine measures it",
     "kurtosis": "rf.explain on one machine measures it",
     "predicted loss": "rf.score and rf.plan predict it",
+    "shape": "scores keep the number of elements",
     "line of code": "only graphs tell it",
 }
 

@@ -25,7 +25,7 @@ class ShownSite:
     Args:
         what: such as "forward all_reduce". kind: of traffic.
         graph: the name of the graph that it is in, "" if the page has one or none.
-        tensor: dtype and shape.
+        tensor: dtype and shape, such as "f32[4, 64]", or the dtype and what else is known.
         format: "" for exact, and then ``reason``.
         bits: of the payload an element, scales and padding included.
         bytes_before, bytes_after: that one rank sends in all runs.
@@ -71,7 +71,8 @@ class ShownSite:
     def unknown(self) -> list[str]:
         """What is not known of it."""
         known = {
-            "shape and dtype": bool(self.tensor),
+            "shape": "[" in self.tensor,
+            "dtype": bool(self.tensor),
             "bytes": self.bytes_after is not None,
             "SQNR": bool(number(self.sqnr_db)),
             "kurtosis": bool(number(self.kurtosis)),

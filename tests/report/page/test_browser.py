@@ -247,7 +247,8 @@ def contrast(ink: str, page: str) -> float:
 
 
 def test_a_page_prints(explained: Opened, tmp_path: Path) -> None:
-    explained.tab.emulate_media(media="print")
+    explained.tab.emulate_media(media="print", color_scheme="dark")
+    assert explained.tab.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
     assert not explained.tab.locator("#panel").is_visible()
     assert not explained.tab.locator("#filter").is_visible()
     assert explained.tab.locator("#sites tbody tr").last.is_visible()
@@ -265,7 +266,9 @@ def test_a_plan_has_its_frontier(browser: Any, folder: Path) -> None:
         page.box("blocks").click()
         page.box("blocks.0").click()
         page.box("mlp").hover()
-        assert "predicted loss" in page.tab.locator("#panel").inner_text()
+        panel = page.tab.locator("#panel").inner_text()
+        for text in ("predicted loss", "excess kurtosis", "elements a batch", "Not known: shape"):
+            assert text in panel
 
 
 def test_a_page_of_48_layers_opens_at_once(browser: Any, folder: Path) -> None:
