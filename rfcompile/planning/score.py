@@ -6,17 +6,18 @@ One batch takes three forward and backward passes, whatever the number of sites 
 2. and 3. with a disturbance ``+v`` and ``-v`` at all sites at once. The elements of ``v`` are as
    large as the errors of the formats, with independent random signs. Half the difference of the
    gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to disturbances at all
-   sites, so ``v . H v`` over a site has the mean ``sum_i H_ii v_i^2`` (Hutchinson).
+   sites, so ``(H v)_i / v_i`` has the mean ``H_ii`` (Hutchinson; Bekas, Kokiopoulou, Saad 2007).
 
 Each format costs one round trip of ``y``, with the error ``e``. To second order, and for errors
 that are independent of one another, the loss then grows by ``g . e + 1/2 sum_i H_ii e_i^2``.
 
-All formats of a site have errors in the same places, because the elements of a group share their
-step. So one number, ``c = 1/2 sum_i H_ii v_i^2 / sum_i v_i^2``, says what a unit of squared error
-costs at a site. ``v_i^2`` is the mean over formats of ``e_i^2 / sum_j e_j^2``, times the median of
-``sum_j e_j^2``. The second term is ``c sum_i e_i^2``. The squared errors are exact, and they alone
-tell the formats of a site apart: with an estimate of its own for each format a plan would choose
-what is low by chance (docs/measured/plan.md).
+Formats of one layout (group size and rotation) have errors in the same places, because the elements
+of a group share their step. So one number for a site and layout says what a unit of squared error
+costs: ``c = 1/2 sum_i H_ii w_i``, with ``w_i`` the mean over its formats of ``e_i^2 / sum_j e_j^2``
+(those without an error are left out). ``v_i^2`` is the mean over layouts of ``w_i``, times the
+median over formats of ``sum_j e_j^2``. The second term is ``c sum_i e_i^2``. The squared errors are
+exact, and they alone tell the formats of a layout apart: with an estimate of its own for each
+format a plan would choose what is low by chance (docs/measured/plan.md).
 """
 
 from __future__ import annotations
@@ -227,9 +228,8 @@ def _score_batch(
     below = run({n: [-v for v in probe] for n, probe in probes.items()}).gradients
     for n, probe in probes.items():
         parts = zip(probe, above[n], below[n], strict=True)
-        bent = sum(_dot(v.float(), up.float() - down.float()) for v, up, down in parts)
-        size = sum(_dot(v.float(), v.float()) for v in probe)
-        sums[n].add(exact.values[n], terms[n], bent / (4 * size) if size else 0.0)
+        bent = [(up.float() - down.float()) / 4 / v.float() for v, up, down in parts]
+        sums[n].add(exact.values[n], terms[n], [b.nan_to_num(0, 0, 0) for b in bent])
     return float(exact.value)
 
 
@@ -239,12 +239,19 @@ def _signed(v: Tensor, generator: torch.Generator) -> Tensor:
     return v * (2 * signs - 1).to(v.device, v.dtype)
 
 
+Layout = tuple[int | None, int | None]
+"""Group size and rotation of a format: where its errors are."""
+
+
 @dataclass
 class _Terms:
-    """Of one site and batch: by format ``g . e`` and ``sum_i e_i^2``, and what to disturb it by."""
+    """Of one site and batch: by format ``g . e`` and ``sum_i e_i^2``, by layout the shares of the
+    elements in the squared error, which sum to 1, and what to disturb the site by.
+    """
 
     first: dict[str, float]
     noise: dict[str, float]
+    shares: dict[Layout, list[Tensor]]
     probe: list[Tensor]
 
 
@@ -253,34 +260,43 @@ class _SiteSums:
 
     def __init__(self, candidates: Sequence[QuantFormat]) -> None:
         self.sums = {fmt.spec: [0.0] * 4 for fmt in candidates}
+        self.layouts: dict[Layout, list[str]] = {}
+        for fmt in candidates:
+            self.layouts.setdefault((fmt.group_size, fmt.rotate), []).append(fmt.spec)
         self.powers = [0.0] * 5
         self.peak, self.dtype, self.itemsize = 0.0, "", 0
         self.calls: dict[tuple[int, ...], int] = {}
 
     def terms(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Terms:
         """Quantize what crossed, in all formats."""
-        found = _Terms({}, {}, [])
-        shares = [torch.zeros_like(y, dtype=torch.float32) for y in values]
-        for spec in self.sums:
-            errors = [round_trip(y, spec).float() - y.float() for y in values]
-            pairs = zip(gradients, errors, strict=True)
-            found.first[spec] = sum(_dot(g.float(), e) for g, e in pairs)
-            found.noise[spec] = noise = sum(_dot(e, e) for e in errors)
-            for share, error in zip(shares, errors, strict=True):
-                share += error.square() / noise if noise else 0.0
-        typical = statistics.median(found.noise.values()) / len(self.sums)
-        pairs = zip(values, shares, strict=True)
-        found.probe = [(typical * share).sqrt().to(y.dtype) for y, share in pairs]
+        found = _Terms({}, {}, {}, [])
+        for layout, specs in self.layouts.items():
+            shares = [torch.zeros_like(y, dtype=torch.float32) for y in values]
+            for spec in specs:
+                errors = [round_trip(y, spec).float() - y.float() for y in values]
+                pairs = zip(gradients, errors, strict=True)
+                found.first[spec] = sum(_dot(g.float(), e) for g, e in pairs)
+                found.noise[spec] = noise = sum(_dot(e, e) for e in errors)
+                for share, error in zip(shares, errors, strict=True):
+                    share += error.square() / noise if noise else 0.0
+            coded = sum(found.noise[spec] > 0 for spec in specs)
+            found.shares[layout] = [share / max(coded, 1) for share in shares]
+        noises = [noise for noise in found.noise.values() if noise]
+        typical = statistics.median(noises) / len(self.layouts) if noises else 0.0
+        for y, *parts in zip(values, *found.shares.values(), strict=True):
+            found.probe.append((typical * torch.stack(parts).sum(0)).sqrt().to(y.dtype))
         return found
 
-    def add(self, values: Sequence[Tensor], terms: _Terms, cost: float) -> None:
-        """One batch; ``cost`` of a unit of squared error."""
+    def add(self, values: Sequence[Tensor], terms: _Terms, bent: Sequence[Tensor]) -> None:
+        """One batch; ``bent``: estimates of ``1/2 (H v)_i / v_i`` for the elements of each call."""
         for y in values:
             self._add_values(y)
-        for spec, first in terms.first.items():
-            noise = terms.noise[spec]
-            added = first, first**2, cost * noise, noise
-            self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
+        for layout, specs in self.layouts.items():
+            cost = sum(_dot(b, s) for b, s in zip(bent, terms.shares[layout], strict=True))
+            for spec in specs:
+                first, noise = terms.first[spec], terms.noise[spec]
+                added = first, first**2, cost * noise, noise
+                self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
 
     def _add_values(self, y: Tensor) -> None:
         self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()

@@ -28,7 +28,7 @@ class FormatScore:
         first, first_squared: sum of ``g . e`` and of its square, with ``e`` the quantization error
             of the site's output and ``g`` the gradient of the loss there.
         second: sum of ``c sum_i e_i^2``, with ``c`` what a unit of squared error costs at this site
-            in this batch (:mod:`rfcompile.planning.score` has the formula).
+            in this batch and layout (:mod:`rfcompile.planning.score` has the formula).
         noise: sum of all ``e_i^2``.
     """
 

@@ -136,6 +136,14 @@ def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
         assert scores.increase(down) == up.second
 
 
+def test_a_site_of_zeros_costs_nothing() -> None:
+    model = chain()
+    with torch.no_grad():
+        model[0].gain.zero_()
+    scores = rf.score(model, [torch.randn(4, 64)], loss=quadratic, formats=[2, 8], modules=["0"])
+    assert [scores.increase(score) for score in scores.sites[0].formats] == [0, 0]
+
+
 def test_measures_of_a_site() -> None:
     model, x = chain(), torch.randn(32, 64)
     [site] = rf.score(model, [x], loss=quadratic, formats=[4], modules=["0"]).sites
