@@ -6,7 +6,7 @@
 #   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
 #   make test-clients   tests with the real Lightning, transformers and accelerate, in .venv-clients
 #   make test-pages   opens pages of reports in Chromium (Debian's package), in .venv-pages
-#   make test-zoo   rewrites many small models of transformers; the results are .cache/zoo.jsonl
+#   make test-zoo   rewrites small models of 288 architectures (an hour); see .cache/zoo.jsonl
 #   make test-torchtitan   the same with torchtitan, patched for CPU, in .venv-torchtitan
 #   make test-torch TORCH=2.14.1   the tests with another torch, in .venv-torch-2.14.1
 # Another interpreter: make test PYTHON=python3.12
