@@ -9,6 +9,7 @@ from rfcompile.analyze import Analysis
 from rfcompile.emission.compare import KernelComparison
 from rfcompile.emission.report import KernelReport
 from rfcompile.planning.check import PlanCheck
+from rfcompile.planning.crossover import Crossover
 from rfcompile.planning.link import MeasuredLinks
 from rfcompile.planning.plan import Plan
 from rfcompile.planning.scores import Scores
@@ -30,6 +31,7 @@ REPORTS: tuple[type[TableReport], ...] = (
     Plan,
     PlanCheck,
     MeasuredLinks,
+    Crossover,
     Analysis,
     KernelReport,
     KernelComparison,
