@@ -9,7 +9,10 @@ from rfcompile.analyze import Analysis
 from rfcompile.emission.compare import KernelComparison
 from rfcompile.emission.report import KernelReport
 from rfcompile.planning.check import PlanCheck
-from rfcompile.planning.link import MeasuredLinks
+from rfcompile.planning.cost import Cost
+from rfcompile.planning.crossover import Crossover
+from rfcompile.planning.frontier import Frontier
+from rfcompile.planning.measured_link import MeasuredLinks
 from rfcompile.planning.plan import Plan
 from rfcompile.planning.scores import Scores
 from rfcompile.report.diff import GraphDiff
@@ -29,7 +32,10 @@ REPORTS: tuple[type[TableReport], ...] = (
     Scores,
     Plan,
     PlanCheck,
+    Frontier,
+    Cost,
     MeasuredLinks,
+    Crossover,
     Analysis,
     KernelReport,
     KernelComparison,

@@ -64,7 +64,7 @@ class Crossover(TableReport):
 
     @property
     def min_bytes(self) -> int:
-        """For a policy: the size from which quantizing pays in every collective that was measured.
+        """The size, for a policy, from which quantizing pays in every collective measured.
 
         A collective that does not pay at the largest size measured does not pay beyond it either:
         then the number is one that no tensor reaches.

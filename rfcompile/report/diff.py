@@ -32,10 +32,13 @@ Graph = fx.GraphModule | ExportedProgram | Record | str
 class GraphDiff(PagedReport):
     """Two graphs and what differs; printing it gives :meth:`text`.
 
-    ``removed`` and ``added`` count the calls of each operator that the second graph has fewer or
-    more of. ``wire_bytes_before`` and ``wire_bytes_after`` are what one rank sends in all
-    collectives; see :func:`~rfcompile.graph.wire_bytes.wire_bytes`, also for when they are None.
-    ``graphs`` names the graphs of a text that holds several, such as "forward" and "backward".
+    Args:
+        before, after: the texts of the graphs, several with an empty line between.
+        removed, added: calls of each operator that the second graph has fewer or more of.
+        wire_bytes_before, wire_bytes_after: what one rank sends in all collectives; see
+            :func:`~rfcompile.graph.wire_bytes.wire_bytes`, also for when they are None.
+        graphs: names of the graphs of a text, such as "forward" and "backward".
+        facts_before, facts_after: what is known of the lines of both.
     """
 
     before: str
@@ -52,6 +55,7 @@ class GraphDiff(PagedReport):
 
     @property
     def changed(self) -> bool:
+        """The texts differ."""
         return self.before != self.after
 
     def text(self) -> str:

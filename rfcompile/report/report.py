@@ -41,10 +41,12 @@ class Site:
         source: "file.py:123", the user's line, "" where unknown.
         shape: of the input; symbolic sizes are texts.
         dtype: of the input.
-        group: name of the process group; world_size: its ranks.
+        group: name of the process group.
+        world_size: its ranks.
         format: text of the format, None where the site stays exact.
-        reason: why it stays exact; "" for a quantized site, unless each call decides; ``why`` is
-            the rule, for programs (see :class:`~rfcompile.wire.policy.Decision`).
+        reason: why it stays exact; "" for a quantized site, unless each call decides.
+        why: the rule behind ``reason``, for programs (see
+            :class:`~rfcompile.wire.policy.Decision`).
         eligible: it could be quantized and nobody asked by name to leave it.
         bytes_before, bytes_after: bytes one rank sends in one run, None where a size is symbolic.
         sqnr_db, kurtosis: measured on the tensor, where a report measures.
@@ -122,7 +124,15 @@ class Site:
 
 @dataclass(frozen=True)
 class Traffic:
-    """The sites of one kind, added up; ``is_kept``: their bytes are stored, not sent."""
+    """The sites of one kind, added up.
+
+    Args:
+        kind: of traffic, as in :class:`~rfcompile.Policy`.
+        is_kept: their bytes are stored, not sent.
+        num_sites: without those merged into others.
+        num_quantized: how many have a format.
+        bytes_before, bytes_after: of all runs; sites of symbolic size are left out.
+    """
 
     kind: str
     is_kept: bool
@@ -161,9 +171,14 @@ class Report(PagedReport):
     """All sites of a compiled graph, a hook, an optimizer, or of several such: ``print`` it, or
     read its fields; :func:`~rfcompile.merge_reports` makes one of several.
 
-    ``patterns`` are those of :attr:`Policy.sites <rfcompile.Policy>`: whether one applies to
-    anything here. A misspelt one does not, and ``notes`` say so. ``calls`` are the modules that
-    ran, where a report ran the model itself.
+    Args:
+        sites: in the order of the graphs or of the model.
+        policy: what decided, as a text.
+        notes: what else to know, such as what is left out and why.
+        graphs: before and after the rewrite, of a compiled model.
+        patterns: those of :attr:`Policy.sites <rfcompile.Policy>`, and whether one applies to
+            anything here. A misspelt one does not, and ``notes`` say so.
+        calls: the modules that ran, where a report ran the model itself.
     """
 
     sites: tuple[Site, ...]
@@ -211,6 +226,7 @@ class Report(PagedReport):
 
     @property
     def num_quantized(self) -> int:
+        """Sites that have a format."""
         return sum(site.format is not None for site in self.sites)
 
     @property
@@ -234,6 +250,7 @@ class Report(PagedReport):
 
     @property
     def bytes_after(self) -> int:
+        """The same with quantization."""
         return sum(line.bytes_after for line in self.kinds if not line.is_kept)
 
     @property

@@ -18,6 +18,7 @@ QUANTIZE, DEQUANTIZE, COLLECTIVE, WIRE = "quantize", "dequantize", "collective",
 TRAFFIC = (QUANTIZE, DEQUANTIZE, COLLECTIVE, WIRE)
 """The kinds of operators that have a colour."""
 
+_VIEWS = ("view", "reshape", "slice", "narrow", "squeeze", "unsqueeze", "getitem", "clone", "split")
 _NAME = re.compile(r"(?<![\w.'\"])[A-Za-z_]\w*(?![\w.=('\"])")
 
 
@@ -27,7 +28,7 @@ class Block:
 
     Args:
         key: what it is compared by: the path of a module; an operator with its type.
-        label: what is written on it; note: its class or type.
+        label, note: what is written on it: a name, and its class or type.
         kind: MODULE, OPERATOR, one of TRAFFIC, GRAPH for a root, GROUP for several.
         line: number of its line in the text of the graph, None for modules.
         sent: bytes that one rank sends in it, None where unknown.
@@ -64,7 +65,6 @@ class Graph:
 
     root: Block
     flows: tuple[Flow, ...]
-    num_inputs: int
 
 
 def kind_of(target: str) -> str:
@@ -94,7 +94,6 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
     defined: dict[str, int] = {}
     crossed: dict[int, int] = {}
     flows: list[Flow] = []
-    num_inputs = 0
     sent_by = facts.sent or tuple(sent_by_line(text))
     for i, line in enumerate(text.splitlines()):
         s = read_statement(line)
@@ -103,10 +102,7 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
                 first = _used(line.partition("return ")[2], defined)[:1]
                 flows += [Flow(d, None, crossed.get(d, 0)) for d in first]
             continue
-        if not s.target:
-            num_inputs += 1
-            continue
-        if not s.is_call:  # it reads an attribute: a parameter, or a graph inside the graph
+        if not s.is_call:  # an input, or an attribute: a parameter, a graph inside the graph
             continue
         number, kind = first_line + i, kind_of(s.target)
         used = _used(s.arguments, defined)
@@ -120,10 +116,7 @@ def graph_of(text: str, facts: LineFacts, title: str, first_line: int = 0) -> Gr
         if carried:
             crossed[number] = carried
         defined[s.name] = number
-    return Graph(root, tuple(flows), num_inputs)
-
-
-_VIEWS = ("view", "reshape", "slice", "narrow", "squeeze", "unsqueeze", "getitem", "clone", "split")
+    return Graph(root, tuple(flows))
 
 
 def _hands_on(s: Statement, kind: str) -> bool:

@@ -85,7 +85,8 @@ def rows_of(sides: Sequence[Block], flows: Sequence[Sequence[Flow]] = ()) -> Row
     """The rows of one graph, or of two that are compared.
 
     Args:
-        sides: their roots. flows: the values that flow in each.
+        sides: their roots.
+        flows: the values that flow in each.
     """
     root = _merged([*sides])
     _fold(root)
