@@ -37,7 +37,7 @@ import rfcompile as rf
 
 FORMATS = [
     *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)),
-    *(f"{bits}b:h128" for bits in (2, 3, 4)),
+    *(f"{bits}b:h128" for bits in (2, 3, 4, 5, 6)),
 ]
 Row = dict[str, Any]
 
