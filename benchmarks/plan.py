@@ -37,7 +37,7 @@ import rfcompile as rf
 
 FORMATS = [
     *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)),
-    *(f"{bits}b:h128" for bits in (2, 3, 4)),
+    *(f"{bits}b:h128" for bits in (2, 3, 4, 5, 6)),
 ]
 Row = dict[str, Any]
 
@@ -52,6 +52,7 @@ class Job:
     seed: int
     calibration_batches: int
     evaluation_batches: int
+    candidates: list[str]
 
     def is_of(self, row: Row) -> bool:
         return all(row.get(name) == value for name, value in vars(self).items())
@@ -67,7 +68,7 @@ class Measured:
         self.batches = case.held_out(job.evaluation_batches, job.seed)
         begin = time.perf_counter()
         self.scores = rf.score(
-            self.model, calibration, loss=self.loss, formats=FORMATS, modules=self.sites,
+            self.model, calibration, loss=self.loss, formats=job.candidates, modules=self.sites,
             seed=job.seed << 16,
         )  # fmt: skip
         self.seconds = time.perf_counter() - begin
@@ -204,6 +205,7 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--models", nargs="+", default=["gpt", "minilm"])
+    parser.add_argument("--formats", nargs="+", default=FORMATS, help="the candidates")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--boundaries", nargs="+", default=["stream", "branch"])
     parser.add_argument("--losses", nargs="+", help="of the models; default: all")
@@ -239,7 +241,7 @@ def _case(name: str, options: argparse.Namespace) -> Case | None:
 
 def _jobs(case: Case, options: argparse.Namespace) -> list[Job]:
     return [
-        Job(case.name, loss, boundary, seed, options.batches, options.evaluation)
+        Job(case.name, loss, boundary, seed, options.batches, options.evaluation, options.formats)
         for seed in range(options.seeds)
         for loss in case.losses
         if not options.losses or loss in options.losses

@@ -3,19 +3,22 @@
     python benchmarks/score_cost.py    # some minutes
 
 A GPT of 24 layers (``examples/gpt.py``) on one thread: a step of training (forward, backward,
-AdamW) and ``rf.score`` of one batch take turns in one process. The row has the median time of each
-and the ratio. ``rf.score`` has its default formats; the sites are the ends of the blocks. What a
-score does once, the copy of the model, counts too. Results: in ``results/score_cost.jsonl``.
+AdamW) and ``rf.score`` of one batch take turns in one process. The row has the median CPU time of
+each in seconds and the ratio. ``rf.score`` has its default formats; the sites are the ends of the
+blocks. What a score does once, the copy of the model, counts too. Results: in
+``benchmarks/results/score_cost.jsonl``.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, alternate, machine, write
+from common import RESULTS, machine, write
 from study_tasks import BYTES, GPT, GPTConfig
 from torch import Tensor, nn
 
@@ -50,13 +53,18 @@ def main() -> None:
     def score() -> None:
         rf.score(model, [tokens], loss=loss, modules="blocks")
 
-    times = alternate({"step": step, "score": score}, options.runs, warm_up=1)
-    ratio = times["score"]["median_ms"] / times["step"]["median_ms"]
+    times: dict[str, list[float]] = {"step": [], "score": []}
+    for turn in range(options.runs + 1):
+        for name, task in (("step", step), ("score", score)):
+            begin = time.process_time()
+            task()
+            if turn:  # the first warms up
+                times[name].append(time.process_time() - begin)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    ratio = medians["score"] / medians["step"]
     facts = {"batch": options.batch, "formats": len(FORMATS), **vars(config), **machine()}
-    row = {**{name: found["median_ms"] for name, found in times.items()}, "ratio": ratio}
-    spread = {f"{name}_iqr": found["iqr_ms"] for name, found in times.items()}
-    write(options.out, [row | spread | facts])
-    print(f"a step {row['step']:.0f} ms, a score {row['score']:.0f} ms: {ratio:.2f} steps")
+    write(options.out, [{**medians, "ratio": ratio, "all": times, **facts}])
+    print(f"a step {medians['step']:.2f} s, a score {medians['score']:.2f} s: {ratio:.2f} steps")
 
 
 if __name__ == "__main__":

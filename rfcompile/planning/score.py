@@ -11,13 +11,14 @@ One batch takes three forward and backward passes, whatever the number of sites 
 Each format costs one round trip of ``y``, with the error ``e``. To second order, and for errors
 that are independent of one another, the loss then grows by ``g . e + 1/2 sum_i H_ii e_i^2``.
 
-Formats of one layout (group size and rotation) have errors in the same places, because the elements
-of a group share their step. So one number for a site and layout says what a unit of squared error
-costs: ``c = 1/2 sum_i H_ii w_i``, with ``w_i`` the mean over its formats of ``e_i^2 / sum_j e_j^2``
-(those without an error are left out). ``v_i^2`` is the mean over layouts of ``w_i``, times the
-median over formats of ``sum_j e_j^2``. The second term is ``c sum_i e_i^2``. The squared errors are
-exact, and they alone tell the formats of a layout apart: with an estimate of its own for each
-format a plan would choose what is low by chance (docs/measured/plan.md).
+Estimates of ``H`` are noisy, and a plan that had one for each format would choose what is low by
+chance (docs/measured/plan.md). Formats of one layout (group size and rotation) have errors in the
+same places, because the elements of a group share their step. So what a unit of squared error costs
+there is ``c = 1/2 sum_i H_ii w_i``, with ``w_i`` the mean over formats of ``e_i^2 / sum_j e_j^2``
+(those without an error are left out). The second term is ``c' sum_i e_i^2``; ``c'`` is the mean of
+``c`` over the layouts of the site, times a factor of the layout that all sites of the batch share.
+The squared errors are exact. ``v_i^2`` is the mean over layouts of ``w_i``, times the median over
+formats of ``sum_j e_j^2``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -226,11 +227,29 @@ def _score_batch(
     probes = {n: [_signed(v, signs) for v in found.probe] for n, found in terms.items()}
     above = run(probes).gradients
     below = run({n: [-v for v in probe] for n, probe in probes.items()}).gradients
+    costs: dict[str, dict[Layout, float]] = {}
     for n, probe in probes.items():
         parts = zip(probe, above[n], below[n], strict=True)
         bent = [(up.float() - down.float()) / 4 / v.float() for v, up, down in parts]
-        sums[n].add(exact.values[n], terms[n], [b.nan_to_num(0, 0, 0) for b in bent])
+        costs[n] = terms[n].costs([b.nan_to_num(0, 0, 0) for b in bent])
+    factors = _factors(costs, terms)
+    for n in sites.names:
+        mean = statistics.fmean(costs[n].values())
+        sums[n].add(exact.values[n], terms[n], {k: mean * f for k, f in factors.items()})
     return float(exact.value)
+
+
+def _factors(
+    costs: Mapping[str, Mapping[Layout, float]], terms: Mapping[str, _Terms]
+) -> dict[Layout, float]:
+    """What a unit of squared error costs in each layout over the mean of all layouts.
+
+    Sums over sites, weighted by their typical squared error; 1 where a sum is not positive.
+    """
+    layouts = list(next(iter(costs.values())))
+    sums = {k: sum(costs[n][k] * terms[n].typical for n in costs) for k in layouts}
+    mean = statistics.fmean(sums.values())
+    return {k: sums[k] / mean if min(sums[k], mean) > 0 else 1.0 for k in layouts}
 
 
 def _signed(v: Tensor, generator: torch.Generator) -> Tensor:
@@ -253,6 +272,17 @@ class _Terms:
     noise: dict[str, float]
     shares: dict[Layout, list[Tensor]]
     probe: list[Tensor]
+
+    @property
+    def typical(self) -> float:
+        """The median squared error of the formats that have one; 0 if none has."""
+        noises = [noise for noise in self.noise.values() if noise]
+        return statistics.median(noises) if noises else 0.0
+
+    def costs(self, bent: Sequence[Tensor]) -> dict[Layout, float]:
+        """Of a unit of squared error, by layout; ``bent`` estimates ``1/2 H_ii`` of each call."""
+        pairs = {k: zip(bent, shares, strict=True) for k, shares in self.shares.items()}
+        return {k: sum(_dot(b, share) for b, share in pair) for k, pair in pairs.items()}
 
 
 class _SiteSums:
@@ -281,21 +311,19 @@ class _SiteSums:
                     share += error.square() / noise if noise else 0.0
             coded = sum(found.noise[spec] > 0 for spec in specs)
             found.shares[layout] = [share / max(coded, 1) for share in shares]
-        noises = [noise for noise in found.noise.values() if noise]
-        typical = statistics.median(noises) / len(self.layouts) if noises else 0.0
+        scale = found.typical / len(self.layouts)
         for y, *parts in zip(values, *found.shares.values(), strict=True):
-            found.probe.append((typical * torch.stack(parts).sum(0)).sqrt().to(y.dtype))
+            found.probe.append((scale * torch.stack(parts).sum(0)).sqrt().to(y.dtype))
         return found
 
-    def add(self, values: Sequence[Tensor], terms: _Terms, bent: Sequence[Tensor]) -> None:
-        """One batch; ``bent``: estimates of ``1/2 (H v)_i / v_i`` for the elements of each call."""
+    def add(self, values: Sequence[Tensor], terms: _Terms, costs: Mapping[Layout, float]) -> None:
+        """One batch; ``costs`` of a unit of squared error."""
         for y in values:
             self._add_values(y)
         for layout, specs in self.layouts.items():
-            cost = sum(_dot(b, s) for b, s in zip(bent, terms.shares[layout], strict=True))
             for spec in specs:
                 first, noise = terms.first[spec], terms.noise[spec]
-                added = first, first**2, cost * noise, noise
+                added = first, first**2, costs[layout] * noise, noise
                 self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
 
     def _add_values(self, y: Tensor) -> None:

@@ -124,6 +124,22 @@ def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: b
     assert scores.increase(one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
 
 
+def test_a_factor_of_a_layout_is_that_of_all_sites() -> None:
+    model = NanoGPT(layers=3).eval()
+    (x, _), *_ = sentences(1)
+
+    def distance(model: nn.Module, target: Tensor) -> Tensor:
+        return F.mse_loss(model(x), target)
+
+    formats = ["2b:g32", "4b:g32", "4b:g128:h32"]
+    scores = rf.score(model, [model(x).detach()], loss=distance, formats=formats)
+    costs = [[f.second / f.noise for f in site.formats] for site in scores.sites]
+    for two, four, rotated in costs:
+        assert two == pytest.approx(four, rel=1e-9)
+        assert rotated / four == pytest.approx(costs[0][2] / costs[0][1], rel=1e-9)
+    assert costs[0][2] != costs[0][1]
+
+
 def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
     def falling(model: nn.Module, batch: Tensor) -> Tensor:
         return -quadratic(model, batch)
