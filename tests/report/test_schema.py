@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rfcompile as rf
 from rfcompile.emission.compare import Change, KernelComparison
 from rfcompile.planning.crossover import Crossover, CrossoverTime
-from rfcompile.planning.link import CarrierTime, MeasuredLinks
+from rfcompile.planning.measured_link import CarrierTime, MeasuredLinks
 from rfcompile.report.schema import json_schema
 from rfcompile.report.table import TableReport
 from tests.pages import ROOT
@@ -49,8 +49,10 @@ def test_scores_plans_and_checks() -> None:
     check(scores)
     assert check(plan)["link"]["coding"] is None  # infinite
     check(plan.check(model, batches, loss=distance))
+    check(plan.cost)
+    check(rf.frontier(scores))
     check(Crossover("4b", "f32", 2, (CrossoverTime("all_reduce", 64, 1e-3, 1e-4, math.nan, 3),)))
-    check(MeasuredLinks(2, (CarrierTime("send", 8, 1e-3, 1e-4, 3),)))
+    check(MeasuredLinks(2, (CarrierTime("send", 8, 1e-3, 1e-4, 3),), {"send": 1e9}))
 
 
 MODELS: dict[str, Callable[[nn.Module], TableReport]] = {
