@@ -157,6 +157,7 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
     assert kept == annealed != dropped != fresh
 
 
+@pytest.mark.slow
 def test_plan(root: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "plan.jsonl", tmp_path / "gpt.pt"
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
@@ -172,7 +173,7 @@ def test_plan(root: Path, tmp_path: Path) -> None:
         assert row.keys() >= MACHINE | {"uniform", "predicted_increase", "ratio", "formats"}
         planned, budget = row["planned_bytes"], row["budget"]
         assert isinstance(planned, float)
-        assert isinstance(budget, int)
+        assert isinstance(budget, float)
         assert planned <= budget
 
 
@@ -183,6 +184,7 @@ def test_score_cost(root: Path, tmp_path: Path) -> None:
     assert row.keys() >= MACHINE | {"step", "score", "ratio"}
 
 
+@pytest.mark.slow
 def test_plan_link(root: Path, tmp_path: Path) -> None:
     needs_namespaces()
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
