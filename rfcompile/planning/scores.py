@@ -125,9 +125,10 @@ class Scores(TableReport):
         """The predicted increase of the mean loss if this site alone travels in this format.
 
         The mean over batches of ``g . e`` (:meth:`first`) and of the second-order term
-        (:meth:`second`). The first term counts only where it is no chance, see :meth:`first_counts`. Of the second
-        term the magnitude counts: at a minimum of the loss it is not negative, and where an
-        estimate is, a plan would send the site with the largest error there is.
+        (:meth:`second`). The first term counts only where it is no chance, see
+        :meth:`first_counts`. Of the second term the magnitude counts: at a minimum of the loss it
+        is not negative, and where an estimate is, a plan would send the site with the largest
+        error there is.
         """
         return abs(self.second(score)) + (self.first(score) if self.first_counts(score) else 0.0)
 
