@@ -6,7 +6,6 @@ the linears to shard and DTensor puts the all-reduces in, two forward and two ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -162,7 +161,7 @@ def tiny() -> tuple[GPT, tuple[Tensor, ...]]:
     return GPT(config), (torch.randint(BYTES, (4, config.context)),)
 
 
-def tiny_to_plan() -> tuple[GPT, list[tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+def tiny_to_plan() -> tuple[GPT, list[tuple[Tensor, Tensor]], object]:
     """A model, batches and a loss, for ``rfcompile plan examples/gpt.py:tiny_to_plan``.
 
     The loss is how far the logits are from those of the exact model.

@@ -312,7 +312,9 @@ def test_the_input_is_left_alone() -> None:
         assert torch.equal(x, copy)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [DTYPES[0], *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1:])], ids=str
+)
 def test_no_finite_value_decodes_to_inf_or_nan(dtype: torch.dtype, rotation_matrix: Matrix) -> None:
     largest = torch.finfo(dtype).max
     uniform = torch.rand(1, 2048) * 2 - 1

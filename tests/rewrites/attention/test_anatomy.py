@@ -194,6 +194,7 @@ def test_exact_features() -> None:
     )
 
 
+@pytest.mark.slow
 def test_rotary_heads_are_read_as_a_whole() -> None:
     """A half of the head is turned with the other half: the order is the linear's."""
     pytest.importorskip("transformers")

@@ -176,6 +176,7 @@ def test_the_learned_gain_starts_at_the_norm_of_the_softmax(gpt: NanoGPT) -> Non
     assert all(p.shape == (1,) for n, p in new.named_parameters() if n in names)
 
 
+@pytest.mark.slow
 def test_the_report_has_norms_and_bounds(gpt: NanoGPT) -> None:
     report = report_of(polynomial(gpt, tokens(), power=1))
     assert [norm.bound for norm in report.norms] == [math.sqrt(12)] * 2
@@ -183,6 +184,7 @@ def test_the_report_has_norms_and_bounds(gpt: NanoGPT) -> None:
     assert "blocks.1.attention" in str(report)
 
 
+@pytest.mark.slow
 def test_as_a_graph_it_is_the_module(gpt: NanoGPT) -> None:
     inputs = tokens()
     graph = torch.export.export(gpt, (), inputs).module()
@@ -193,6 +195,7 @@ def test_as_a_graph_it_is_the_module(gpt: NanoGPT) -> None:
     assert "+polynomial_attention" in text
 
 
+@pytest.mark.slow
 def test_the_diff_of_modules_shows_it(gpt: NanoGPT) -> None:
     text = rf.diff(gpt, polynomial(gpt, tokens()), example_inputs=((), tokens())).text()
     assert text.count("+polynomial_attention") == 2

@@ -421,6 +421,7 @@ def test_an_unknown_mode() -> None:
     assert (error.value.option, error.value.value) == ("residual", "drop")
 
 
+@pytest.mark.slow
 def test_frozen_parameters() -> None:
     model = NanoGPT().requires_grad_(False)
     with pytest.raises(ResidualError, match=r"is frozen, .* residual='anneal' on a trained"):

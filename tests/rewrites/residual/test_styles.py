@@ -72,6 +72,7 @@ def test_a_sum_keeps_its_shape_and_dtype(mode: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mixing_starts_orthogonal_in_any_dtype(dtype: torch.dtype) -> None:
     new = rf.transform(Two().to(dtype), residual="mix", example_inputs=(X.to(dtype),))
