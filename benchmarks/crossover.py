@@ -69,7 +69,7 @@ def main() -> int:
                 f"{name} {size or 'none'}" for name, size in found["min_bytes"].items()
             )
             print(f"{place['format']:7}{world:6}{place['rate']:>9}  {text}", flush=True)
-    write(args.out, rows)
+            write(args.out, rows)
     return 0
 
 

@@ -92,24 +92,55 @@ void clamp_to_finite(float* x, int64_t E) {
 
 using Vector __attribute__((vector_size(32))) = float;
 
-// Sums and differences of the elements APART (1, 2 or 4) from one another, eight at a time.
+// Sums and differences of the elements APART (1, 2 or 4) from one another.
 template <int APART>
-void mix_neighbours(float* x, int64_t E) {
+Vector mixed(Vector v) {
   constexpr int A = APART;
   Vector sign;
   for (int i = 0; i < 8; ++i) sign[i] = i & A ? -1.0f : 1.0f;
+  return __builtin_shufflevector(v, v, A, 1 ^ A, 2 ^ A, 3 ^ A, 4 ^ A, 5 ^ A, 6 ^ A, 7 ^ A) +
+         v * sign;
+}
+
+Vector vector_at(const float* x) {
+  Vector v;
+  std::memcpy(&v, x, sizeof v);
+  return v;
+}
+
+void store_vector(Vector v, float* x) { std::memcpy(x, &v, sizeof v); }
+
+// Those FIRST, 2 FIRST, .. from one another, below END: eight elements at a time.
+template <int FIRST, int END>
+void mix_neighbours(float* x, int64_t E) {
   for (int64_t i = 0; i < E; i += 8) {
-    Vector v;
-    std::memcpy(&v, x + i, sizeof v);
-    v = __builtin_shufflevector(v, v, A, 1 ^ A, 2 ^ A, 3 ^ A, 4 ^ A, 5 ^ A, 6 ^ A, 7 ^ A) + v * sign;
-    std::memcpy(x + i, &v, sizeof v);
+    Vector v = vector_at(x + i);
+    if constexpr (FIRST <= 1 && END > 1) v = mixed<1>(v);
+    if constexpr (FIRST <= 2 && END > 2) v = mixed<2>(v);
+    if constexpr (FIRST <= 4 && END > 4) v = mixed<4>(v);
+    store_vector(v, x + i);
   }
 }
 
+// Those step, 2 step and 4 step from one another, where step is a multiple of 8: in one go.
+void mix_eight(float* x, int64_t E, int64_t step) {
+  for (int64_t block = 0; block < E; block += 8 * step)
+    for (int64_t i = block; i < block + step; i += 8) {
+      Vector v[8];
+      for (int k = 0; k < 8; ++k) v[k] = vector_at(x + i + k * step);
+      for (int apart = 1; apart < 8; apart *= 2)
+        for (int k = 0; k < 8; ++k)
+          if (!(k & apart)) {
+            const Vector a = v[k], b = v[k + apart];
+            v[k] = a + b;
+            v[k + apart] = a - b;
+          }
+      for (int k = 0; k < 8; ++k) store_vector(v[k], x + i + k * step);
+    }
+}
+
+// Those `apart` from one another.
 void mix(float* x, int64_t E, int64_t apart) {
-  if (apart == 1) return mix_neighbours<1>(x, E);
-  if (apart == 2) return mix_neighbours<2>(x, E);
-  if (apart == 4) return mix_neighbours<4>(x, E);
   for (int64_t block = 0; block < E; block += 2 * apart) {
     float *first = x + block, *second = first + apart;
     for (int64_t i = 0; i < apart; ++i) {
@@ -120,39 +151,68 @@ void mix(float* x, int64_t E, int64_t apart) {
   }
 }
 
-// Multiply by factor, or by -factor where bit i of `signs` is set, i the place along the axis.
-void multiply_signs(float* x, int64_t E, int64_t n, int64_t step, uint32_t signs, float factor) {
-  const auto of = [=](int64_t i) { return (signs >> (i / step % n)) & 1 ? -factor : factor; };
-  if (step >= 8) {
-    for (int64_t run = 0; run < E; run += step) {
-      const float f = of(run);
-      for (int64_t i = run; i < run + step; ++i) x[i] *= f;
-    }
-    return;
+// Sums and differences along an axis of n elements, `step` apart.
+void mix_axis(float* x, int64_t E, int64_t n, int64_t step) {
+  if (n == 8 && step % 8 == 0) return mix_eight(x, E, step);
+  const int64_t end = n * step;
+  int64_t apart = step;
+  if (apart == 1 && end >= 8) {
+    mix_neighbours<1, 8>(x, E);
+    apart = 8;
   }
-  float pattern[128];
-  const int64_t period = std::max(int64_t{8}, n * step);
-  for (int64_t i = 0; i < period; ++i) pattern[i] = of(i);
+  for (; apart < end; apart *= 2) {
+    if (apart == 1)
+      mix_neighbours<1, 2>(x, E);
+    else if (apart == 2)
+      mix_neighbours<2, 4>(x, E);
+    else if (apart == 4)
+      mix_neighbours<4, 8>(x, E);
+    else
+      mix(x, E, apart);
+  }
+}
+
+// What the elements along an axis are multiplied by, once for all groups: a period of it.
+std::vector<float> signs_of(const Format& f, int axis, bool back) {
+  const int64_t n = f.axis_size[axis], step = f.axis_step[axis];
+  if (f.group == 0) return {};  // one scale for an empty tensor
+  const float factor = back ? 1.0f : 1.0f / static_cast<float>(n);
+  std::vector<float> signs(std::max(int64_t{8}, n * step));
+  for (std::size_t i = 0; i < signs.size(); ++i)
+    signs[i] = (f.axis_signs[axis] >> (static_cast<int64_t>(i) / step % n)) & 1 ? -factor : factor;
+  return signs;
+}
+
+void multiply_signs(float* __restrict x, int64_t E, const std::vector<float>& signs) {
+  const int64_t period = static_cast<int64_t>(signs.size());
+  const float* __restrict sign = signs.data();
   for (int64_t start = 0; start < E; start += period)
-    for (int64_t i = 0; i < period; ++i) x[start + i] *= pattern[i];
+    for (int64_t i = 0; i < period; ++i) x[start + i] *= sign[i];
 }
 
-void turn(float* x, const Format& f, int axis, bool back) {
+// The signs of every axis, in the direction in which a thread turns.
+struct Signs {
+  std::vector<float> of_axis[MAX_AXES];
+  Signs(const Format& f, bool back) {
+    for (int axis = 0; axis < f.num_axes; ++axis) of_axis[axis] = signs_of(f, axis, back);
+  }
+};
+
+void turn(float* x, const Format& f, int axis, const Signs& signs, bool back) {
   const int64_t E = f.group, n = f.axis_size[axis], step = f.axis_step[axis];
-  const uint32_t signs = f.axis_signs[axis];
-  if (E == 0) return;  // one scale for an empty tensor
-  if (!back) multiply_signs(x, E, n, step, signs, 1.0f / static_cast<float>(n));
-  for (int64_t apart = step; apart < n * step; apart *= 2) mix(x, E, apart);
-  if (back) multiply_signs(x, E, n, step, signs, 1.0f);
+  if (E == 0) return;
+  if (!back) multiply_signs(x, E, signs.of_axis[axis]);
+  mix_axis(x, E, n, step);
+  if (back) multiply_signs(x, E, signs.of_axis[axis]);
 }
 
-void rotate(float* x, const Format& f) {
-  for (int axis = 1; axis < f.num_axes; ++axis) turn(x, f, axis, false);
-  if (f.num_axes) turn(x, f, 0, false);
+void rotate(float* x, const Format& f, const Signs& signs) {
+  for (int axis = 1; axis < f.num_axes; ++axis) turn(x, f, axis, signs, false);
+  if (f.num_axes) turn(x, f, 0, signs, false);
 }
 
-void rotate_back(float* x, const Format& f) {
-  for (int axis = 0; axis < f.num_axes; ++axis) turn(x, f, axis, true);
+void rotate_back(float* x, const Format& f, const Signs& signs) {
+  for (int axis = 0; axis < f.num_axes; ++axis) turn(x, f, axis, signs, true);
 }
 
 // ---- codes -----------------------------------------------------------------------------------
@@ -294,7 +354,9 @@ struct Room {
   std::vector<uint8_t> codes;
   int32_t peak[MOST_AT_ONCE], scale[MOST_AT_ONCE];
   float inverse[MOST_AT_ONCE];
-  explicit Room(const Format& f) : values(f.group * at_once(f)), codes(values.size()) {}
+  Signs forth, back;
+  explicit Room(const Format& f)
+      : values(f.group * at_once(f)), codes(values.size()), forth(f, false), back(f, true) {}
 };
 
 // Groups of one row that are coded at once.
@@ -416,7 +478,7 @@ const float* prepared(const T* x, int64_t left, const Format& f, Part part, Room
   load(x, std::min(left, numel), numel, values);
   for (int64_t g = 0; g < part.count; ++g) {
     if (f.saturates) clamp_to_finite(values + g * E, E);
-    rotate(values + g * E, f);
+    rotate(values + g * E, f, room.forth);
   }
   return values;
 }
@@ -456,7 +518,7 @@ void decode_rows(
   float* values = room.values.data();
   if constexpr (std::is_same_v<T, float>) values = out;
   sum_rows(payload, rows, groups, f, part, room, values);
-  for (int64_t g = 0; g < part.count; ++g) rotate_back(values + g * E, f);
+  for (int64_t g = 0; g < part.count; ++g) rotate_back(values + g * E, f, room.back);
   if (averages) average(values, numel, rows);
   if constexpr (!std::is_same_v<T, float>) store_all(values, numel, out);
 }
