@@ -269,20 +269,27 @@ void with_width(int width, Work work) {
   }
 }
 
+// Calls `work(from, to, size)` for each of `count` groups, which are so many bytes apart; `size` is
+// of its part of a plane, in words where they fit and else in bytes.
+template <typename Work>
+void for_each_group(
+    const uint8_t* from, int64_t from_bytes, uint8_t* to, int64_t to_bytes, int64_t count,
+    Work work) {
+  const int64_t bytes = std::min(from_bytes, to_bytes);  // codes are a byte each
+  for (int64_t g = 0; g < count; ++g, from += from_bytes, to += to_bytes)
+    if (bytes % 4)
+      work(from, to, bytes);
+    else
+      work(reinterpret_cast<const Word*>(from), reinterpret_cast<Word*>(to), bytes / 4);
+}
+
 // Codes of `count` groups, one a byte, to `width` of their bits from bit `first` on.
 void pack_plane(int width, const uint8_t* u, int64_t E, int64_t count, int first, uint8_t* plane) {
   with_width(width, [=](auto constant) {
     constexpr int WIDTH = constant.value;
-    const int64_t bytes = E * WIDTH / 8;
-    for (int64_t g = 0; g < count; ++g) {
-      const uint8_t* from = u + g * E;
-      uint8_t* to = plane + g * bytes;
-      if (bytes % 4)
-        pack<WIDTH>(from, bytes, first, to);
-      else
-        pack<WIDTH>(
-            reinterpret_cast<const Word*>(from), bytes / 4, first, reinterpret_cast<Word*>(to));
-    }
+    for_each_group(u, E, plane, E * WIDTH / 8, count, [=](auto* from, auto* to, int64_t size) {
+      pack<WIDTH>(from, size, first, to);
+    });
   });
 }
 
@@ -290,16 +297,9 @@ void unpack_plane(
     int width, const uint8_t* plane, int64_t E, int64_t count, int first, uint8_t* u) {
   with_width(width, [=](auto constant) {
     constexpr int WIDTH = constant.value;
-    const int64_t bytes = E * WIDTH / 8;
-    for (int64_t g = 0; g < count; ++g) {
-      const uint8_t* from = plane + g * bytes;
-      uint8_t* to = u + g * E;
-      if (bytes % 4)
-        unpack<WIDTH>(from, bytes, first, to);
-      else
-        unpack<WIDTH>(
-            reinterpret_cast<const Word*>(from), bytes / 4, first, reinterpret_cast<Word*>(to));
-    }
+    for_each_group(plane, E * WIDTH / 8, u, E, count, [=](auto* from, auto* to, int64_t size) {
+      unpack<WIDTH>(from, size, first, to);
+    });
   });
 }
 

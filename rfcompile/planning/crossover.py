@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rfcompile.codec.formats import DTYPES, QuantFormat, as_format, dtype_text
-from rfcompile.errors import OptionError, ProcessGroupError
+from rfcompile.errors import OptionError
+from rfcompile.planning.link import positive
+from rfcompile.planning.timing import exact_carrier, group_to_time, seconds_in_turn
 from rfcompile.report.report import format_bytes
 from rfcompile.report.table import TableReport, table
-from rfcompile.torch_versions import all_gather_single, reduce_scatter_single
 from rfcompile.wire import collectives, crossover
 from rfcompile.wire.policy import Formatish
-from rfcompile.wire.process_groups import resolve
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 SIZES = tuple(4**power for power in range(6, 13))
 """Bytes of a rank's tensor: 4 KiB to 16 MiB."""
-WARM_UP = 2
+RUNS = (5, 200)
+"""At least and at most."""
 
 
 @dataclass(frozen=True)
@@ -142,12 +141,8 @@ def measure_crossover(
         raise OptionError("dtype", dtype, rule)
     if not only or {*only} - {*get_args(Collective)}:
         raise OptionError("only", only, f"name some of {', '.join(get_args(Collective))}.")
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
-        raise OptionError("seconds", seconds, "give seconds above 0.")
-    group = resolve(group)
-    if group.size() < 2:
-        raise ProcessGroupError("a link needs two ranks or more, and this process group has one.")
-    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    positive("seconds", seconds, "seconds above 0.")
+    group, device = group_to_time(group)
     share = seconds / len(SIZES) / len(only)
     world = group.size()
     numels = [-(-size // (dtype.itemsize * world)) * world for size in SIZES]
@@ -159,59 +154,13 @@ def measure_crossover(
 
 
 def _timed(group: Any, collective: str, fmt: QuantFormat, x: Tensor, share: float) -> CrossoverTime:
-    exact, quantized = _runners(group, collective, fmt, x)
-    for _ in range(WARM_UP):
-        once = _slowest(group, [_seconds(group, exact, x), _seconds(group, quantized, x)], x.device)
-    runs = max(5, min(200, int(share / max(sum(once), 1e-6))))  # the same on all ranks
-    turns = [[_seconds(group, exact, x), _seconds(group, quantized, x)] for _ in range(runs)]
-    times = _slowest(group, [second for turn in turns for second in turn], x.device)
-    exacts, quantizeds = times[::2], times[1::2]
-    ratios = [a / b for a, b in zip(exacts, quantizeds, strict=True)]
+    def quantized() -> None:
+        getattr(collectives, collective)(x, fmt, group)
+
+    tasks = [exact_carrier(group, collective, x), quantized]
+    times = seconds_in_turn(group, tasks, share, x.device, RUNS)
+    ratios = [a / b for a, b in zip(*times, strict=True)]
     quarters = statistics.quantiles(ratios, n=4)
-    return CrossoverTime(
-        collective,
-        x.nbytes,
-        statistics.median(exacts),
-        statistics.median(quantizeds),
-        quarters[2] - quarters[0],
-        runs,
-    )
-
-
-def _runners(
-    group: Any, collective: str, fmt: QuantFormat, x: Tensor
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    world = group.size()
-    gathered = x.new_empty(world * x.numel()) if collective == "all_gather" else x
-    part = x.new_empty(x.numel() // world)
-    runners: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-        "all_reduce": (
-            lambda: dist.all_reduce(x, dist.ReduceOp.MAX, group=group),
-            lambda: collectives.all_reduce(x, fmt, group),
-        ),
-        "all_gather": (
-            lambda: all_gather_single(gathered, x, group=group),
-            lambda: collectives.all_gather(x, fmt, group),
-        ),
-        "reduce_scatter": (
-            lambda: reduce_scatter_single(part, x, group=group),
-            lambda: collectives.reduce_scatter(x, fmt, group),
-        ),
-    }
-    return runners[collective]
-
-
-def _seconds(group: Any, run: Callable[[], Any], x: Tensor) -> float:
-    dist.barrier(group)
-    begin = time.perf_counter()
-    run()
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    return time.perf_counter() - begin
-
-
-def _slowest(group: Any, seconds: list[float], device: torch.device) -> list[float]:
-    times = torch.tensor(seconds, dtype=torch.float64, device=device)
-    dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
-    found: list[float] = times.tolist()
-    return found
+    exact, coded = map(statistics.median, times)
+    spread = quarters[2] - quarters[0]
+    return CrossoverTime(collective, x.nbytes, exact, coded, spread, len(ratios))

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from rfcompile.codec import operators
-from rfcompile.errors import OptionError, ProcessGroupError
+from rfcompile.errors import OptionError
 from rfcompile.planning.link import Carrier, Link, positive
+from rfcompile.planning.timing import exact_carrier, group_to_time, seconds_in_turn
 from rfcompile.report.table import TableReport, table
-from rfcompile.torch_versions import all_gather_single, reduce_scatter_single
 from rfcompile.wire.cost import sent_bytes
-from rfcompile.wire.process_groups import resolve
 
 SIZES = (1 << 10, 1 << 16, 1 << 20, 1 << 22)
 """Bytes of a rank's tensor, in the order in which they are measured."""
-WARM_UP = 2
+RUNS = (3, 100)
+"""At least and at most."""
 CODED = "4b:g128:rise"
 """The format that is timed; others take about as long."""
 
@@ -101,10 +98,7 @@ def measure_link(group: Any = None, *, seconds: float = 4.0) -> MeasuredLinks:
         OptionError: ``seconds``. ProcessGroupError: there is no group, or it has one rank.
     """
     positive("seconds", seconds, "seconds above 0.")
-    group = resolve(group)
-    if group.size() < 2:
-        raise ProcessGroupError("a link needs two ranks or more, and this process group has one.")
-    device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    group, device = group_to_time(group)
     share = seconds / (len(SIZES) + 1) / len(get_args(Carrier))
     times = [
         _timed(group, carrier, size, device, share)
@@ -122,7 +116,7 @@ def _timed(
     unit = 4 * world
     size = -(-size // unit) * unit
     x = torch.ones(size // 4, device=device)
-    found = _repeated(group, _sender(group, carrier, x), share, device)
+    (found,) = seconds_in_turn(group, [exact_carrier(group, carrier, x)], share, device, RUNS)
     quarters = statistics.quantiles(found, n=4)
     sent = size if carrier == "send" else sent_bytes(carrier, size, world)
     return CarrierTime(
@@ -147,50 +141,5 @@ def _coding(group: Any, carrier: Carrier, device: torch.device, share: float) ->
         else:
             operators.dequantize(payload, CODED, x.dtype)
 
-    return x.nbytes / statistics.median(_repeated(group, code, share, device))
-
-
-def _repeated(
-    group: Any, task: Callable[[], object], share: float, device: torch.device
-) -> list[float]:
-    """Seconds of the slowest rank, for about ``share`` seconds; the same on all ranks."""
-
-    def once() -> float:
-        dist.barrier(group)
-        begin = time.perf_counter()
-        task()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
-
-    def slowest(seconds: list[float]) -> list[float]:
-        times = torch.tensor(seconds, dtype=torch.float64, device=device)
-        dist.all_reduce(times, dist.ReduceOp.MAX, group=group)
-        found: list[float] = times.tolist()
-        return found
-
-    for _ in range(WARM_UP):
-        slowest([once()])
-    runs = max(3, min(100, int(share / max(slowest([once()])[0], 1e-6))))
-    return slowest([once() for _ in range(runs)])
-
-
-def _sender(group: Any, carrier: Carrier, x: Tensor) -> Callable[[], object]:
-    """A function that lets the carrier send ``x`` once."""
-    world, rank = group.size(), group.rank()
-    gathered = x.new_empty(world * x.numel()) if carrier == "all_gather" else x
-    part = x.new_empty(x.numel() // world)
-
-    def send() -> None:
-        if rank == 0:
-            dist.send(x, group=group, group_dst=1)
-        elif rank == 1:
-            dist.recv(x, group=group, group_src=0)
-
-    carry: dict[str, Callable[[], object]] = {
-        "send": send,
-        "all_reduce": lambda: dist.all_reduce(x, dist.ReduceOp.MAX, group=group),
-        "all_gather": lambda: all_gather_single(gathered, x, group=group),
-        "reduce_scatter": lambda: reduce_scatter_single(part, x, group=group),
-    }
-    return carry[carrier]
+    (found,) = seconds_in_turn(group, [code], share, device, RUNS)
+    return x.nbytes / statistics.median(found)
