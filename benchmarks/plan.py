@@ -103,7 +103,7 @@ class Measured:
 
     def predicted(self, fmt: str) -> float:
         i = self.formats.index(fmt)
-        return sum(self.scores.increase(site.formats[i]) for site in self.scores.sites)
+        return sum(self.scores.increase(site, site.formats[i]) for site in self.scores.sites)
 
 
 def plan_row(case: Case, found: Measured, bits: int, largest: int) -> Row:

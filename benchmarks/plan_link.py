@@ -67,7 +67,7 @@ def work(scores: rf.Scores, formats: dict[str, str], link: rf.Link) -> Work:
     for site in scores.sites:
         fmt = rf.QuantFormat.parse(formats[site.site]) if formats[site.site] else None
         for score in site.formats:
-            increase += scores.increase(score) if fmt and score.format == fmt.spec else 0.0
+            increase += scores.increase(site, score) if fmt and score.format == fmt.spec else 0.0
         for shape, times in site.calls.items():
             often = times // scores.batches  # batches have one shape
             calls += [(torch.randn(shape), fmt)] * often

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -30,6 +29,8 @@ UNLIMITED = 1e300
 
 Replan = Callable[[Scores, str, float], tuple[float, float]]
 """Bytes and predicted increase of the best plan for (scores, "bytes" or "loss", limit)."""
+Named = tuple[str, tuple[float, float]]
+"""What a plan is called, its bytes and its predicted increase."""
 
 
 def shown_site(
@@ -67,6 +68,7 @@ def plan_page(
     model: nn.Module | None,
     kind: str,
     replan: Replan,
+    uniform: Sequence[Named],
 ) -> Page:
     """The page of :meth:`Plan.page <rfcompile.planning.plan.Plan.page>`."""
     plots = [*bytes_plot(sites), *kurtosis_plot(sites)]
@@ -75,7 +77,7 @@ def plan_page(
         notes.append("kurtosis, SQNR and the frontier need the scores: plan.page(path, scores=...)")
     else:
         plots += sqnr_plot([*_measured(scores)])
-        frontier = [*_frontier(sites, scores, replan)]
+        frontier = [*_frontier(sites, scores, replan, uniform)]
         plots += frontier
         if not frontier:
             notes.append("no frontier: no plan increases the predicted loss")
@@ -104,13 +106,15 @@ def _measured(scores: Scores) -> Iterator[tuple[float, float, str]]:
 # ---- the frontier ------------------------------------------------------------------------------
 
 
-def _frontier(sites: Sequence[ShownSite], scores: Scores, replan: Replan) -> Iterator[str]:
+def _frontier(
+    sites: Sequence[ShownSite], scores: Scores, replan: Replan, uniform: Sequence[Named]
+) -> Iterator[str]:
     """The least predicted increase of the loss by bytes, uniform policies, and this plan."""
     exact = sum(site.bytes_before or 0.0 for site in sites)
     this = (sum(site.bytes_after or 0.0 for site in sites), sum(s.increase or 0.0 for s in sites))
     series = [
         _series("best plans", "c0", _best(scores, exact, replan), is_line=True),
-        _series("uniform policies", "c1", _uniform(scores, replan)),
+        _series("uniform policies", "c1", uniform),
         _series("this plan", "c4", [("this plan", this)]),
     ]
     values = [value for points in series for value in points.y]
@@ -121,31 +125,12 @@ def _frontier(sites: Sequence[ShownSite], scores: Scores, replan: Replan) -> Ite
         yield plot("Loss by bytes", x, y, series)
 
 
-Named = tuple[str, tuple[float, float]]
-"""What a plan is called, its bytes and its predicted increase."""
-
-
 def _best(scores: Scores, exact: float, replan: Replan) -> Iterator[Named]:
     least, _ = replan(scores, "loss", UNLIMITED)
     if 0 < least < exact:
         for i in range(BUDGETS):
             limit = least * (exact / least) ** (i / (BUDGETS - 1)) * (1 + 1e-9)
             yield "best plan", replan(scores, "bytes", limit)
-
-
-def _uniform(scores: Scores, replan: Replan) -> Iterator[Named]:
-    """One format at all sites, for each format that all sites have."""
-    for score in scores.sites[0].formats:
-        only = _only(scores, score.format)
-        if all(site.formats for site in only.sites):
-            yield f"uniform {score.format}", replan(only, "loss", UNLIMITED)
-
-
-def _only(scores: Scores, fmt: str) -> Scores:
-    def kept(site: SiteScore) -> SiteScore:
-        return replace(site, formats=tuple(s for s in site.formats if s.format == fmt))
-
-    return replace(scores, sites=tuple(map(kept, scores.sites)))
 
 
 def _series(name: str, style: str, plans: Iterable[Named], *, is_line: bool = False) -> Points:

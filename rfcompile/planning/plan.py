@@ -154,7 +154,8 @@ class Plan(PagedReport):
             )
             for c in self.choices
         ]
-        return plan_page(tiles, sites, scores, model, self.kind, replan)
+        uniform = [*_uniform(scores, self.link)] if scores else []
+        return plan_page(tiles, sites, scores, model, self.kind, replan, uniform)
 
     def check(self, model: nn.Module, batches: Any, *, loss: Loss, largest: int = 3) -> PlanCheck:
         """Measure what the plan costs, and compare it with the prediction.
@@ -270,6 +271,15 @@ def options_of(scores: Scores, link: Link | None) -> list[list[Choice]]:
     return [_options(scores, site, carrier, link is not None) for site in scores.sites]
 
 
+def _uniform(scores: Scores, link: Link | None) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Bytes and predicted increase of one format at all sites that have it, by its name."""
+    sites = options_of(scores, link)
+    for fmt in dict.fromkeys(score.format for site in scores.sites for score in site.formats):
+        chosen = [next((o for o in site if o.format == fmt), site[0]) for site in sites]
+        numbers = sum(o.bytes for o in chosen), sum(o.increase for o in chosen)
+        yield f"uniform {fmt}", numbers
+
+
 def _options(scores: Scores, site: SiteScore, link: Link, has_link: bool) -> list[Choice]:
     exact = _choice(scores, site, None, link, has_link)
     coded = [_choice(scores, site, score, link, has_link) for score in site.formats]
@@ -295,7 +305,7 @@ def _choice(
         per_batch(link.sent, None),
         per_batch(link.sent, fmt),
         per_batch(link.seconds, fmt) if has_link else None,
-        scores.increase(score) if score else 0.0,
+        scores.increase(site, score) if score else 0.0,
         site.calls,
         site.itemsize,
     )

@@ -1,36 +1,20 @@
 """The public function score: the predicted increase of the loss for every site and format.
 
-One batch takes three forward and backward passes, whatever the number of sites and formats:
-
-1. as the model is: the outputs ``y`` of all sites and the gradients ``g`` of the loss there;
-2. and 3. with a disturbance ``+v`` and ``-v`` at all sites at once. The elements of ``v`` are as
-   large as the errors of the formats, with independent random signs. Half the difference of the
-   gradients is ``H v``, where ``H`` is the Hessian of the loss with respect to disturbances at all
-   sites, so ``(H v)_i / v_i`` has the mean ``H_ii`` (Hutchinson; Bekas, Kokiopoulou, Saad 2007).
-
-Each format costs one round trip of ``y``, with the error ``e``. To second order, and for errors
-that are independent of one another, the loss then grows by ``g . e + 1/2 sum_i H_ii e_i^2``.
-
-Estimates of ``H`` are noisy, and a plan that had one for each format would choose what is low by
-chance (docs/measured/plan.md). Formats of one layout (group size and rotation) have errors in the
-same places, because the elements of a group share their step. So what a unit of squared error costs
-there is ``c = 1/2 sum_i H_ii w_i``, with ``w_i`` the mean over formats of ``e_i^2 / sum_j e_j^2``
-(those without an error are left out). The second term is ``c' sum_i e_i^2``; ``c'`` is the mean of
-``c`` over the layouts of the site, times a factor of the layout that all sites of the batch share.
-The squared errors are exact. ``v_i^2`` is the mean over layouts of ``w_i``, times the median over
-formats of ``sum_j e_j^2``.
+A batch takes one forward and backward pass as the model is, and one for each format that is probed
+on it (:mod:`~rfcompile.planning.probes`), whatever the number of sites. Each format costs one round
+trip of what crosses, whose squared error is exact. What a unit of squared error costs is estimated
+from all probes together (:mod:`~rfcompile.planning.pooled`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from itertools import chain, pairwise
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,11 +26,11 @@ from rfcompile.graph.capture import in_mode
 from rfcompile.graph.models import check_module, has_collectives, uncompiled
 from rfcompile.graph.modules import Modules
 from rfcompile.graph.one_step import state_kept
+from rfcompile.planning.probes import Probes, Sites
 from rfcompile.planning.progress import shown
-from rfcompile.planning.scores import FormatScore, Scores, SiteScore
-from rfcompile.planning.taps import Crossings, Pass, Taps
+from rfcompile.planning.scores import Scores
+from rfcompile.planning.taps import Taps
 from rfcompile.planning.weights import Weights
-from rfcompile.wire.fake import round_trip
 from rfcompile.wire.policy import Formatish
 from rfcompile.wire.process_groups import transport
 from rfcompile.wire.together import resolved, together
@@ -60,17 +44,6 @@ FORMATS: tuple[Formatish, ...] = (2, 3, 4, 5, 6, 8, "2b:h128", "3b:h128", "4b:h1
 
 Kind = Literal["activations", "weights"]
 """The kinds of traffic that are scored."""
-
-
-class Sites(Protocol):
-    """What is scored: places of a model that one pass may disturb."""
-
-    model: nn.Module
-
-    @property
-    def names(self) -> list[str]: ...
-
-    def run(self, loss: Callable[[], Tensor], given: Crossings | None, what: str) -> Pass: ...
 
 
 _SITES: dict[str, Callable[[nn.Module, Modules], Sites]] = {
@@ -100,8 +73,9 @@ def score(
     Gradients and optimizer states are not scored: their errors change the next step and not this
     loss.
 
-    Cost: three forward and backward passes a batch, and one round trip for each site and format.
-    Memory: the values of all sites four times, beside what a backward pass holds.
+    Cost: five forward and backward passes a batch (the exact one and four of the formats in turn;
+    formats that then never had a turn have it on the last batch), and one round trip for each site
+    and format. Memory: the values of all sites four times, beside what a backward pass holds.
 
     Args:
         batches: whatever ``loss`` takes, one after another; they are read once.
@@ -161,16 +135,23 @@ def _score(
         raise OptionError("model", type(model).__name__, rule)
     candidates = _candidates(formats, kind)
     sites = _SITES[kind](model, modules)
-    sums = {name: _SiteSums(candidates) for name in sites.names}
+    probes = Probes(sites, candidates, seed)
     total, count = 0.0, 0
     watched = closing(shown(batches, "score", progress))
     with quiet(sites.model), torch.enable_grad(), watched as each:
-        for count, batch in enumerate(each, 1):
-            total += _score_batch(sites, sums, loss, (count, batch), seed)
+        for count, (batch, is_last) in enumerate(_with_last(each), 1):
+            value = partial(loss_of, loss, sites.model, batch, count)
+            total += probes.add(value, count, is_last)
     if not count:
         raise OptionError("batches", batches, "give one batch or more; an iterator is read once.")
-    found = tuple(sums[name].result(name) for name in sites.names)
-    return Scores(digest(model), kind, count, total, found)
+    return Scores(digest(model), kind, count, total, probes.result())
+
+
+def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each batch, and whether it is the last one."""
+    end = object()
+    for batch, following in pairwise(chain(batches, [end])):
+        yield batch, following is end
 
 
 def digest(model: nn.Module) -> str:
@@ -210,141 +191,3 @@ def _candidates(formats: Sequence[Formatish], kind: str) -> list[QuantFormat]:
     if not found:
         raise OptionError("formats", formats, "give one format or more beside exact.")
     return list(dict.fromkeys(found))
-
-
-def _score_batch(
-    sites: Sites, sums: dict[str, _SiteSums], loss: Loss, numbered: tuple[int, Any], seed: int
-) -> float:
-    index, batch = numbered
-
-    def run(disturbances: Crossings | None) -> Pass:
-        value = partial(loss_of, loss, sites.model, batch, index)
-        return sites.run(value, disturbances, f"batch {index}")
-
-    exact = run(None)
-    terms = {n: sums[n].terms(exact.values[n], exact.gradients[n]) for n in sites.names}
-    signs = torch.Generator().manual_seed(seed + index)
-    probes = {n: [_signed(v, signs) for v in found.probe] for n, found in terms.items()}
-    above = run(probes).gradients
-    below = run({n: [-v for v in probe] for n, probe in probes.items()}).gradients
-    costs: dict[str, dict[Layout, float]] = {}
-    for n, probe in probes.items():
-        parts = zip(probe, above[n], below[n], strict=True)
-        bent = [(up.float() - down.float()) / 4 / v.float() for v, up, down in parts]
-        costs[n] = terms[n].costs([b.nan_to_num(0, 0, 0) for b in bent])
-    factors = _factors(costs, terms)
-    for n in sites.names:
-        mean = statistics.fmean(costs[n].values())
-        sums[n].add(exact.values[n], terms[n], {k: mean * f for k, f in factors.items()})
-    return float(exact.value)
-
-
-def _factors(
-    costs: Mapping[str, Mapping[Layout, float]], terms: Mapping[str, _Terms]
-) -> dict[Layout, float]:
-    """What a unit of squared error costs in each layout over the mean of all layouts.
-
-    Sums over sites, weighted by their typical squared error; 1 where a sum is not positive.
-    """
-    layouts = list(next(iter(costs.values())))
-    sums = {k: sum(costs[n][k] * terms[n].typical for n in costs) for k in layouts}
-    mean = statistics.fmean(sums.values())
-    return {k: sums[k] / mean if min(sums[k], mean) > 0 else 1.0 for k in layouts}
-
-
-def _signed(v: Tensor, generator: torch.Generator) -> Tensor:
-    """``v`` with an independent random sign for each element."""
-    signs = torch.randint(0, 2, v.shape, generator=generator, dtype=torch.int8)
-    return v * (2 * signs - 1).to(v.device, v.dtype)
-
-
-Layout = tuple[int | None, int | None]
-"""Group size and rotation of a format: where its errors are."""
-
-
-@dataclass
-class _Terms:
-    """Of one site and batch: by format ``g . e`` and ``sum_i e_i^2``, by layout the shares of the
-    elements in the squared error, which sum to 1, and what to disturb the site by.
-    """
-
-    first: dict[str, float]
-    noise: dict[str, float]
-    shares: dict[Layout, list[Tensor]]
-    probe: list[Tensor]
-
-    @property
-    def typical(self) -> float:
-        """The median squared error of the formats that have one; 0 if none has."""
-        noises = [noise for noise in self.noise.values() if noise]
-        return statistics.median(noises) if noises else 0.0
-
-    def costs(self, bent: Sequence[Tensor]) -> dict[Layout, float]:
-        """Of a unit of squared error, by layout; ``bent`` estimates ``1/2 H_ii`` of each call."""
-        pairs = {k: zip(bent, shares, strict=True) for k, shares in self.shares.items()}
-        return {k: sum(_dot(b, share) for b, share in pair) for k, pair in pairs.items()}
-
-
-class _SiteSums:
-    """The sums of one site over batches; each is one float64 number."""
-
-    def __init__(self, candidates: Sequence[QuantFormat]) -> None:
-        self.sums = {fmt.spec: [0.0] * 4 for fmt in candidates}
-        self.layouts: dict[Layout, list[str]] = {}
-        for fmt in candidates:
-            self.layouts.setdefault((fmt.group_size, fmt.rotate), []).append(fmt.spec)
-        self.powers = [0.0] * 5
-        self.peak, self.dtype, self.itemsize = 0.0, "", 0
-        self.calls: dict[tuple[int, ...], int] = {}
-
-    def terms(self, values: Sequence[Tensor], gradients: Sequence[Tensor]) -> _Terms:
-        """Quantize what crossed, in all formats."""
-        found = _Terms({}, {}, {}, [])
-        for layout, specs in self.layouts.items():
-            shares = [torch.zeros_like(y, dtype=torch.float32) for y in values]
-            for spec in specs:
-                errors = [round_trip(y, spec).float() - y.float() for y in values]
-                pairs = zip(gradients, errors, strict=True)
-                found.first[spec] = sum(_dot(g.float(), e) for g, e in pairs)
-                found.noise[spec] = noise = sum(_dot(e, e) for e in errors)
-                for share, error in zip(shares, errors, strict=True):
-                    share += error.square() / noise if noise else 0.0
-            coded = sum(found.noise[spec] > 0 for spec in specs)
-            found.shares[layout] = [share / max(coded, 1) for share in shares]
-        scale = found.typical / len(self.layouts)
-        for y, *parts in zip(values, *found.shares.values(), strict=True):
-            found.probe.append((scale * torch.stack(parts).sum(0)).sqrt().to(y.dtype))
-        return found
-
-    def add(self, values: Sequence[Tensor], terms: _Terms, costs: Mapping[Layout, float]) -> None:
-        """One batch; ``costs`` of a unit of squared error."""
-        for y in values:
-            self._add_values(y)
-        for layout, specs in self.layouts.items():
-            for spec in specs:
-                first, noise = terms.first[spec], terms.noise[spec]
-                added = first, first**2, costs[layout] * noise, noise
-                self.sums[spec] = [a + b for a, b in zip(self.sums[spec], added, strict=True)]
-
-    def _add_values(self, y: Tensor) -> None:
-        self.dtype, self.itemsize = str(y.dtype).removeprefix("torch."), y.element_size()
-        shape = tuple(y.shape)
-        self.calls[shape] = self.calls.get(shape, 0) + 1
-        exact = y.double()
-        power = torch.ones_like(exact)
-        for i in range(5):
-            self.powers[i] += float(power.sum())
-            power *= exact
-        if y.numel():
-            self.peak = max(self.peak, float(exact.abs().max()))
-
-    def result(self, path: str) -> SiteScore:
-        formats = tuple(FormatScore(spec, *sums) for spec, sums in self.sums.items())
-        return SiteScore(
-            path, self.dtype, self.itemsize, self.calls, tuple(self.powers), self.peak, formats
-        )
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    """``sum_i a_i b_i``: products in float32, their sum in float64."""
-    return float((a * b).sum(dtype=torch.float64))

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.errors import ScoreError
+from rfcompile.planning.pooled import pooled_costs
 from rfcompile.report.table import TableReport, table
 from rfcompile.wire.policy import KINDS
 
-SCHEMA = "rfcompile.scores/2"
+SCHEMA = "rfcompile.scores/3"
 """The first field of a file; the number grows when a reader of the old one would misread."""
 
 
@@ -27,16 +31,22 @@ class FormatScore:
         format: the text of the format.
         first, first_squared: sum of ``g . e`` and of its square, with ``e`` the quantization error
             of the site's output and ``g`` the gradient of the loss there.
-        second: sum of ``c sum_i e_i^2``, with ``c`` what a unit of squared error costs at this site
-            in this batch and layout (:mod:`rfcompile.planning.score` has the formula).
         noise: sum of all ``e_i^2``.
+        probes: how often this format was probed at this site
+            (:mod:`rfcompile.planning.probes` has the formula).
+        probed: sum of all ``e_i^2`` of the batches of these probes.
+        second, second_squared: sum over probes of the second-order term ``s``, and of
+            ``s^2 / sum_i e_i^2``.
     """
 
     format: str
     first: float
     first_squared: float
-    second: float
     noise: float
+    probes: int
+    probed: float
+    second: float
+    second_squared: float
 
 
 @dataclass(frozen=True)
@@ -121,24 +131,39 @@ class Scores(TableReport):
     def schema(cls) -> str:
         return SCHEMA
 
-    def increase(self, score: FormatScore) -> float:
+    def increase(self, site: SiteScore, score: FormatScore) -> float:
         """The predicted increase of the mean loss if this site alone travels in this format.
 
         The mean over batches of ``g . e`` (:meth:`first`) and of the second-order term
         (:meth:`second`). The first term counts only where it is no chance, see
-        :meth:`first_counts`. Of the second term the magnitude counts: at a minimum of the loss it
-        is not negative, and where an estimate is, a plan would send the site with the largest
-        error there is.
+        :meth:`first_counts`.
         """
-        return abs(self.second(score)) + (self.first(score) if self.first_counts(score) else 0.0)
+        first = self.first(score) if self.first_counts(score) else 0.0
+        return self.second(site, score) + first
 
     def first(self, score: FormatScore) -> float:
         """The mean of ``g . e`` over batches."""
         return score.first / self.batches
 
-    def second(self, score: FormatScore) -> float:
-        """The mean of the second-order term over batches."""
-        return score.second / self.batches
+    def second(self, site: SiteScore, score: FormatScore) -> float:
+        """The second-order term: what a unit of squared error costs, times the mean over batches.
+
+        The cost is that of all probes together (:func:`~rfcompile.planning.pooled.pooled_costs`).
+        Its magnitude counts: at a minimum of the loss it is not negative, and where an estimate is,
+        a plan would send the site with the largest error there is.
+        """
+        return self._costs[site.site, score.format] * score.noise / self.batches
+
+    @cached_property
+    def _costs(self) -> dict[tuple[str, str], float]:
+        names = "probes", "probed", "second", "second_squared"
+        sums = [[[getattr(f, n) for f in site.formats] for site in self.sites] for n in names]
+        costs = pooled_costs(*np.array(sums, dtype=np.float64))
+        return {
+            (site.site, score.format): float(cost)
+            for site, row in zip(self.sites, costs, strict=True)
+            for score, cost in zip(site.formats, row, strict=True)
+        }
 
     def first_counts(self, score: FormatScore) -> bool:
         """The mean of ``g . e`` differs from zero by more than chance explains.
@@ -159,7 +184,7 @@ class Scores(TableReport):
         for site in self.sites:
             facts = [site.site, f"{site.kurtosis:.3g}", f"{site.peak_over_rms:.3g}"]
             for score in site.formats:
-                numbers = [f"{self.increase(score):.3g}", f"{site.sqnr_db(score):.1f}"]
+                numbers = [f"{self.increase(site, score):.3g}", f"{site.sqnr_db(score):.1f}"]
                 rows.append([*facts, score.format, *numbers, f"{site.gap_db(score):.1f}"])
                 facts = ["", "", ""]
         yield from table(rows)

@@ -17,13 +17,12 @@ POWERS = (1.0, 0.0, 1.0, 0.0, 3.0)
 
 def scores_of(sensitivities: list[float]) -> rf.Scores:
     """Two batches; the increase of each site is its sensitivity times that of the format."""
-    sites = [
-        SiteScore(
-            f"s{i}", "float32", 4, {(4, 8, 32): 2}, POWERS, 3.0,
-            tuple(FormatScore(f"{b}b:g32:tread", 0, 0, 2 * s * x, 1) for b, x in FORMATS.items()),
-        )
-        for i, s in enumerate(sensitivities)
-    ]  # fmt: skip
+    sites = []
+    for i, s in enumerate(sensitivities):
+        costs = {f"{bits}b:g32:tread": s * x for bits, x in FORMATS.items()}
+        formats = [FormatScore(fmt, 0, 0, 2, 1, 1, cost, 0) for fmt, cost in costs.items()]
+        site = SiteScore(f"s{i}", "float32", 4, {(4, 8, 32): 2}, POWERS, 3.0, tuple(formats))
+        sites.append(site)
     return rf.Scores("digest", "activations", 2, 4.0, tuple(sites))
 
 

@@ -45,7 +45,7 @@ def every_plan(scores: rf.Scores) -> list[tuple[float, float]]:
     sites = [
         [(numel * 4, 0.0)]
         + [
-            (rf.QuantFormat.parse(f.format).payload_bytes(numel), scores.increase(f))
+            (rf.QuantFormat.parse(f.format).payload_bytes(numel), scores.increase(site, f))
             for f in site.formats
         ]
         for site in scores.sites
@@ -69,7 +69,7 @@ def test_bytes_against_every_choice(bits: float, case: Any) -> None:
 
 def test_loss_against_every_choice(case: Any) -> None:
     _, _, scores = case
-    budget = sum(scores.increase(site.formats[1]) for site in scores.sites)
+    budget = sum(scores.increase(site, site.formats[1]) for site in scores.sites)
     found = rf.plan(scores, loss=budget)
     assert found.increase <= budget * (1 + 1e-12)
     assert found.bytes == min(s for s, loss in every_plan(scores) if loss <= budget * (1 + 1e-12))

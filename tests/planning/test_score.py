@@ -76,10 +76,31 @@ def test_a_quadratic_loss_is_predicted_exactly(site: str, fmt: str) -> None:
     # the measured loss, 2,048 float32 numbers added in pairs, by less than 1e-6 of its value.
     loss = scores.loss / scores.batches
     expected = measured(model, quadratic, batches, {site: fmt})
-    predicted = scores.first(found) + scores.second(found)
+    predicted = scores.first(found) + scores.second(scores.sites[0], found)
     assert predicted == pytest.approx(expected, rel=2e-4, abs=2e-6 * loss)
     assert found.noise > 0
-    assert scores.second(found) > 0
+    assert scores.second(scores.sites[0], found) > 0
+
+
+@pytest.mark.parametrize("fmt", ["2b", "4b:g64", "3b:g64:h64"])
+def test_errors_that_all_tokens_share_add_up(fmt: str) -> None:
+    """A mean over tokens takes the chance out of their errors, unless they are the same ones."""
+
+    def pooled(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).mean(0).square().mean() / 2
+
+    model, token = chain(), torch.randn(64)
+    alike, others = token.expand(32, 64), torch.randn(32, 64)
+    seconds = []
+    for batch in (alike, others):
+        scores = rf.score(model, [batch], loss=pooled, formats=[fmt], modules=["0"])
+        [found] = scores.sites[0].formats
+        seconds.append(scores.second(scores.sites[0], found) / found.noise)
+        expected = measured(model, pooled, [batch], {"0": fmt})
+        predicted = scores.first(found) + scores.second(scores.sites[0], found)
+        # Bounds as above; the errors of a mean of 32 tokens are smaller than those of one.
+        assert predicted == pytest.approx(expected, rel=2e-4, abs=2e-6 * scores.loss)
+    assert seconds[0] > 4 * seconds[1]
 
 
 def test_increases_of_sites_add_up() -> None:
@@ -92,28 +113,50 @@ def test_increases_of_sites_add_up() -> None:
     scores = rf.score(model, batches, loss=distance, formats=[2, 4])
     assert [site.site for site in scores.sites] == ["blocks.0", "blocks.1", "blocks.2"]
     for i, bits in enumerate([2, 4]):
-        predicted = sum(scores.increase(site.formats[i]) for site in scores.sites)
+        predicted = sum(scores.increase(site, site.formats[i]) for site in scores.sites)
         together = measured(model, distance, batches, {site.site: bits for site in scores.sites})
         assert 0.7 < together / predicted < 1.4, bits  # what Plan.check takes for additive
 
 
-def test_one_number_of_a_site_says_what_a_unit_of_squared_error_costs() -> None:
+def test_each_format_has_the_cost_of_its_own_errors() -> None:
+    """Nothing was probed twice, so nothing says that the costs differ by chance."""
     model, x = chain(), torch.randn(32, 64)
-    scores = rf.score(model, [x], loss=quadratic, formats=[2, 3, 8], modules=["0"])
-    costs = [score.second / score.noise for score in scores.sites[0].formats]
-    assert costs == pytest.approx([costs[0]] * 3, rel=1e-9)
-    # With H diagonal: the mean over formats of the cost that each has alone.
-    alone = [rf.score(model, [x], loss=quadratic, formats=[b], modules=["0"]) for b in (2, 3, 8)]
-    own = [one.sites[0].formats[0] for one in alone]
-    mean = sum(score.second / score.noise for score in own) / 3
-    assert costs[0] == pytest.approx(mean, rel=2e-4)  # float32 gradients
+    formats = [2, 3, 8, "4b:g64:h64", "3b:g32"]
+    scores = rf.score(model, [x], loss=quadratic, formats=formats, modules=["0"])
+    for found, fmt in zip(scores.sites[0].formats, formats, strict=True):
+        expected = measured(model, quadratic, [x], {"0": fmt})
+        predicted = scores.first(found) + scores.second(scores.sites[0], found)
+        assert predicted == pytest.approx(expected, rel=2e-4, abs=2e-6 * scores.loss)
+
+
+@pytest.mark.parametrize(
+    ("batches", "probes"), [(1, [1] * 9), (2, [1] * 9), (4, [2] * 7 + [1] * 2)]
+)
+def test_every_format_has_its_turn(batches: int, probes: list[int]) -> None:
+    """Four a batch, in turn; on the last one those that never had a turn."""
+    given = [torch.randn(8, 64) for _ in range(batches)]
+    scores = rf.score(chain(), iter(given), loss=quadratic, modules=["0", "1"])
+    for site in scores.sites:
+        assert sorted(f.probes for f in site.formats) == sorted(probes)
+
+
+def test_large_errors_of_one_site_do_not_drown_another() -> None:
+    model, batches = chain(), [torch.randn(32, 64) for _ in range(8)]
+    batches = [batch.index_fill(1, torch.tensor(3), 1e3) for batch in batches]
+    with torch.no_grad():
+        model[0].gain[3], model[1].gain[3] = 1.0, 1e-3  # an outlier that only the first site has
+    scores = rf.score(model, batches, loss=quadratic, formats=[2, 4, 8], modules=["0", "1"])
+    alone = rf.score(model, batches, loss=quadratic, formats=[2, 4, 8], modules=["1"])
+    for ours, one in zip(scores.sites[1].formats, alone.sites[0].formats, strict=True):
+        exact = alone.second(alone.sites[0], one)
+        assert 0.7 < scores.second(scores.sites[1], ours) / exact < 1.4  # Plan.check's bounds
 
 
 @pytest.mark.parametrize(("batches", "counts"), [(4, False), (10, False), (20, True)])
 def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: bool) -> None:
     def score_of(terms: list[float]) -> FormatScore:
         squares = sum(term**2 for term in terms)
-        return FormatScore("4b:g128:rise", sum(terms), squares, 0.1, 1.0)
+        return FormatScore("4b:g128:rise", sum(terms), squares, 1.0, 1, 1.0, 0.1, 0.01)
 
     one_sided, coins = score_of([0.5] * batches), score_of([0.5, -0.5] * (batches // 2))
     others = (one_sided, coins, *[coins] * 46)
@@ -121,23 +164,7 @@ def test_a_first_order_term_counts_where_it_is_no_chance(batches: int, counts: b
     scores = rf.Scores("", "activations", batches, 1.0, (site,))
     assert scores.first_counts(one_sided) == counts  # of 48: 2 log(96 / 0.05) = 15.1 batches
     assert not scores.first_counts(coins)
-    assert scores.increase(one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
-
-
-def test_a_factor_of_a_layout_is_that_of_all_sites() -> None:
-    model = NanoGPT(layers=3).eval()
-    (x, _), *_ = sentences(1)
-
-    def distance(model: nn.Module, target: Tensor) -> Tensor:
-        return F.mse_loss(model(x), target)
-
-    formats = ["2b:g32", "4b:g32", "4b:g128:h32"]
-    scores = rf.score(model, [model(x).detach()], loss=distance, formats=formats)
-    costs = [[f.second / f.noise for f in site.formats] for site in scores.sites]
-    for two, four, rotated in costs:
-        assert two == pytest.approx(four, rel=1e-9)
-        assert rotated / four == pytest.approx(costs[0][2] / costs[0][1], rel=1e-9)
-    assert costs[0][2] != costs[0][1]
+    assert scores.increase(site, one_sided) == pytest.approx(0.1 / batches + 0.5 * counts)
 
 
 def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
@@ -145,11 +172,12 @@ def test_a_loss_that_falls_is_no_reason_for_large_errors() -> None:
         return -quadratic(model, batch)
 
     model, x = chain(), torch.randn(32, 64)
-    [site] = rf.score(model, [x], loss=quadratic, formats=[2, 8], modules=["0"]).sites
+    rising = rf.score(model, [x], loss=quadratic, formats=[2, 8], modules=["0"])
     scores = rf.score(model, [x], loss=falling, formats=[2, 8], modules=["0"])
-    for up, down in zip(site.formats, scores.sites[0].formats, strict=True):
-        assert scores.second(down) == -up.second < 0
-        assert scores.increase(down) == up.second
+    [site], [other] = rising.sites, scores.sites
+    for up, down in zip(site.formats, other.formats, strict=True):
+        assert down.second == -up.second < 0
+        assert scores.increase(other, down) == rising.increase(site, up) > 0
 
 
 def test_a_site_of_zeros_costs_nothing() -> None:
@@ -157,7 +185,8 @@ def test_a_site_of_zeros_costs_nothing() -> None:
     with torch.no_grad():
         model[0].gain.zero_()
     scores = rf.score(model, [torch.randn(4, 64)], loss=quadratic, formats=[2, 8], modules=["0"])
-    assert [scores.increase(score) for score in scores.sites[0].formats] == [0, 0]
+    [site] = scores.sites
+    assert [scores.increase(site, score) for score in site.formats] == [0, 0]
 
 
 def test_measures_of_a_site() -> None:
@@ -265,16 +294,16 @@ def test_merged_scores_are_those_of_all_batches() -> None:
     model, batches = NanoGPT(), sentences(3)
     whole = rf.score(model, batches, loss=language, formats=[3])
     parts = [
-        rf.score(model, batches[:2], loss=language, formats=[3]),
-        rf.score(model, batches[2:], loss=language, formats=[3], seed=2),  # the probes of batch 3
+        rf.score(model, part, loss=language, formats=[3]) for part in (batches[:2], batches[2:])
     ]
     merged = parts[0].merge(parts[1])
     assert merged.batches == 3
-    for one, other in zip(merged.sites, whole.sites, strict=True):
+    for one, other, a, b in zip(merged.sites, whole.sites, *(p.sites for p in parts), strict=True):
         assert one.calls == other.calls
         assert one.powers == pytest.approx(other.powers)
-        for a, b in zip(one.formats, other.formats, strict=True):
-            assert merged.increase(a) == pytest.approx(whole.increase(b), rel=1e-9)
+        [found], [first], [second], [expected] = one.formats, a.formats, b.formats, other.formats
+        assert (found.probes, found.second) == (3, first.second + second.second)
+        assert found.noise == pytest.approx(expected.noise, rel=1e-9)
     with pytest.raises(ScoreError, match="the model of the scores to merge"):
         whole.merge(rf.score(NanoGPT(width=64), batches, loss=language, formats=[3]))
     with pytest.raises(ScoreError, match="the sites of the scores to merge"):
@@ -286,8 +315,8 @@ def test_merged_scores_are_those_of_all_batches() -> None:
     [
         ("nonsense", "give a file that Scores.save wrote"),
         ("[]", "give a file that Scores.save wrote"),
-        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/2'"),
-        ('{"schema": "rfcompile.scores/2", "sites": [{}]}', "a field is missing or unknown"),
+        ('{"schema": "rfcompile.scores/9"}', "this version reads 'rfcompile.scores/3'"),
+        ('{"schema": "rfcompile.scores/3", "sites": [{}]}', "a field is missing or unknown"),
     ],
 )
 def test_files_that_are_no_scores(content: str, message: str, tmp_path: Path) -> None:

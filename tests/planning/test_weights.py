@@ -45,7 +45,7 @@ def test_a_quadratic_loss_is_predicted_exactly() -> None:
     with torch.no_grad():
         model.gain.copy_(exact)
     # as in test_score.py: finite differences of float32 gradients, and float32 sums of the loss
-    predicted = scores.first(found) + scores.second(found)
+    predicted = scores.first(found) + scores.second(scores.sites[0], found)
     assert predicted == pytest.approx(after - before, rel=2e-4, abs=2e-6 * before)
 
 
