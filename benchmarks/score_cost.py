@@ -3,10 +3,10 @@
     python benchmarks/score_cost.py    # some minutes
 
 A GPT of 24 layers (``examples/gpt.py``) on one thread: a step of training (forward, backward,
-AdamW) and ``rf.score`` of one batch take turns in one process. The row has the median CPU time of
-each in seconds and the ratio. ``rf.score`` has its default formats; the sites are the ends of the
-blocks. What a score does once, the copy of the model, counts too. Results: in
-``benchmarks/results/score_cost.jsonl``.
+AdamW) and ``rf.score`` of some batches take turns in one process. The row has the median CPU time
+of a step and of a batch that is scored, in seconds, and their ratio. ``rf.score`` has its default
+formats; the sites are the ends of the blocks. What a score does once, the copy of the model, counts
+too. Results: in ``benchmarks/results/score_cost.jsonl``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in (
-        ("layers", 24), ("width", 256), ("heads", 4), ("context", 128), ("batch", 8), ("runs", 5),
+        ("layers", 24), ("width", 256), ("heads", 4), ("context", 128), ("batch", 8),
+        ("batches", 4), ("runs", 5),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--out", type=Path, default=RESULTS / "score_cost.jsonl")
@@ -51,7 +52,7 @@ def main() -> None:
         optimizer.step()
 
     def score() -> None:
-        rf.score(model, [tokens], loss=loss, modules="blocks")
+        rf.score(model, [tokens] * options.batches, loss=loss, modules="blocks")
 
     times: dict[str, list[float]] = {"step": [], "score": []}
     for turn in range(options.runs + 1):
@@ -59,12 +60,14 @@ def main() -> None:
             begin = time.process_time()
             task()
             if turn:  # the first warms up
-                times[name].append(time.process_time() - begin)
+                seconds = time.process_time() - begin
+                times[name].append(seconds / (options.batches if name == "score" else 1))
     medians = {name: statistics.median(found) for name, found in times.items()}
     ratio = medians["score"] / medians["step"]
-    facts = {"batch": options.batch, "formats": len(FORMATS), **vars(config), **machine()}
+    facts = {"batch": options.batch, "batches": options.batches, "formats": len(FORMATS)}
+    facts |= {**vars(config), **machine()}
     write(options.out, [{**medians, "ratio": ratio, "all": times, **facts}])
-    print(f"a step {medians['step']:.2f} s, a score {medians['score']:.2f} s: {ratio:.2f} steps")
+    print(f"step {medians['step']:.2f} s, scored batch {medians['score']:.2f} s: {ratio:.2f} steps")
 
 
 if __name__ == "__main__":

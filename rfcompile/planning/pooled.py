@@ -29,8 +29,8 @@ def pooled_costs(
     times the median of the site, counts as that: chance alone makes some near zero or negative.
 
     Where nothing was probed twice nothing is known of chance, and estimates stay as they are; a
-    negative one, and a format without a probe, have ``rest = 0``. Magnitudes count: the estimates of
-    a site whose sum is negative are turned around.
+    negative one, and a format without a probe, have ``rest = 0``. Magnitudes count: where the sum
+    of a site is negative, its estimates are turned around.
     """
     mean = np.divide(second, noise, out=np.zeros_like(second), where=noise > 0)
     mean = mean * np.where(mean.sum(1, keepdims=True) < 0, -1.0, 1.0)
