@@ -10,7 +10,9 @@ attention and MLP) and each average of bits: the sites are scored on ``--batches
 plan is made whose bytes are at most those of the uniform policy of that many bits in groups of 128.
 The plan, and every uniform policy of the same formats that fits the bytes, are then measured on
 ``--evaluation`` other batches, of text that is held out. The best uniform policy is the one that
-these measured losses show, which favours it. For the first seed the frontier is measured too.
+these measured losses show, which favours it. For the first seed the frontier is measured too, with
+``--points`` plans; and with ``--alone`` each site alone in each format, on that many of the scored
+batches, beside what the scores predict, and what plans would save that knew these increases.
 
 Rows that are there with the same settings are not measured again: delete them, or the file, to
 start anew. Results: ``benchmarks/results/plan.jsonl`` and ``plan.png``.
@@ -34,6 +36,7 @@ from common import RESULTS, machine, write
 from plan_cases import Case, GPTConfig, gpt, minilm
 
 import rfcompile as rf
+from rfcompile.planning.knapsack import choose
 
 FORMATS = [
     *(f"{bits}b:g{group}" for bits in (2, 3, 4, 5, 6, 8) for group in (32, 128)),
@@ -64,7 +67,7 @@ class Measured:
     def __init__(self, case: Case, job: Job) -> None:
         self.model, self.loss = case.model, case.losses[job.loss]
         self.sites = case.sites[job.boundary]
-        calibration = case.calibration(job.calibration_batches, job.seed)
+        self.scored = calibration = case.calibration(job.calibration_batches, job.seed)
         self.batches = case.held_out(job.evaluation_batches, job.seed)
         begin = time.perf_counter()
         self.scores = rf.score(
@@ -72,19 +75,26 @@ class Measured:
             seed=job.seed << 16,
         )  # fmt: skip
         self.seconds = time.perf_counter() - begin
-        self.exact = self._losses(self.model)
+        self.exact = self._losses(self.model, self.batches)
         self.formats = [score.format for score in self.scores.sites[0].formats]
         self._uniform: dict[str, tuple[float, float]] = {}
 
-    def _losses(self, model: Any) -> list[float]:
+    def _losses(self, model: Any, batches: list[Any]) -> list[float]:
         with torch.no_grad():
-            return [self.loss(model, batch).item() for batch in self.batches]
+            return [self.loss(model, batch).item() for batch in batches]
 
     def increase(self, policy: rf.Policy) -> tuple[float, float]:
         """The mean over batches, and its standard error."""
         twin = rf.transform(self.model, rf.Wire(policy, modules=self.sites)).eval()
-        added = [b - a for a, b in zip(self.exact, self._losses(twin), strict=True)]
+        added = [b - a for a, b in zip(self.exact, self._losses(twin, self.batches), strict=True)]
         return statistics.fmean(added), statistics.stdev(added) / len(added) ** 0.5
+
+    def alone(self, site: str, fmt: str, batches: list[Any]) -> float:
+        """The increase of the mean loss of these batches with this site alone in a format."""
+        policy = rf.Policy(sites={site: fmt})
+        twin = rf.transform(self.model, rf.Wire(policy, modules=[site])).eval()
+        both = zip(self._losses(self.model, batches), self._losses(twin, batches), strict=True)
+        return statistics.fmean(after - before for before, after in both)
 
     def uniform(self, fmt: str) -> tuple[float, float]:
         if fmt not in self._uniform:
@@ -93,13 +103,7 @@ class Measured:
 
     def bytes(self, fmt: str) -> float:
         """Of a batch, in one format at all sites."""
-        of = rf.QuantFormat.parse(fmt)
-        calls = [
-            (torch.Size(shape).numel(), times)
-            for site in self.scores.sites
-            for shape, times in site.calls.items()
-        ]
-        return sum(of.payload_bytes(n) * times for n, times in calls) / self.scores.batches
+        return sum(site_bytes(self.scores, site, fmt) for site in self.scores.sites)
 
     def predicted(self, fmt: str) -> float:
         i = self.formats.index(fmt)
@@ -142,11 +146,41 @@ def frontier_row(found: Measured, points: int) -> Row:
     }  # fmt: skip
 
 
+def alone_row(found: Measured, options: argparse.Namespace) -> Row:
+    """Each site alone in each format, and the plans of who knows these increases."""
+    sites, formats = found.scores.sites, found.formats
+    scored = found.scored[: options.alone]
+    predicted = [[found.scores.increase(site, f) for f in site.formats] for site in sites]
+    measured = [[found.alone(site.site, fmt, scored) for fmt in formats] for site in sites]
+    sent = [[site_bytes(found.scores, site, fmt) for fmt in formats] for site in sites]
+    best = {}
+    for bits in options.bits:
+        budget = found.bytes(f"{bits}b:g128")
+        chosen = choose(sent, measured, budget) or []
+        knowing = sum(row[i] for row, i in zip(measured, chosen, strict=True))
+        sums = [sum(row[i] for row in measured) for i in range(len(formats))]
+        fitting = [s for s, fmt in zip(sums, formats, strict=True) if found.bytes(fmt) <= budget]
+        best[bits] = 1 - knowing / min(fitting)
+    return {
+        "task": "alone", "batches": len(scored), "site_names": [site.site for site in sites],
+        "formats": formats, "predicted": predicted, "measured": measured,
+        "less_loss_if_known": best,
+    }  # fmt: skip
+
+
+def site_bytes(scores: rf.Scores, site: Any, fmt: str) -> float:
+    """Of a batch, at one site."""
+    of = rf.QuantFormat.parse(fmt)
+    calls = [(torch.Size(shape).numel(), times) for shape, times in site.calls.items()]
+    return sum(of.payload_bytes(n) * times for n, times in calls) / scores.batches
+
+
 def rows_of(case: Case, job: Job, done: list[Row], options: argparse.Namespace) -> Iterator[Row]:
     bits = [b for b in options.bits if all(row.get("bits") != b for row in done)]
-    has_frontier = job.seed > 0 or not options.points
-    has_frontier |= any(row["task"] == "frontier" for row in done)
-    if not bits and has_frontier:
+    tasks = {row["task"] for row in done}
+    has_frontier = job.seed > 0 or not options.points or "frontier" in tasks
+    has_alone = job.seed > 0 or not options.alone or "alone" in tasks
+    if not bits and has_frontier and has_alone:
         return
     found = Measured(case, job)
     same = {**vars(job), **case.facts, **machine()}
@@ -154,6 +188,8 @@ def rows_of(case: Case, job: Job, done: list[Row], options: argparse.Namespace) 
         yield plan_row(case, found, b, options.largest) | same
     if not has_frontier:
         yield frontier_row(found, options.points) | same
+    if not has_alone:
+        yield alone_row(found, options) | same
 
 
 def show(row: Row) -> None:
@@ -166,6 +202,15 @@ def show(row: Row) -> None:
             f"ratio {row['ratio']:.2f}",
             flush=True,
         )
+    elif row["task"] == "alone":
+        print(f"{where}: known increases would save {row['less_loss_if_known']}", flush=True)
+        for i, fmt in enumerate(row["formats"]):
+            pairs = zip(row["predicted"], row["measured"], strict=True)
+            ratios = sorted(p[i] / m[i] for p, m in pairs if m[i] > 0)
+            if ratios:
+                shown = ratios[0], statistics.median(ratios), ratios[-1]
+                text = ", ".join(f"{r:.2f}" for r in shown)
+                print(f"  {fmt}: predicted over measured, least, median, most: {text}", flush=True)
 
 
 # ---- the picture --------------------------------------------------------------------------------
@@ -201,7 +246,7 @@ def main() -> None:
     for name, default in (
         ("steps", 400), ("width", 128), ("layers", 8), ("heads", 4), ("context", 128),
         ("batch", 16), ("batches", 16), ("evaluation", 32), ("largest", 3), ("seeds", 3),
-        ("points", 8), ("tokens", 32), ("threads", 0),
+        ("points", 8), ("alone", 0), ("tokens", 32), ("threads", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--models", nargs="+", default=["gpt", "minilm"])

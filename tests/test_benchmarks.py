@@ -162,14 +162,14 @@ def test_plan(root: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "plan.jsonl", tmp_path / "gpt.pt"
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
     command = ["benchmarks/plan.py", *sizes.split(), "--evaluation", "2", "--threads", "1"]
-    command += ["--models", "gpt", "--seeds", "1", "--bits", "4", "--points", "3"]
+    command += ["--models", "gpt", "--seeds", "1", "--bits", "4", "--points", "3", "--alone", "1"]
     rows = rows_of(root, out, *command, "--checkpoint", str(checkpoint))
     tasks = [(row["boundary"], row["task"]) for row in rows]
-    assert tasks == [(b, t) for b in ("stream", "branch") for t in ("plan", "frontier")]
+    assert tasks == [(b, t) for b in ("stream", "branch") for t in ("plan", "frontier", "alone")]
     assert checkpoint.exists()
     assert out.with_suffix(".png").exists()
     assert rows_of(root, out, *command, "--checkpoint", str(checkpoint)) == rows  # nothing is left
-    for row in rows[::2]:
+    for row in rows[::3]:
         assert row.keys() >= MACHINE | {"uniform", "predicted_increase", "ratio", "formats"}
         planned, budget = row["planned_bytes"], row["budget"]
         assert isinstance(planned, float)
@@ -178,7 +178,7 @@ def test_plan(root: Path, tmp_path: Path) -> None:
 
 
 def test_score_cost(root: Path, tmp_path: Path) -> None:
-    sizes = "--layers 2 --width 32 --heads 2 --context 16 --batch 2 --runs 2"
+    sizes = "--layers 2 --width 32 --heads 2 --context 16 --batch 2 --batches 1 --runs 2"
     out = tmp_path / "cost.jsonl"
     [row] = rows_of(root, out, "benchmarks/score_cost.py", *sizes.split())
     assert row.keys() >= MACHINE | {"step", "score", "ratio"}
