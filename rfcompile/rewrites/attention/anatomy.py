@@ -52,14 +52,18 @@ class Anatomy:
     attentions: tuple[Attention, ...]
 
 
-def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
+def anatomy(model: nn.Module, inputs: Inputs, module: fx.GraphModule | None = None) -> Anatomy:
     """Ask a model on example inputs; its parameters, modes and gradients stay as they are.
+
+    Args:
+        module: its :func:`~rfcompile.graph.capture.plain_graph` in eval mode; left out, it is
+            captured.
 
     Raises:
         CaptureError: it cannot be captured.
     """
     with torch.enable_grad(), in_mode(model, training=False), buffers_kept(model):
-        module = plain_graph(model, inputs)
+        module = plain_graph(model, inputs) if module is None else module
         run = _CutRun(module, model)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
