@@ -121,7 +121,8 @@ class _CutRun(Interpreter):
         codes = _codes(operand.shape[features_axis], operand)
         features: list[tuple[int, ...]] = []
         feeding: fx.Node | None = None
-        candidates = [n for n in self.linears if n in self.leaves]
+        before = [n for n in self.linears if self.order[n] <= self.order[node]]
+        candidates = [n for n in before if n in self.leaves]
         for head in _heads_in(operand):
             first = head.select(tokens, 0)
             if not candidates:
@@ -142,6 +143,8 @@ class _CutRun(Interpreter):
         """The linear whose input is the attention's result."""
         result = self.leaves[core.result]
         for node, linear in self.linears.items():
+            if self.order[node] < self.order[core.result]:
+                continue
             operand = self.env[self.inputs[node]]
             if not (isinstance(operand, Tensor) and operand.requires_grad):
                 continue
