@@ -213,7 +213,8 @@ def _hooks_of(model: nn.Module, add: ResidualAdd) -> str:
     module = model.get_submodule(add.module)
     places = []
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-        function = inspect.unwrap(getattr(hook, "__func__", hook))
+        called = hook if inspect.isroutine(hook) else type(hook).__call__
+        function = inspect.unwrap(getattr(called, "__func__", called))
         if isinstance(function, FunctionType):
             with suppress(SourceError):
                 if any(adds_in(definition_of(function), function)):

@@ -524,9 +524,14 @@ def add_input(_: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor:
     return result + args[0]
 
 
-def in_hook() -> nn.Module:
+class AddInput:
+    def __call__(self, _: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor:
+        return result + args[0]
+
+
+def hooked(hook: Callable[..., Tensor]) -> nn.Module:
     model = mlp()
-    model.register_forward_hook(add_input)
+    model.register_forward_hook(hook)
     return model
 
 
@@ -564,8 +569,10 @@ def generated() -> nn.Module:
     return model
 
 
+HOOK = r"reach: 0 \(aten\.add\.Tensor, perhaps by the hook at .*reach\.py:\d+\)"
 ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "a hook": (in_hook, r"reach: 0 \(aten\.add\.Tensor, perhaps by the hook at .*reach\.py:\d+\)"),
+    "a hook": (lambda: hooked(add_input), HOOK),
+    "an object as a hook": (lambda: hooked(AddInput()), HOOK),
     "a lambda of the instance": (InLambda, r"test_reach\.py:\d+ \(aten\.add\.Tensor\)"),
     "a class method": (InClassMethod, r"test_reach\.py:\d+ \(aten\.add\.Tensor\)"),
     "no file": (generated, "Made.* has no readable source"),
