@@ -1,14 +1,16 @@
 """Tells which site stands for which residual add by what is added, without a second capture.
 
-The captured graph runs, and so does the model whose candidates are sites already. A site stands for
-an add if the same skip enters it and the same sum leaves it, bit for bit. Where that leaves a doubt
-there is no answer, and the caller captures the model again.
+The captured graph runs, and so does the model whose candidates are sites already, both with random
+numbers for parameters of zeros. A site stands for an add if the same skip enters it and the same
+sum leaves it, bit for bit. Where that leaves a doubt there is no answer, and the caller captures
+the model again.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,17 +42,18 @@ def matched_sites(
     """The sites of the wanted adds, in their order; None where values do not tell.
 
     They tell if in each module every sum leaves as many calls of sites as wanted adds, and is not
-    the skip itself (a branch of zeros tells nothing); and if every call of such a site is a wanted
-    add with the skip on one side.
+    the skip itself; and if every call of such a site is a wanted add with the skip on one side.
 
     Args:
         model: with candidates in the places of its adds, which compute what they did.
         program: the model before, in eval mode.
     """
     try:
-        with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
-            sums = _sums_in(program, inputs, {add.node for add in wanted})
-            calls = _calls_in(model, inputs)
+        in_eval_mode = in_mode(model, training=False)
+        with torch.no_grad(), in_eval_mode, buffers_kept(model), torch.random.fork_rng():
+            state = _without_zeros(program.state_dict)
+            sums = _sums_in(program, state, inputs, {add.node for add in wanted})
+            calls = _calls_in(model, state, inputs)
     except Exception:  # the capture that follows says what does not run
         return None
     adds: dict[tuple[nn.Module, bytes], list[ResidualAdd]] = defaultdict(list)
@@ -80,6 +83,17 @@ def matched_sites(
     return [found[add] for add in wanted]
 
 
+def _without_zeros(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state in which no tensor is zero everywhere: a branch of zeros would tell nothing."""
+    generator = torch.Generator().manual_seed(0)
+    held: dict[Tensor, Tensor] = {}
+    for tensor in dict.fromkeys(state.values()):
+        held[tensor] = tensor
+        if tensor.is_floating_point() and not tensor.any():
+            held[tensor] = (0.1 * torch.randn(tensor.shape, generator=generator)).to(tensor)
+    return {name: held[tensor] for name, tensor in state.items()}
+
+
 def _digest(value: Any) -> bytes:
     if not isinstance(value, Tensor):
         return repr(value).encode()
@@ -92,10 +106,14 @@ def _digest(value: Any) -> bytes:
 
 
 def _sums_in(
-    program: torch.export.ExportedProgram, inputs: Inputs, names: set[str]
+    program: torch.export.ExportedProgram,
+    state: Mapping[str, Tensor],
+    inputs: Inputs,
+    names: set[str],
 ) -> dict[str, _Sum]:
     run = _Sums(program.graph_module, names)
-    run.run(*_arguments(program, inputs))
+    torch.manual_seed(0)
+    run.run(*_arguments(program, state, inputs))
     return run.found
 
 
@@ -117,10 +135,12 @@ class _Sums(fx.Interpreter):
         return result
 
 
-def _arguments(program: torch.export.ExportedProgram, inputs: Inputs) -> list[Any]:
+def _arguments(
+    program: torch.export.ExportedProgram, state: Mapping[str, Tensor], inputs: Inputs
+) -> list[Any]:
     """The inputs of a program's graph: parameters, buffers, constants, and what a user gives."""
     given = iter(pytree.tree_leaves(copied(inputs)))
-    held = {**program.state_dict, **program.constants}
+    held = {**state, **program.constants}
     return [
         next(given) if spec.kind is InputKind.USER_INPUT else held[str(spec.target)]
         for spec in program.graph_signature.input_specs
@@ -130,7 +150,9 @@ def _arguments(program: torch.export.ExportedProgram, inputs: Inputs) -> list[An
 # ---- the model ---------------------------------------------------------------------------------
 
 
-def _calls_in(model: nn.Module, inputs: Inputs) -> list[tuple[ResidualSite, _Sum]]:
+def _calls_in(
+    model: nn.Module, state: Mapping[str, Tensor], inputs: Inputs
+) -> list[tuple[ResidualSite, _Sum]]:
     """The calls of sites when the model runs, in order."""
     calls: list[tuple[ResidualSite, _Sum]] = []
 
@@ -140,8 +162,8 @@ def _calls_in(model: nn.Module, inputs: Inputs) -> list[tuple[ResidualSite, _Sum
     sites = [module for module in model.modules() if isinstance(module, ResidualSite)]
     hooks = [site.register_forward_hook(note) for site in sites]
     try:
-        args, kwargs = copied(inputs)
-        model(*args, **kwargs)
+        torch.manual_seed(0)
+        torch.func.functional_call(model, dict(state), *copied(inputs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -200,7 +200,7 @@ def _opened(
             f"function that it calls by name. Write it so{_or_as_graph(before, wanted)}.",
             left,
         )
-    _check_calls(graph, after)
+    _check_calls(graph, after, _or_as_graph(before, wanted))
     return [
         # The site's operands may be the other way round than the graph's: f - x is f + (-x).
         OpenedSite(now.module, replace(add, operand=now.operand))
@@ -233,7 +233,7 @@ def _or_as_graph(graph: fx.GraphModule, wanted: list[ResidualAdd]) -> str:
     )
 
 
-def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
+def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd], or_else: str) -> None:
     """A site may be called often, by a loop or a shared method: each time with the same skip."""
     calls: dict[str, set[tuple[ModuleCall, ...]]] = defaultdict(set)
     for module in graph.modules():
@@ -246,7 +246,8 @@ def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
             raise ResidualError(
                 f"the addition at {adds[0].source} serves several places: it is a residual add in "
                 f"{number} of its {len(calls[path])} calls, with the skip on the "
-                f"{' or the '.join(sides)}. Write the residual ones out, each in its place.",
+                f"{' or the '.join(sides)}. Write the residual ones out, each in its "
+                f"place{or_else}.",
                 adds,
             )
 

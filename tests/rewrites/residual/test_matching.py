@@ -52,7 +52,7 @@ class Twice(Base):
 
 
 class OfZeros(Base):
-    """Branches of zeros add nothing: every sum is the same."""
+    """With these parameters nothing is added, and every sum is the same."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,6 +69,11 @@ class Doubled(Base):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.f(x)) * (x + self.f(x))
+
+
+class TimesZero(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * self.f(x)
 
 
 class Stacked(Base):
@@ -100,7 +105,7 @@ def both_ways(
     return told[0], told[1], len(captures)
 
 
-@pytest.mark.parametrize("kind", [WithBias, Minus, Twice, Doubled, NanoGPT])
+@pytest.mark.parametrize("kind", [WithBias, Minus, Twice, Doubled, OfZeros, NanoGPT])
 def test_values_tell_what_a_second_capture_tells(
     kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +115,13 @@ def test_values_tell_what_a_second_capture_tells(
     assert captures == 0
 
 
-@pytest.mark.parametrize("kind", [OfZeros, Stacked])
+def test_parameters_stay() -> None:
+    model = OfZeros()
+    open_sites(model, ((X,), {}))
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [TimesZero, Stacked])
 def test_where_values_do_not_tell_the_model_is_captured_again(
     kind: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,3 +148,21 @@ def test_a_model_that_does_not_run_tells_nothing() -> None:
     program = program_of(model, ((X,), {}))
     wanted = [site.add for site in opened]
     assert matched_sites(model, ((X[..., :3],), {}), program, wanted) is None
+
+
+class Noisy(Base):
+    """Random in eval mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.rand_like(x)
+        return x + self.f(x)
+
+
+def test_random_numbers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_values, by_capture, captures = both_ways(Noisy(), ((X,), {}), monkeypatch)
+    assert by_values == by_capture
+    assert captures == 0
+    model = Noisy()
+    state = torch.random.get_rng_state()
+    open_sites(model, ((X,), {}))
+    assert torch.equal(torch.random.get_rng_state(), state)
