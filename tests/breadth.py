@@ -3,8 +3,9 @@
 A line says how many residual adds an oracle saw (``oracle.py``), whether ``rf.find_residuals``
 finds them on the same lines of source, how many were rewritten, whether the model with gains of 1
 computes the same bits, and what else happened. Stopped, it goes on where it was: lines of the same
-sources are not made again. The exit code is 1 if fewer than 97 % of the models that can be captured
-and have skips are rewritten exactly.
+sources are not made again. Names after the path: only these, in this order. Several processes may
+share a file: each leaves out what another has written. The exit code is 1 if fewer than 97 % of the
+models that can be captured and have skips are rewritten exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,17 +134,23 @@ def row(name: str, build: Callable[[], nn.Module], inputs_for: Inputs) -> dict[s
     return facts | {"rewritten": len(report.sites), "left": len(report.left), "exact": same}
 
 
-def main(path: Path) -> int:
+def done_in(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of these sources in a file, by name."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {r["name"]: r for r in rows if r["sources"] == source_digest()}
+
+
+def main(path: Path, names: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    done = {r["name"]: r for r in rows if r["sources"] == source_digest()}
-    for name, how in models().items():
-        if name not in done:
-            done[name] = row(name, *how)
+    every = models()
+    for name in names or every:
+        if name not in done_in(path):
+            line = json.dumps(row(name, *every[name]))
             with path.open("a") as file:
-                file.write(json.dumps(done[name]) + "\n")
-        print(json.dumps(done[name]), flush=True)
+                file.write(line + "\n")
+            print(line, flush=True)
+    done = {name: r for name, r in done_in(path).items() if name in (names or every)}
     captured = [r for r in done.values() if r.get("error") != CaptureError.__name__]
     agree = sum(bool(r.get("as seen")) for r in captured)
     skipping = [r for r in captured if r["seen"] or r.get("found")]
@@ -155,4 +162,4 @@ def main(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,19 @@ def test_compile_time(root: Path, tmp_path: Path) -> None:
     (row,) = rows_of(root, tmp_path / "compile_time.jsonl", *script)
     assert row.keys() >= MACHINE | {"layers", "world_size", "seconds", "ratios"}
     assert row["ratios"]["exact"] == [1.0]  # type: ignore[index]
+
+
+def test_rewrite_time(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    script = ["benchmarks/rewrite_time.py", "--layers", "2", "--runs", "1"]
+    rows = rows_of(root, tmp_path / "rewrite_time.jsonl", *script)
+    assert [row["model"] for row in rows] == ["llama", "gpt"]
+    for row in rows:
+        assert row.keys() >= MACHINE | {"seconds", "ratios", "calls", "load"}
+        calls: Any = row["calls"]
+        captures = {name: count["captures"] for name, count in calls.items()}
+        expected = {"export": 1, "find": 1, "anneal": 1, "free": 2, "wire": 0, "explain": 0}
+        assert captures == expected
 
 
 def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     if isinstance(model, fx.GraphModule):
         return model
     inputs = inputs_of(model, example_inputs)
-    graph: fx.GraphModule = _exported_plainly(model, inputs).graph_module
+    graph: fx.GraphModule = program_of(model, inputs).graph_module
     return graph
 
 
@@ -95,8 +95,12 @@ def _without_caches(model: nn.Module) -> Iterator[None]:
             values["use_cache"] = use_cache
 
 
-def _exported_plainly(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    """:func:`exported`, with tensors in the place of output objects that torch does not know."""
+def program_of(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """:func:`exported`, with tensors in the place of output objects that torch does not know.
+
+    Raises:
+        CaptureError: as :func:`exported`.
+    """
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return pytree.tree_map(lambda x: x if isinstance(x, _LEAVES) else tensors_of(x), output)
@@ -145,7 +149,7 @@ def flat_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    module: Any = _exported_plainly(model, inputs).module()
+    module: Any = program_of(model, inputs).module()
     return _without_regions(module)
 
 
@@ -156,7 +160,12 @@ def plain_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
     Raises:
         CaptureError: as :func:`exported`.
     """
-    module: Any = _without_einsum(_exported_plainly(model, inputs)).module()
+    return plain_graph_of(program_of(model, inputs))
+
+
+def plain_graph_of(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """:func:`plain_graph` of a model that was captured by :func:`program_of` already."""
+    module: Any = _without_einsum(program).module()
     return _without_regions(module)
 
 
@@ -263,7 +272,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             buffers.update(held)
         with torch.no_grad():
             for buffer, version, value in values:
-                if buffer._version != version:
+                # Batch norms change theirs without a new version.
+                if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

@@ -52,14 +52,18 @@ class Anatomy:
     attentions: tuple[Attention, ...]
 
 
-def anatomy(model: nn.Module, inputs: Inputs) -> Anatomy:
+def anatomy(model: nn.Module, inputs: Inputs, module: fx.GraphModule | None = None) -> Anatomy:
     """Ask a model on example inputs; its parameters, modes and gradients stay as they are.
+
+    Args:
+        module: its :func:`~rfcompile.graph.capture.plain_graph` in eval mode; left out, it is
+            captured.
 
     Raises:
         CaptureError: it cannot be captured.
     """
     with torch.enable_grad(), in_mode(model, training=False), buffers_kept(model):
-        module = plain_graph(model, inputs)
+        module = plain_graph(model, inputs) if module is None else module
         run = _CutRun(module, model)
         run.run(*pytree.tree_leaves(copied(inputs)), enable_io_processing=False)
         attentions = [run.ask(core) for core in cores_of(module.graph)]
@@ -117,7 +121,8 @@ class _CutRun(Interpreter):
         codes = _codes(operand.shape[features_axis], operand)
         features: list[tuple[int, ...]] = []
         feeding: fx.Node | None = None
-        candidates = [n for n in self.linears if n in self.leaves]
+        before = [n for n in self.linears if self.order[n] <= self.order[node]]
+        candidates = [n for n in before if n in self.leaves]
         for head in _heads_in(operand):
             first = head.select(tokens, 0)
             if not candidates:
@@ -138,6 +143,8 @@ class _CutRun(Interpreter):
         """The linear whose input is the attention's result."""
         result = self.leaves[core.result]
         for node, linear in self.linears.items():
+            if self.order[node] < self.order[core.result]:
+                continue
             operand = self.env[self.inputs[node]]
             if not (isinstance(operand, Tensor) and operand.requires_grad):
                 continue

@@ -275,7 +275,10 @@ def rewritten_class(cls: Any, recipe: Recipe) -> type[nn.Module]:
         new = edited(inner, edits.edits, as_method=method.is_static)
         if method.is_static:
             outer = outer if isinstance(outer, FunctionType) else outer.__func__
-        own[method.name] = _with_inner(outer, inner, {inner: new.pop(inner.__name__)})
+        is_property = isinstance(outer, property)
+        getter = outer.fget if is_property else outer
+        changed = _with_inner(getter, inner, {inner: new.pop(inner.__name__)})
+        own[method.name] = outer.getter(changed) if is_property else changed
         own.update(new)
     metaclass: Any = type(cls)
     owners = [owner for owner in cls.__mro__ if owner in members and owner is not cls]

@@ -130,7 +130,7 @@ class Owner:
             definition = definition_of(helper)
             inner = tuple(self._edits(helper, definition, [*outer, helper], first, callee.holder))
             if inner:
-                attribute = f"_rfcompile_{helper.__name__}_{next(self.names)}"
+                attribute = f"_rfcompile_{helper.__name__.strip('<>')}_{next(self.names)}"
                 where = (position_of(call, function), attribute, inner, digest_of(helper))
                 yield Edit(*where, receiver and origin_of(receiver)[0], callee.method)
 

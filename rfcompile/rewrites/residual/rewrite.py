@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rfcompile.errors import OptionError, ResidualError
 from rfcompile.find.mixed_streams import find_mixed_streams, why_none
-from rfcompile.graph.capture import Inputs
+from rfcompile.graph.capture import Inputs, in_mode, plain_graph_of, program_of
 from rfcompile.graph.models import without_wrappers
 from rfcompile.graph.pipeline import run
 from rfcompile.nn.residual_site import Mode, ResidualSite
@@ -125,12 +125,14 @@ def _check_parameters(model: nn.Module) -> None:
 
 def _removed(model: nn.Module, inputs: Inputs, how: ResidualFree) -> ResidualReport:
     notes: list[str] = []
-    opened, left = open_sites(model, inputs, how.kinds, notes)
+    with in_mode(model, training=False):
+        program = program_of(model, inputs)
+    opened, left = open_sites(model, inputs, how.kinds, notes, program)
     initialized: tuple[Initialized, ...] = ()
     temperatures: tuple[Temperature, ...] = ()
     if isinstance(how.initialization, Initialization):
         branches = {path for site in opened for path in site.add.branch}
-        parts = anatomy(model, inputs)
+        parts = anatomy(model, inputs, plain_graph_of(program))
         initialized = initialize(model, parts, branches, how.initialization)
         kept = list(_not_initialized(model, branches, initialized))
         if kept:

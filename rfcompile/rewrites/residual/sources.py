@@ -23,16 +23,23 @@ from rfcompile.nn.rebinding import content_of
 
 
 def definition_of(function: FunctionType) -> ast.FunctionDef:
-    """The syntax tree of a function's ``def``.
+    """The syntax tree of a function's ``def``; of a lambda, of a ``def`` that returns the same.
 
     Raises:
-        SourceError: there is no source, or it is no ``def``.
+        SourceError: there is no source, or two lambdas on a line cannot be told apart.
     """
     code = function.__code__
     text = "".join(linecache.getlines(code.co_filename, function.__globals__))
-    for node in _definitions(text):
-        if node.name == code.co_name and _first_line(node) == code.co_firstlineno:
-            return node
+    found = [
+        node
+        for node in _definitions(text)
+        if node.name == code.co_name and _first_line(node) == code.co_firstlineno
+    ]
+    if len(found) > 1 and code.co_name == LAMBDA:
+        places = set(code.co_positions())
+        found = [node for node in found if _place_of(node.body[0]) in places]
+    if found and (code.co_name != LAMBDA or len(found) == 1):
+        return found[0]
     raise SourceError(
         f"{function.__qualname__} ({code.co_filename}:{code.co_firstlineno}) has no readable "
         "source: define its class in a file, and load it from there unchanged."
@@ -41,8 +48,24 @@ def definition_of(function: FunctionType) -> ast.FunctionDef:
 
 @lru_cache(maxsize=64)
 def _definitions(text: str) -> tuple[ast.FunctionDef, ...]:
-    tree = ast.parse(text)
-    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    nodes = [
+        _as_def(node) if isinstance(node, ast.Lambda) else node
+        for node in ast.walk(ast.parse(text))
+    ]
+    return tuple(node for node in nodes if isinstance(node, ast.FunctionDef))
+
+
+LAMBDA = "<lambda>"
+
+
+def _as_def(node: ast.Lambda) -> ast.FunctionDef:
+    result = ast.copy_location(ast.Return(node.body), node.body)
+    return ast.copy_location(ast.FunctionDef(LAMBDA, node.args, [result], []), node)
+
+
+def _place_of(node: ast.stmt) -> tuple[int | None, ...]:
+    """As ``co_positions`` has it."""
+    return node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
 
 
 def _first_line(node: ast.FunctionDef) -> int:
@@ -58,9 +81,13 @@ def digest_of(function: FunctionType) -> str:
 
 
 def wrapped_functions(value: object) -> list[FunctionType]:
-    """A function and those that its decorators hold in closures, outermost first."""
+    """A function, or that of a property, and those that its decorators hold in closures, outermost
+    first.
+    """
     if isinstance(value, staticmethod):
         value = value.__func__
+    if isinstance(value, property):
+        value = value.fget
     found = [value] if isinstance(value, FunctionType) else []
     for function in found:  # grows while it runs
         held = map(content_of, function.__closure__ or ())

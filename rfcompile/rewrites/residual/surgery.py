@@ -2,29 +2,45 @@
 
 1. The graph says where the residual adds are (:mod:`rfcompile.passes.find_residuals`).
 2. Every add in the statements at those places becomes a call of a :class:`ResidualSite`.
-3. The model is captured again: sites without a residual add are undone, and a residual add outside
+3. What is added says which site stands for which add (:mod:`.matching`). Where it leaves a doubt,
+   the model is captured again. Sites without a residual add are undone, and a residual add outside
    of every site is an error. So a site is where the data flow says, whatever the text suggests.
 4. On the example inputs the model must compute what it did, bit for bit.
+5. Where the model does something else in training mode, the same for that mode.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
+from types import FunctionType
 
 import torch
 from torch import fx, nn
 
-from rfcompile.errors import CaptureError, ResidualError
+from rfcompile.errors import CaptureError, ResidualError, SourceError
 from rfcompile.find.mixed_streams import find_mixed_streams, why_none
-from rfcompile.graph.capture import Inputs, buffers_kept, capture, copied, in_mode, tensors_of
+from rfcompile.graph.calls import trains_as_it_evaluates
+from rfcompile.graph.capture import (
+    Inputs,
+    buffers_kept,
+    capture,
+    copied,
+    in_mode,
+    program_of,
+    tensors_of,
+)
 from rfcompile.graph.models import without_nested_tensors
-from rfcompile.graph.places import ModuleCall, frames_of, module_calls, module_of
+from rfcompile.graph.places import ModuleCall, frames_of, module_calls, module_of, short_path
 from rfcompile.nn.residual_site import ResidualSite
 from rfcompile.passes.find_residuals import Kind, ResidualAdd, find_residuals
 from rfcompile.passes.open_residuals import OpenedSite, additions
+from rfcompile.rewrites.residual.matching import matched_sites
 from rfcompile.rewrites.residual.owner import Owner
+from rfcompile.rewrites.residual.sources import adds_in, definition_of
 
 
 def open_sites(
@@ -32,6 +48,7 @@ def open_sites(
     inputs: Inputs,
     kinds: tuple[Kind, ...] = ("block",),
     notes: list[str] | None = None,
+    program: torch.export.ExportedProgram | None = None,
 ) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
     """Make the residual adds of ``model`` into submodules, in place; it computes what it did.
 
@@ -43,6 +60,8 @@ def open_sites(
         inputs: (args, kwargs) to run it with, real tensors.
         kinds: which residual adds.
         notes: gets a sentence on connections over the depth that are no residual adds.
+        program: the model in eval mode, by :func:`~rfcompile.graph.capture.program_of`; left out,
+            it is captured.
 
     Raises:
         ResidualError: there is none, or one is out of reach: the model is as it was.
@@ -51,9 +70,9 @@ def open_sites(
     owners: dict[nn.Module, Owner] = {}
     try:
         with in_mode(model, training=False):
-            graph = capture(model, inputs)
-            mixed = find_mixed_streams(graph)
-            opened, left = _open_sites(model, inputs, graph, kinds, owners)
+            program = program_of(model, inputs) if program is None else program
+            mixed = find_mixed_streams(program.graph_module)
+            opened, left = _open_sites(model, inputs, program, kinds, owners)
         with in_mode(model, training=True):
             opened, left = _open_in_training(model, inputs, kinds, owners, opened, left)
     except BaseException:
@@ -82,6 +101,8 @@ def _open_in_training(
     opened: tuple[OpenedSite, ...],
     left: tuple[ResidualAdd, ...],
 ) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
+    if trains_as_it_evaluates(model, inputs):
+        return opened, left
     try:
         graph = capture(model, inputs)
     except CaptureError:
@@ -101,11 +122,17 @@ def _why_none(model: nn.Module) -> str:
 def _open_sites(
     model: nn.Module,
     inputs: Inputs,
-    graph: fx.GraphModule,
+    captured: torch.export.ExportedProgram | fx.GraphModule,
     kinds: tuple[Kind, ...],
     owners: dict[nn.Module, Owner],
 ) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
-    """The same for the mode that the model is in; without any add of these kinds, ``()``."""
+    """The same for the mode that the model is in; without any add of these kinds, ``()``.
+
+    Args:
+        captured: a program of eval mode, which runs to find the sites of its adds; or a graph.
+    """
+    program = None if isinstance(captured, fx.GraphModule) else captured
+    graph = captured if isinstance(captured, fx.GraphModule) else captured.graph_module
     every = find_residuals(graph)
     wanted = [add for add in every if add.kind in kinds]
     left = tuple(add for add in every if add.kind not in kinds)
@@ -115,13 +142,18 @@ def _open_sites(
         module = model.get_submodule(add.module)
         if not isinstance(module, ResidualSite):
             new[add.module] = owners.setdefault(module, Owner(module))
-            new[add.module].consider(frames.get(add.node, ()))
+            try:
+                new[add.module].consider(frames.get(add.node, ()))
+            except SourceError as error:
+                text = str(error).removesuffix(".")
+                raise SourceError(f"{text}{_or_as_graph(graph, wanted)}.") from error
     if not new:
         return tuple(OpenedSite(add.module, add) for add in wanted), left
     expected = _outputs(model, inputs)
     for owner in new.values():
         owner.apply(owner.edits)
-    opened = _opened(model, inputs, graph, wanted, kinds)
+    opened = None if program is None else matched_sites(model, inputs, program, wanted)
+    opened = opened or _opened(model, inputs, graph, wanted, kinds)
     sites = [_site_at(model, site.path) for site in opened]
     for owner in dict.fromkeys(new.values()):
         owner.keep(sites)
@@ -159,21 +191,36 @@ def _opened(
     after = [add for add in find_residuals(graph) if add.kind in kinds]
     left = [add for add in after if not isinstance(model.get_submodule(add.module), ResidualSite)]
     if left or len(after) != len(wanted):
-        places = "; ".join(f"{add.place} ({add.spelling})" for add in left)
+        places = "; ".join(f"{add.place} ({add.spelling}{_hooks_of(model, add)})" for add in left)
         raise ResidualError(
             f"{len(after) - len(left)} of {len(wanted)} residual adds of {type(model).__name__} "
             f"can be rewritten. Out of reach: {places or 'unknown'}. In reach is an add written as "
             "x + f(x), x - f(x), x += f(x), torch.add, lerp, addcmul, addmm, sum([x, f(x)]) or "
-            "torch.stack([x, f(x)]).sum(0) in a method of a module or in a plain function that it "
-            f"calls by name. Write it so{_or_as_graph(before, wanted)}.",
+            "torch.stack([x, f(x)]).sum(0) in a method or property of a module or in a plain "
+            f"function that it calls by name. Write it so{_or_as_graph(before, wanted)}.",
             left,
         )
-    _check_calls(graph, after)
+    _check_calls(graph, after, _or_as_graph(before, wanted))
     return [
         # The site's operands may be the other way round than the graph's: f - x is f + (-x).
         OpenedSite(now.module, replace(add, operand=now.operand))
         for add, now in zip(wanted, after, strict=True)
     ]
+
+
+def _hooks_of(model: nn.Module, add: ResidualAdd) -> str:
+    """The hooks that may have added: a graph does not tell their lines."""
+    module = model.get_submodule(add.module)
+    places = []
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        called = hook if inspect.isroutine(hook) else type(hook).__call__
+        function = inspect.unwrap(getattr(called, "__func__", called))
+        if isinstance(function, FunctionType):
+            with suppress(SourceError):
+                if any(adds_in(definition_of(function), function)):
+                    code = function.__code__
+                    places.append(f"{short_path(code.co_filename)}:{code.co_firstlineno}")
+    return f", perhaps by the hook at {', '.join(places)}" if places else ""
 
 
 def _or_as_graph(graph: fx.GraphModule, wanted: list[ResidualAdd]) -> str:
@@ -186,7 +233,7 @@ def _or_as_graph(graph: fx.GraphModule, wanted: list[ResidualAdd]) -> str:
     )
 
 
-def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
+def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd], or_else: str) -> None:
     """A site may be called often, by a loop or a shared method: each time with the same skip."""
     calls: dict[str, set[tuple[ModuleCall, ...]]] = defaultdict(set)
     for module in graph.modules():
@@ -199,7 +246,8 @@ def _check_calls(graph: fx.GraphModule, found: list[ResidualAdd]) -> None:
             raise ResidualError(
                 f"the addition at {adds[0].source} serves several places: it is a residual add in "
                 f"{number} of its {len(calls[path])} calls, with the skip on the "
-                f"{' or the '.join(sides)}. Write the residual ones out, each in its place.",
+                f"{' or the '.join(sides)}. Write the residual ones out, each in its "
+                f"place{or_else}.",
                 adds,
             )
 

@@ -86,8 +86,8 @@ def temper(
         CaptureError.
     """
     with torch.no_grad(), in_mode(model, training=False), buffers_kept(model):
-        attentions = anatomy(model, inputs).attentions
         module = plain_graph(model, inputs)
+        attentions = anatomy(model, inputs, module).attentions
         run = _run(module, rule, attentions, inputs, frozenset())
         places, left = _places(model, run)
         for core in left if rule.required else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -453,10 +454,90 @@ def test_other_connections_beside_residual_adds() -> None:
     assert note.startswith("beside these, it has 2 times hyper-connection (the first at first ")
 
 
+# ---- lambdas and properties --------------------------------------------------------------------
+
+plus: Callable[[Any, Any], Tensor]
+minus: Callable[[Any, Any], Tensor]
+plus, minus = lambda x, y: x + y, lambda x, y: x - y
+
+
+class ByName(nn.Module):
+    """A lambda that a forward calls by name; the line has two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return minus(plus(x, self.branch(x)), 0.5)
+
+
+class AsMethod(nn.Module):
+    """Its method is a lambda, and its forward another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+
+    added: Any = lambda self, x: x + self.branch(x)
+    forward = lambda self, x: self.added(x)  # noqa: E731
+
+
+class InProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch, self.memory = mlp(), nn.Parameter(torch.randn(4, WIDTH))
+
+    @property
+    def keys(self) -> Tensor:
+        """The docstring stays."""
+        return self.memory + self.branch(self.memory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.keys
+
+
+@pytest.mark.parametrize("kind", [ByName, AsMethod, InProperty])
+def test_an_add_in_a_lambda_or_a_property(kind: type[nn.Module]) -> None:
+    model = nn.Sequential(kind(), kind())
+    new = annealed(model, 2)
+    for twin in (copy.deepcopy(new), pickle.loads(pickle.dumps(new))):
+        assert torch.equal(twin(X), model(X))
+    compiled = torch.compile(new, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(X), model(X))
+    for site in sites_of(new):
+        site.become("free")
+    assert not rf.find_residuals(new, example_inputs=(X,))
+
+
+def test_a_property_stays_one() -> None:
+    new = annealed(nn.Sequential(InProperty()), 1)
+    keys = type(new[0]).keys  # type: ignore[index]
+    assert isinstance(keys, property)
+    assert keys.__doc__ == "The docstring stays."
+
+
 # ---- the other way -----------------------------------------------------------------------------
 
 
+def add_input(_: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor:
+    return result + args[0]
+
+
+class AddInput:
+    def __call__(self, _: nn.Module, args: tuple[Tensor], result: Tensor) -> Tensor:
+        return result + args[0]
+
+
+def hooked(hook: Callable[..., Tensor]) -> nn.Module:
+    model = mlp()
+    model.register_forward_hook(hook)
+    return model
+
+
 class InLambda(nn.Module):
+    """The instance has the lambda: no class can be rewritten."""
+
     def __init__(self) -> None:
         super().__init__()
         self.branch = mlp()
@@ -466,14 +547,57 @@ class InLambda(nn.Module):
         return self.add(x, self.branch(x))
 
 
-def test_the_graph_is_offered_where_it_reaches_all() -> None:
-    model = InLambda()
-    with pytest.raises(
-        ResidualError, match=r"or rewrite the graph, where all 1 are in reach: rf\."
-    ):
+class InClassMethod(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = mlp()
+
+    @classmethod
+    def add(cls, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, self.branch(x))
+
+
+def generated() -> nn.Module:
+    space: dict[str, Any] = {"Base": InLambda}
+    exec(
+        "class Made(Base):\n def forward(self, x):\n  return self.branch(x) + x\n", space
+    )  # its source is in no file
+    model: nn.Module = space["Made"]()
+    return model
+
+
+HOOK = r"reach: 0 \(aten\.add\.Tensor, perhaps by the hook at .*reach\.py:\d+\)"
+ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a hook": (lambda: hooked(add_input), HOOK),
+    "an object as a hook": (lambda: hooked(AddInput()), HOOK),
+    "a lambda of the instance": (InLambda, r"test_reach\.py:\d+ \(aten\.add\.Tensor\)"),
+    "a class method": (InClassMethod, r"test_reach\.py:\d+ \(aten\.add\.Tensor\)"),
+    "no file": (generated, "Made.* has no readable source"),
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_the_graph_is_offered_where_it_reaches_all(where: str) -> None:
+    make, text = ELSEWHERE[where]
+    model = nn.Sequential(make(), make()).eval()
+    with pytest.raises((ResidualError, SourceError), match=text) as error:
         rf.transform(model, residual="anneal", example_inputs=(X,))
-    graph = torch.export.export(model, (X,)).module()
-    assert len(sites_of(rf.transform(graph, residual="anneal"))) == 1
+    offer = r"or rewrite the graph, where all 2 are in reach: (rf\.transform\(.*\))\.$"
+    found = re.search(offer, str(error.value))
+    assert found is not None
+    code = found[1].replace("residual=...", 'residual="anneal"')
+    new: nn.Module = eval(
+        code, {"rf": rf, "torch": torch, "model": model, "args": (X,), "kwargs": {}}
+    )
+    assert len(sites_of(new)) == 2
+    assert torch.equal(new(X), model(X))
+    assert torch.equal(new(X + 1), model(X + 1))
+    for site in sites_of(new):
+        site.become("free")
+    assert not torch.equal(new(X), model(X))
 
 
 def test_sites_are_no_blocks() -> None:
