@@ -42,10 +42,16 @@ INTERPRETED = [
 """Sizes and dtypes in turn, so that each format meets only some of them."""
 
 COMPILED = [
-    Case(f"{bits}b:{rest}", torch.bfloat16, 8, 2**20)
-    for bits in BITS
-    for rest in ("g128", "g128:h32")
-] + [Case(f"4b:{rest}", torch.bfloat16, 8, 2**20) for rest in ("g32:stoch", "g128:h128")]
+    Case(fmt, torch.bfloat16, 8, 2**20)
+    for fmt in (
+        *("3b:g128", "4b:g128", "8b:g128", "2b:g128:h32", "4b:g128:h32", "5b:g128:h32"),
+        *("4b:g32:stoch", "4b:g128:h128"),
+    )
+]
+OTHERS = [
+    Case(fmt, torch.bfloat16, 8, 2**20)
+    for fmt in ("2b:g128", "5b:g128", "6b:g128", "3b:g128:h32", "6b:g128:h32", "8b:g128:h32")
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +79,12 @@ def test_kernels_do_not_spill_and_move_wide_words(
     _check(compiled[case])
     for code in compiled[case].values():
         assert "fma" not in code.ir
+
+
+@pytest.mark.slow
+def test_nor_do_those_of_other_widths(tmp_path: Path) -> None:
+    for kernels in run("sm_90", OTHERS, tmp_path):
+        _check(kernels)
 
 
 @pytest.mark.slow

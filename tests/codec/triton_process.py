@@ -57,7 +57,7 @@ def run(role: str, cases: list[Case], folder: Path) -> list[Any]:
         [sys.executable, "-m", "tests.codec.triton_process", role, str(file)],
         env=os.environ
         | {"TRITON_INTERPRET": interprets, "TRITON_CACHE_DIR": str(folder / "triton")},
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[Any] = torch.load(file, weights_only=False)
