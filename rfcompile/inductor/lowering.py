@@ -3,7 +3,7 @@
 Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
 anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and
 lowering the trace in place, so what is generated and the formula are the same lines. On a CPU, and
-for what rotates, a kernel of the package is called instead: see :func:`_is_called`.
+for some formats on a GPU, a kernel of the package is called instead: see :func:`_is_called`.
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
@@ -110,13 +110,15 @@ def generating_on_cpu() -> Iterator[None]:
 def _is_called(op: Any, tensor: Any, fmt: QuantFormat) -> bool:
     """Whether a kernel of the package is called, where one could be generated.
 
-    On a CPU; on a GPU what rotates, for which Inductor would need three launches.
+    On a CPU; on a GPU what Inductor would need three launches for: rotations, and codes of rows
+    that have one scale.
     """
     device = tensor.get_device()
     if device.type == "cpu":
         return not _generates_on_cpu and not cpu_codec.load_kernels()
     rotates = fmt.rotate is not None and op is not operators.requantize
-    return rotates and triton_codec.runs_on(device, fmt)
+    codes_rows = fmt.group_size is None and op in (operators.quantize, operators.requantize)
+    return (rotates or codes_rows) and triton_codec.runs_on(device)
 
 
 def _in_runs(tensor: Any) -> Any:

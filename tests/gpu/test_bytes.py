@@ -34,7 +34,7 @@ def test_eager_operators(fmt: str, dtype: torch.dtype, device: torch.device) -> 
 
 def test_a_gpu_codes_by_kernels_of_its_own() -> None:
     """Else the tests above would say nothing about them."""
-    assert triton_codec.runs_on(torch.device("cuda"), QuantFormat(4)) == triton_codec.has_triton()
+    assert triton_codec.runs_on(torch.device("cuda")) == triton_codec.has_triton()
 
 
 @pytest.mark.parametrize(("number", "fmt"), EACH)

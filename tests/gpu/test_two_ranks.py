@@ -28,7 +28,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import rfcompile as rf
-from rfcompile.codec import cpu_codec, triton_codec
+from rfcompile.codec import cpu_codec, triton_launch
 from rfcompile.distributed import QuantizedPipelineStage, quantize_ddp, quantize_fsdp
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Kernels:
         self.device, self.count = device, 0
 
     def __enter__(self) -> Kernels:
-        owner, name = (triton_codec, "_run") if self.device.type == "cuda" else (cpu_codec, "_call")
+        is_gpu = self.device.type == "cuda"
+        owner, name = (triton_launch, "launch") if is_gpu else (cpu_codec, "_call")
         run: Callable[..., None] = getattr(owner, name)
 
         def counted(*args: Any, **options: Any) -> None:
