@@ -101,30 +101,28 @@ def call_of(node: Any) -> Call | None:
 
 
 def steps_of(call: Call) -> list[Step]:
-    """The launches of a call. Of their tensors the last one is written."""
-    steps: list[Step] = []
-    x = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device="meta")
-    names: dict[int, str] = {id(x): "given"}
-    kept: list[Tensor] = []  # an id stays that of one tensor
+    """The launches of a call. Of the tensors of a launch the last one is written."""
+    launched: list[tuple[Any, int, tuple[Any, ...], dict[str, Any]]] = []
 
     def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        kept.extend(tensors)
-        *read, written = [names.setdefault(id(tensor), str(len(names))) for tensor in tensors]
-        nbytes = {names[id(tensor)]: tensor.nbytes for tensor in tensors}
-        step = replace(call, step=len(steps), function=kernel.__name__)
-        reads = {name: nbytes[name] for name in read if name != written}
-        writes = {written: nbytes[written]}
-        steps.append(Step(step, reads, writes, kernel, programs, arguments, options))
+        launched.append((kernel, programs, arguments, options))
 
+    x = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device="meta")
     options: Mapping[str, Any] = dict(call.options)
     with mock.patch.object(triton_launch, "launch", launch):
         made = getattr(triton_codec, call.operator)(x, QuantFormat.parse(call.format), **options)
-    number = names[id(made)]
-    return [
-        replace(step, writes={"made" if k == number else k: v for k, v in step.writes.items()})
-        for step in steps
-    ]
+    names: dict[int, str] = {id(made): "made"}
+    steps = []
+    for number, (kernel, programs, arguments, how) in enumerate(launched):
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if number == 0:
+            names[id(tensors[0])] = "given"  # or a copy of it in one piece
+        nbytes = {names.setdefault(id(t), str(len(names))): t.nbytes for t in tensors}
+        written = names[id(tensors[-1])]
+        writes = {written: nbytes.pop(written)}
+        step = replace(call, step=number, function=kernel.__name__)
+        steps.append(Step(step, nbytes, writes, kernel, programs, arguments, how))
+    return steps
 
 
 def compile_call(call: Call) -> MachineCode:

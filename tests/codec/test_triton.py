@@ -39,13 +39,12 @@ INTERPRETED = [
     *(Case("3b:g128:h32:stoch", torch.bfloat16, 2, numel) for numel in (0, 1, 16, 127, 129, 4096)),
     Case("4b:g128", torch.float32, 3, 1000, is_transposed=True),
     *(
-        Case(f"{bits}b:tensor:{rest}", dtype, rows, 3000 if rest == "rise" else 20000, rows == 2)
-        for (bits, rest), dtype, rows in zip(
-            (
-                (bits, rest)
-                for bits in BITS
-                for rest in ("rise", "tread:stoch", "h32", "tread:h128:stoch:saturate", "saturate")
-            ),
+        Case(f"{fmt[0]}b:tensor:{fmt[1:]}", dtype, rows, 9000, rows == 2)
+        for fmt, dtype, rows in zip(
+            [
+                *(f"{bits}{rest}" for bits in BITS for rest in ("rise", "tread:h128:stoch")),
+                *("4tread:stoch:saturate", "3h32:saturate", "5saturate", "8h32:saturate"),
+            ],
             cycle(DTYPES),
             cycle((1, 2, 3, 4)),
             strict=False,
@@ -58,14 +57,14 @@ INTERPRETED = [
 
 COMPILED = [
     Case(fmt, torch.bfloat16, 8, 2**20)
-    for fmt in (
-        *("3b:g128", "4b:g128", "8b:g128", "2b:g128:h32", "4b:g128:h32", "5b:g128:h32"),
-        *("4b:g32:stoch", "4b:g128:h128"),
-    )
+    for fmt in ("3b:g128", "8b:g128", "2b:g128:h32", "4b:g128:h32", "4b:g32:stoch")
 ]
 OTHERS = [
     Case(fmt, torch.bfloat16, 8, 2**20)
-    for fmt in ("2b:g128", "5b:g128", "6b:g128", "3b:g128:h32", "6b:g128:h32", "8b:g128:h32")
+    for fmt in (
+        *("2b:g128", "4b:g128", "5b:g128", "6b:g128", "4b:g128:h128"),
+        *("3b:g128:h32", "5b:g128:h32", "6b:g128:h32", "8b:g128:h32"),
+    )
 ]
 
 

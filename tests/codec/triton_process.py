@@ -121,7 +121,7 @@ def main() -> None:
     role, file = sys.argv[1:]
     if role == "interpret":
         fake_gpu.mend_interpreter()
-        triton_tensor_codec.MOST_PROGRAMS = 4  # so that a program has several pieces
+        triton_tensor_codec.MOST_PROGRAMS = 2  # so that a program has several pieces
     else:
         install(gpu_of(role))
     step = _interpret if role == "interpret" else _compile
