@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile.codec import arithmetic, operators, triton_codec, triton_tensor_codec
+from rfcompile.codec import arithmetic, operators, triton_codec
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.emission.absent_gpu import install
 from rfcompile.emission.called import Call, compile_call, steps_of
@@ -120,6 +120,8 @@ def _compile(case: Case) -> dict[str, MachineCode]:
 def main() -> None:
     role, file = sys.argv[1:]
     if role == "interpret":
+        from rfcompile.codec import triton_tensor_codec
+
         fake_gpu.mend_interpreter()
         triton_tensor_codec.MOST_PROGRAMS = 2  # so that a program has several pieces
     else:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from rfcompile.codec import arithmetic, operators
+from rfcompile.codec import arithmetic, cpu_codec, operators, triton_launch
 from rfcompile.codec.formats import BITS, DTYPES, QuantFormat
 from tests.codec.triton_process import differing
 
@@ -101,3 +103,26 @@ def captured(device: torch.device, call: Callable[[], list[Tensor]]) -> Callable
         return results
 
     return replay
+
+
+class Kernels:
+    """Counts what kernels of the package, not formulas, have coded."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.count = device, 0
+
+    def __enter__(self) -> Kernels:
+        is_gpu = self.device.type == "cuda"
+        owner, name = (triton_launch, "launch") if is_gpu else (cpu_codec, "_call")
+        run: Callable[..., None] = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> None:
+            self.count += 1
+            run(*args, **options)
+
+        self.patch = mock.patch.object(owner, name, counted)
+        self.patch.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.patch.stop()

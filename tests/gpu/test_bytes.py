@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 import rfcompile.inductor.lowering  # noqa: F401  # registers the lowerings
-from rfcompile.codec import operators, triton_codec
+from rfcompile.codec import cpu_codec, operators
 from rfcompile.codec.formats import DTYPES, QuantFormat
 from tests.gpu.on_gpu import (
     FORMATS,
+    Kernels,
     assert_same,
     by_formula,
     by_operators,
@@ -32,9 +33,14 @@ def test_eager_operators(fmt: str, dtype: torch.dtype, device: torch.device) -> 
     assert_same(got, by_formula(x, payload, fmt, average=average))
 
 
-def test_a_gpu_codes_by_kernels_of_its_own() -> None:
-    """Else the tests above would say nothing about them."""
-    assert triton_codec.runs_on(torch.device("cuda")) == triton_codec.has_triton()
+@pytest.mark.parametrize("fmt", ["4b:g128", "3b:tensor:h32"])
+def test_kernels_of_the_package_code(fmt: str, device: torch.device) -> None:
+    """Else the test above would say nothing about them."""
+    cpu_codec.load_kernels()
+    x = wide_values().to(device)
+    with Kernels(device) as kernels:
+        by_operators(x, payload_of(x, fmt), fmt)
+    assert kernels.count >= 4
 
 
 @pytest.mark.parametrize(("number", "fmt"), EACH)

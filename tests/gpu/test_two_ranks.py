@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import pytest
 import torch
@@ -28,8 +27,8 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import rfcompile as rf
-from rfcompile.codec import cpu_codec, triton_launch
 from rfcompile.distributed import QuantizedPipelineStage, quantize_ddp, quantize_fsdp
+from tests.gpu.on_gpu import Kernels
 
 if TYPE_CHECKING:
     from tests.ranks import Rank, RunRanks
@@ -69,29 +68,6 @@ def start(rank: Rank, kind: str, backend: str) -> tuple[torch.device, dist.Proce
     group = dist.new_group(backend=backend)
     assert isinstance(group, dist.ProcessGroup)
     return device, group
-
-
-class Kernels:
-    """Counts what kernels of the package, not formulas, have coded."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.count = device, 0
-
-    def __enter__(self) -> Kernels:
-        is_gpu = self.device.type == "cuda"
-        owner, name = (triton_launch, "launch") if is_gpu else (cpu_codec, "_call")
-        run: Callable[..., None] = getattr(owner, name)
-
-        def counted(*args: Any, **options: Any) -> None:
-            self.count += 1
-            run(*args, **options)
-
-        self.patch = mock.patch.object(owner, name, counted)
-        self.patch.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.stop()
 
 
 class Net(nn.Module):
