@@ -4,6 +4,7 @@
 #   make test-slow, make test-benchmarks   the other tests; the scripts of benchmarks/, tiny
 #   make docs   the pages of docs/, in docs/_build/html, and their Python (warnings are errors)
 #   make test-kernels   tests of the generated GPU kernels, without a GPU, in .venv-kernels
+#   make test-kernels-slow   those of them that take longer than the others together
 #   make test-clients   tests with the real Lightning, transformers and accelerate, in .venv-clients
 #   make test-pages   opens pages of reports in Chromium (Debian's package), in .venv-pages
 #   make test-zoo   rewrites small models of 288 architectures (an hour); see .cache/zoo.jsonl
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 PINS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow test-benchmarks test-kernels test-clients test-torchtitan test-torch test-zoo test-pages schema pages lint docs clean
+.PHONY: demo test test-slow test-benchmarks test-kernels test-kernels-slow test-clients test-torchtitan test-torch test-zoo test-pages schema pages lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python examples/train_tensor_parallel.py
@@ -51,9 +52,15 @@ test-benchmarks: $(VENV)/dev.stamp
 test-zoo: $(VENV)/dev.stamp
 	$(BIN)/python -m tests.breadth .cache/zoo.jsonl
 
+# A file goes to one process: its tests share what they compile.
+KERNELS_TESTS = $(KERNELS_VENV)/bin/python -m pytest -q -n 2 --dist loadfile \
+	tests/codec/test_triton.py tests/inductor/test_emitted.py tests/emission
+
 test-kernels: $(KERNELS_VENV)/kernels.stamp
-	$(KERNELS_VENV)/bin/python -m pytest -q -m kernels tests/codec/test_triton.py \
-		tests/inductor/test_emitted.py tests/emission
+	$(KERNELS_TESTS) -m 'kernels and not slow'
+
+test-kernels-slow: $(KERNELS_VENV)/kernels.stamp
+	$(KERNELS_TESTS) -m 'kernels and slow'
 
 # Triton beside the packages of the other environment, whose torch would act otherwise with it.
 $(KERNELS_VENV)/kernels.stamp: $(VENV)/dev.stamp

@@ -73,7 +73,12 @@ def _once(task: Callable[[], object], device: str) -> float:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows as JSON lines, and say so."""
+    store(path, rows)
+    print(f"written: {path}")
+
+
+def store(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write the rows as JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    print(f"written: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -45,6 +46,7 @@ def test_compile_time(root: Path, tmp_path: Path) -> None:
     assert row["ratios"]["exact"] == [1.0]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_rewrite_time(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     script = ["benchmarks/rewrite_time.py", "--layers", "2", "--runs", "1"]
@@ -58,11 +60,25 @@ def test_rewrite_time(root: Path, tmp_path: Path) -> None:
         assert captures == expected
 
 
+@pytest.mark.slow
 def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:
     rows = rows_of(root, tmp_path / "gpu.jsonl", "benchmarks/gpu.py", "--device", "cpu", "--tiny")
-    assert len(rows) == 4
-    for row in rows:
+    by_kind = {kind: [row for row in rows if row["what"] == kind] for kind in ("kernel", "block")}
+    peers = [row for row in rows if "peer" in row]
+    assert {(row["format"], row["how"]) for row in by_kind["kernel"]} == {
+        (fmt, how) for fmt in ("3b", "4b:h32") for how in ("eager", "compiled")
+    }
+    assert len(by_kind["kernel"]) == 16
+    for row in by_kind["kernel"]:
         assert row.keys() >= MACHINE | {"median_ms", "iqr_ms", "share", "copy_GBps", "compile_s"}
+        is_modelled = row["how"] == "compiled" and importlib.util.find_spec("triton") is not None
+        assert (row["modelled"] is not None) == is_modelled
+    names = {str(row["peer"]).split()[0] for row in peers}
+    assert names >= {"eager", "compiled", "rfcompile", "bitsandbytes", "torchao"}
+    assert all("median_ms" in row or row["why"] for row in peers)
+    exact, quantized = by_kind["block"]
+    assert (exact["quantized_sites"], quantized["quantized_sites"]) == (0, 4)
+    assert 3 < exact["bytes_sent"] / quantized["bytes_sent"] < 4  # type: ignore[operator]
 
 
 STUDY = "steps 2 layers 1 width 32 heads 2 context 16 batch 2 batches 1 threads 1"

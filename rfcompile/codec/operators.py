@@ -140,18 +140,18 @@ def requantize_formula(
     return arithmetic.requantize(payload, QuantFormat.parse(format), average, seed, pack)
 
 
-def _codec_for(x: Tensor, fmt: QuantFormat) -> Any:
+def _codec_for(x: Tensor) -> Any:
     """What codes ``x``: a kernel of its device, or the formula."""
     if cpu_codec.runs_on(x):
         return cpu_codec
-    return triton_codec if triton_codec.runs_on(x.device, fmt) else arithmetic
+    return triton_codec if triton_codec.runs_on(x.device) else arithmetic
 
 
 def _quantize(x: Tensor, format: str, seed: int = 0) -> Tensor:
     check_codec_input(x)
     _check_rows(x, "quantize")
     fmt = QuantFormat.parse(format)
-    result: Tensor = _codec_for(x, fmt).quantize(x, fmt, seed)
+    result: Tensor = _codec_for(x).quantize(x, fmt, seed)
     return result
 
 
@@ -165,7 +165,7 @@ def _quantize_fake(x: Tensor, format: str, seed: int = 0) -> Tensor:
 def _dequantize(payload: Tensor, format: str, dtype: torch.dtype) -> Tensor:
     fmt = QuantFormat.parse(format)
     _check_payload(payload, fmt, "dequantize")
-    result: Tensor = _codec_for(payload, fmt).dequantize(payload, fmt, dtype)
+    result: Tensor = _codec_for(payload).dequantize(payload, fmt, dtype)
     return result
 
 
@@ -181,7 +181,7 @@ def _dequantize_sum(
 ) -> Tensor:
     fmt = QuantFormat.parse(format)
     _check_payload(payload, fmt, "dequantize_sum")
-    result: Tensor = _codec_for(payload, fmt).dequantize_sum(payload, fmt, dtype, average)
+    result: Tensor = _codec_for(payload).dequantize_sum(payload, fmt, dtype, average)
     return result
 
 
@@ -197,7 +197,7 @@ def _dequantize_sum_fake(
 def _requantize(payload: Tensor, format: str, average: bool = False, seed: int = 0) -> Tensor:
     fmt = QuantFormat.parse(format)
     _check_payload(payload, fmt, "requantize")
-    result: Tensor = _codec_for(payload, fmt).requantize(payload, fmt, average, seed=seed)
+    result: Tensor = _codec_for(payload).requantize(payload, fmt, average, seed=seed)
     return result
 
 

@@ -36,7 +36,7 @@ from torch._inductor.scheduler import ExternKernelSchedulerNode, Scheduler
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
-from rfcompile.emission.called import Call, call_of, compile_call, source_of_kernels
+from rfcompile.emission.called import Call, call_of, compile_call, steps_of
 from rfcompile.emission.capture import CapturedGraph
 from rfcompile.emission.machine_code import MachineCode, compile_kernel
 from rfcompile.emission.retarget import retarget
@@ -128,7 +128,7 @@ def emit(graph: CapturedGraph) -> Emission:
 
     def codegen_extern_call(self: Any, scheduled: Any) -> None:
         if call := call_of(scheduled.node):
-            launches.append(_called_launch(call, scheduled.node))
+            launches.extend(_called_launches(call, scheduled.node))
         extern(self, scheduled)
 
     with ExitStack() as stack:
@@ -218,33 +218,33 @@ def _launch(name: str, schedule: Any, kernel: Any) -> Launch:
     )
 
 
-def _called_launch(call: Call, node: Any) -> Launch:
-    """A launch of a kernel of the package: it reads its input and writes its output, each once."""
+def _called_launches(call: Call, node: Any) -> Iterator[Launch]:
+    """The launches of a kernel of the package: each touches each of its tensors once."""
     (given,), (made,) = node.inputs, node.outputs
-    names = [_real(buffer.get_name()) for buffer in (given, made)]
-    read, written = (_nbytes(name) for name in names)
+    names = {"given": _real(given.get_name()), "made": _real(made.get_name())}
     origins = [origin for origin in _in_order(node.get_origins()) if _is_of_codec(origin)]
-    return Launch(
-        kernel=call.kernel,
-        operators=(call.operator,),
-        nodes=tuple(origin.name for origin in origins),
-        sources=tuple(dict.fromkeys(filter(None, map(source_of, origins)))),
-        numels={},
-        reads={names[0]: read},
-        writes={names[1]: written},
-        elements=max(int(V.graph.get_numel(name)) for name in names),
-        call=call,
-    )
+    for step in steps_of(call):
+        reads, writes = (
+            {names.get(name, f"{names['made']}_{name}"): nbytes for name, nbytes in found.items()}
+            for found in (step.reads, step.writes)
+        )
+        yield Launch(
+            kernel=step.call.kernel,
+            operators=(call.operator,),
+            nodes=tuple(origin.name for origin in origins),
+            sources=tuple(dict.fromkeys(filter(None, map(source_of, origins)))),
+            numels={},
+            reads=reads,
+            writes=writes,
+            elements=max(int(V.graph.get_numel(name)) for name in names.values()),
+            call=step.call,
+        )
 
 
 def _real(name: str) -> str:
     """What waits for a collective renames its result."""
     renamed: str = V.graph.scheduler.mutation_real_name.get(name, name)
     return renamed
-
-
-def _nbytes(name: str) -> int:
-    return int(V.graph.get_numel(name)) * V.graph.get_dtype(name).itemsize
 
 
 def _bytes(deps: Iterator[Any]) -> dict[str, int]:
@@ -309,7 +309,7 @@ def _emission(written: _Written, launches: list[Launch]) -> Emission:
     return Emission(
         wrapper=written.wrapper,
         kernels=dict(_KERNEL.findall(written.wrapper))
-        | {launch.kernel: source_of_kernels() for launch in launches if launch.call},
+        | {launch.kernel: launch.call.source for launch in launches if launch.call},
         launches=tuple(_with_least(launches, leaving, lambda name: _owner(graph, name))),
         collective_calls=tuple(collectives),
         external_calls=tuple(externals),

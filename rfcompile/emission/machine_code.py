@@ -11,6 +11,7 @@ Private parts used here, run with torch 2.13.0 and Triton 3.7.1: of the kernels 
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -103,13 +104,13 @@ def _width(config: Any) -> int:
 def _read(result: Any, source: str, numels: Mapping[str, int]) -> MachineCode:
     sizes = {k: v for k, v in result.config.kwargs.items() if isinstance(v, int)}
     programs = _programs(sizes, numels)
-    return machine_code_of(result.kernel, sizes, programs, trips=_trips(sizes, numels))
+    return machine_code_of(result.kernel, sizes, programs, trips=[_trips(sizes, numels)])
 
 
 def machine_code_of(
-    compiled: Any, config: dict[str, int], programs: int, *, trips: int = 1
+    compiled: Any, config: dict[str, int], programs: int, *, trips: Sequence[int] = (1,)
 ) -> MachineCode:
-    """What Triton compiled (its ``CompiledKernel``); loops run ``trips`` times."""
+    """What Triton compiled (its ``CompiledKernel``); ``trips`` of its loops, outer first."""
     asm = compiled.asm
     common = {
         "config": config,
@@ -170,16 +171,13 @@ class Instruction:
     jump: int = 0
 
 
-def _counted(code: Sequence[Instruction], trips: int, kind_of: Any) -> dict[str, float]:
-    """Instructions by kind; those in a loop count by its trips."""
-    times = [1] * len(code)
-    for end, instruction in enumerate(code):
-        if instruction.jump:
-            for place in range(end - instruction.jump, end + 1):
-                times[place] = trips
+def _counted(code: Sequence[Instruction], trips: Sequence[int], kind_of: Any) -> dict[str, float]:
+    """Instructions by kind; those in a loop count by its trips, the outer loop's come first."""
+    ends = {end - one.jump: end for end, one in enumerate(code) if one.jump}  # the last of each
     found: Counter[str] = Counter()
-    for instruction, count in zip(code, times, strict=True):
-        found[kind_of(instruction.name)] += count
+    for place, instruction in enumerate(code):
+        depth = sum(start <= place <= end for start, end in ends.items())
+        found[kind_of(instruction.name)] += math.prod(trips[:depth])
     return dict(found)
 
 

@@ -3,14 +3,16 @@
 Importing this module registers the lowerings; ``backend.py`` and the public functions do so before
 anything compiles. An operator is lowered by tracing its formula of ``codec/arithmetic.py`` and
 lowering the trace in place, so what is generated and the formula are the same lines. On a CPU, and
-for what rotates, a kernel of the package is called instead: see :func:`_is_called`.
+for some formats on a GPU, a kernel of the package is called instead: see :func:`_is_called`.
 
 Private torch symbols used here, tried on torch 2.11 (read) and 2.13 (run):
 ``_inductor.lowering.{register_lowering, process_subgraph_nodes, lowerings, fallbacks,
 fallback_handler, _maybe_layout_constraints}``, ``_inductor.ir.{_CollectiveKernel,
-ConcatKernel, FixedLayout, ReinterpretView, StorageBox, TensorBox, ir_node_to_tensor}``,
+ConcatKernel, ExternKernel, FixedLayout, ReinterpretView, StorageBox, TensorBox, View,
+ir_node_to_tensor}``, ``_inductor.dependencies.{MemoryDep, extract_read_writes}``,
 ``_inductor.decomposition.{fast_random_decomps, register_decomposition, select_decomp_table}``,
-``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``.
+``_inductor.config.{realize_*, unroll_reductions}_threshold``, ``_inductor.virtualized.V``,
+``_inductor.utils.{sympy_product, sympy_subs}``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch._inductor.decomposition import (
     register_decomposition,
     select_decomp_table,
 )
+from torch._inductor.dependencies import MemoryDep, extract_read_writes
 from torch._inductor.lowering import (
     _maybe_layout_constraints,
     fallback_handler,
@@ -35,6 +38,7 @@ from torch._inductor.lowering import (
     process_subgraph_nodes,
     register_lowering,
 )
+from torch._inductor.utils import sympy_product, sympy_subs
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -106,17 +110,48 @@ def generating_on_cpu() -> Iterator[None]:
 def _is_called(op: Any, tensor: Any, fmt: QuantFormat) -> bool:
     """Whether a kernel of the package is called, where one could be generated.
 
-    On a CPU; on a GPU what rotates, for which Inductor would need three launches.
+    On a CPU; on a GPU what Inductor would need three launches for: rotations, and codes of rows
+    that have one scale.
     """
     device = tensor.get_device()
     if device.type == "cpu":
         return not _generates_on_cpu and not cpu_codec.load_kernels()
     rotates = fmt.rotate is not None and op is not operators.requantize
-    return rotates and triton_codec.runs_on(device, fmt)
+    codes_rows = fmt.group_size is None and op in (operators.quantize, operators.requantize)
+    return (rotates or codes_rows) and triton_codec.runs_on(device)
+
+
+def _in_runs(tensor: Any) -> Any:
+    """The tensor, first copied in its own order if that order is lost in the rows of a payload.
+
+    That is so where a transposed tensor becomes rows: no step along them leads to a neighbour in
+    memory, so that a GPU would load a sector of 32 bytes for each element, twice. A copy before
+    they are rows knows where the neighbours are, and its kernel is tiled in two dimensions.
+    """
+    size = tensor.get_size()
+    reads = extract_read_writes(tensor.make_loader(), size).reads
+    numel = V.graph.sizevars.simplify(sympy_product(size))
+    if not any(_is_scattered(dep, numel) for dep in reads if isinstance(dep, MemoryDep)):
+        return tensor
+    inner = tensor.data
+    while isinstance(inner, ir.View):
+        inner = inner.data
+    return ir.View.create(ir.ExternKernel.require_contiguous(ir.TensorBox(inner)), size)
+
+
+def _is_scattered(read: MemoryDep, numel: Any) -> bool:
+    """Whether so many elements are read and none beside another."""
+    origin = dict.fromkeys(read.var_names, sympy.S.Zero)
+    first = sympy_subs(read.index, origin)
+    steps = [sympy_subs(read.index, origin | {var: sympy.S.One}) - first for var in read.var_names]
+    is_whole = V.graph.sizevars.simplify(sympy_product(read.size)) == numel
+    return is_whole and bool(steps) and 0 not in steps and 1 not in steps
 
 
 def _lower_formula(op: Any, formula: Callable[..., Any]) -> Callable[..., Any]:
     def lower(tensor: Any, format: str, *args: Any, **kwargs: Any) -> Any:
+        if tensor.get_device().type != "cpu":
+            tensor = _in_runs(tensor)
         if _is_called(op, tensor, QuantFormat.parse(format)):
             return fallback_handler(op, add_to_fallback_set=False)(tensor, format, *args, **kwargs)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rfcompile.codec import triton_codec
-from rfcompile.codec.formats import BITS, DTYPES, QuantFormat
+from rfcompile.codec.formats import BITS, DTYPES
 from rfcompile.emission.machine_code import MachineCode
 from tests.codec.triton_process import Case, differing, run
 
@@ -38,14 +38,34 @@ INTERPRETED = [
     Case("2b:g128:h128", torch.float16),
     *(Case("3b:g128:h32:stoch", torch.bfloat16, 2, numel) for numel in (0, 1, 16, 127, 129, 4096)),
     Case("4b:g128", torch.float32, 3, 1000, is_transposed=True),
+    *(
+        Case(f"{fmt[0]}b:tensor:{fmt[1:]}", dtype, rows, 9000, rows == 2)
+        for fmt, dtype, rows in zip(
+            [
+                *(f"{bits}{rest}" for bits in BITS for rest in ("rise", "tread:h128:stoch")),
+                *("4tread:stoch:saturate", "3h32:saturate", "5saturate", "8h32:saturate"),
+            ],
+            cycle(DTYPES),
+            cycle((1, 2, 3, 4)),
+            strict=False,
+        )
+    ),
+    *(Case("3b:tensor:h8", torch.bfloat16, 2, numel) for numel in (0, 1, 7, 9, 8192, 8200)),
+    Case("5b:tensor:h1024", torch.float16, 2, 9000, is_transposed=True),
 ]
 """Sizes and dtypes in turn, so that each format meets only some of them."""
 
 COMPILED = [
-    Case(f"{bits}b:{rest}", torch.bfloat16, 8, 2**20)
-    for bits in BITS
-    for rest in ("g128", "g128:h32")
-] + [Case(f"4b:{rest}", torch.bfloat16, 8, 2**20) for rest in ("g32:stoch", "g128:h128")]
+    Case(fmt, torch.bfloat16, 8, 2**20)
+    for fmt in ("3b:g128", "8b:g128", "2b:g128:h32", "4b:g128:h32", "4b:g32:stoch")
+]
+OTHERS = [
+    Case(fmt, torch.bfloat16, 8, 2**20)
+    for fmt in (
+        *("2b:g128", "4b:g128", "5b:g128", "6b:g128", "4b:g128:h128"),
+        *("3b:g128:h32", "5b:g128:h32", "6b:g128:h32", "8b:g128:h32"),
+    )
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +96,12 @@ def test_kernels_do_not_spill_and_move_wide_words(
 
 
 @pytest.mark.slow
+def test_nor_do_those_of_other_widths(tmp_path: Path) -> None:
+    for kernels in run("sm_90", OTHERS, tmp_path):
+        _check(kernels)
+
+
+@pytest.mark.slow
 def test_on_an_amd_gpu_too(tmp_path: Path) -> None:
     (kernels,) = run("gfx942", [Case("4b:g128:h32", torch.bfloat16, 8, 2**20)], tmp_path)
     _check(kernels)
@@ -95,11 +121,42 @@ def _check(kernels: dict[str, MachineCode]) -> None:
         assert payloads.get(8, 0) <= 4, name
 
 
-def test_one_scale_a_tensor_and_the_cpu_have_no_kernel() -> None:
-    gpu = torch.device("cuda")
-    assert triton_codec.runs_on(gpu, QuantFormat.parse("4b:g128:h32:stoch"))
-    assert not triton_codec.runs_on(gpu, QuantFormat.parse("4b:tensor"))
-    assert not triton_codec.runs_on(torch.device("cpu"), QuantFormat.parse("4b"))
+TENSORS = ("2b:tensor:stoch", "4b:tensor:h32")
+
+
+@pytest.fixture(scope="module")
+def of_tensors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, MachineCode]]:
+    cases = [Case(fmt, torch.bfloat16, 8, 2**20) for fmt in TENSORS]
+    return dict(zip(TENSORS, run("sm_90", cases, tmp_path_factory.mktemp("tensors")), strict=True))
+
+
+@pytest.mark.parametrize("fmt", TENSORS)
+def test_a_tensor_with_one_scale_is_coded_in_two_launches(
+    fmt: str, of_tensors: dict[str, dict[str, MachineCode]]
+) -> None:
+    """A row of a payload begins two bytes after a word: its codes move by two bytes at most."""
+    kernels = of_tensors[fmt]
+    assert list(kernels) == [
+        *("quantize_peaks", "quantize", "dequantize", "dequantize_sum"),
+        *("requantize_peaks", "requantize"),
+    ]
+    for name, code in kernels.items():
+        assert code.spilled == 0, name
+        assert "fma" not in code.ir, name
+    assert kernels["quantize_peaks"].loads.keys() == kernels["quantize"].loads.keys() == {128}
+    for name in ("dequantize", "dequantize_sum"):
+        assert kernels[name].stores.keys() == {128}
+
+
+@pytest.mark.slow
+def test_on_an_amd_gpu_it_does_not_spill(tmp_path: Path) -> None:
+    for kernels in run("gfx942", [Case("3b:tensor:stoch", torch.bfloat16, 8, 2**20)], tmp_path):
+        assert [name for name, code in kernels.items() if code.spilled] == []
+
+
+def test_a_cpu_has_no_kernel() -> None:
+    assert triton_codec.runs_on(torch.device("cuda"))
+    assert not triton_codec.runs_on(torch.device("cpu"))
 
 
 def test_the_comparison_sees_another_sign_of_zero() -> None:

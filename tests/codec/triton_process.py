@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfcompile.codec import arithmetic, triton_codec
+from rfcompile.codec import arithmetic, operators, triton_codec
 from rfcompile.codec.formats import QuantFormat
 from rfcompile.emission.absent_gpu import install
+from rfcompile.emission.called import Call, compile_call, steps_of
 from rfcompile.emission.gpus import gpu_of
-from rfcompile.emission.machine_code import MachineCode, machine_code_of
+from rfcompile.emission.machine_code import MachineCode
 from tests.inductor import fake_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +58,7 @@ def run(role: str, cases: list[Case], folder: Path) -> list[Any]:
         [sys.executable, "-m", "tests.codec.triton_process", role, str(file)],
         env=os.environ
         | {"TRITON_INTERPRET": interprets, "TRITON_CACHE_DIR": str(folder / "triton")},
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     found: list[Any] = torch.load(file, weights_only=False)
@@ -100,28 +101,29 @@ def _interpret(case: Case) -> str:
 
 def _compile(case: Case) -> dict[str, MachineCode]:
     """The operators' kernels, as a launch would compile them for the sizes of the case."""
-    from triton.runtime.jit import MockTensor
-
+    x = torch.empty(case.rows, case.numel, dtype=case.dtype, device="meta")
+    payload = operators.quantize(x, case.format)
     made: dict[str, MachineCode] = {}
-
-    def compiled(kernel: Any, programs: int, arguments: tuple[Any, ...], **options: Any) -> None:
-        given = [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
-        done = kernel.warmup(*given, grid=(programs,), **options)
-        made[kernel.__name__] = machine_code_of(done, {"BLOCK": arguments[-1]}, programs)
-
-    triton_codec._run = compiled
-    fmt, dtype = QuantFormat.parse(case.format), case.dtype
-    payload = triton_codec.quantize(torch.empty(case.rows, case.numel, dtype=dtype), fmt)
-    triton_codec.dequantize(payload, fmt, dtype)
-    triton_codec.dequantize_sum(payload, fmt, dtype, case.average)
-    triton_codec.requantize(payload, fmt, case.average)
+    for operator, given, options in (
+        ("quantize", x, ()),
+        ("dequantize", payload, (("dtype", case.dtype),)),
+        ("dequantize_sum", payload, (("dtype", case.dtype), ("average", case.average))),
+        ("requantize", payload, (("average", case.average),)),
+    ):
+        shape, stride = tuple(given.shape), tuple(given.stride())
+        call = Call(operator, shape, stride, given.dtype, case.format, options)
+        for step in steps_of(call):
+            made[step.call.function] = compile_call(step.call)
     return made
 
 
 def main() -> None:
     role, file = sys.argv[1:]
     if role == "interpret":
+        from rfcompile.codec import triton_tensor_codec
+
         fake_gpu.mend_interpreter()
+        triton_tensor_codec.MOST_PROGRAMS = 2  # so that a program has several pieces
     else:
         install(gpu_of(role))
     step = _interpret if role == "interpret" else _compile

@@ -4,8 +4,8 @@
 ``--all`` every row. A row that the file has is not made again, so that a run that was cut off goes
 on; with ``--again`` it is. Tensors have 8 rows of 2^20 elements, as a large one for 8 ranks.
 
-Requantize works in the rotated domain: its rows without a rotation are those with one. Not made yet
-are rotations with one scale for a tensor; each run says how many rows are missing.
+Requantize works in the rotated domain: its rows without a rotation are those with one. Each run
+says how many rows are missing.
 
 Fields of a row: launches; spilled bytes a thread, of the worst kernel; bits of each load and store
 to and from global memory; bytes over the least; registers of the worst kernel; instructions an
@@ -51,11 +51,14 @@ SAMPLE = (
     ("sm_90", "requantize", "4b:g128", "bf16"),
     ("sm_90", "quantize", "4b:g128:h32", "bf16"),
     ("sm_90", "dequantize", "3b:g128:h128", "f32"),
+    ("sm_90", "quantize", "4b:tensor", "bf16"),
+    ("sm_90", "dequantize_sum", "4b:tensor:h32", "bf16"),
     ("gfx942", "quantize", "8b:g128", "bf16"),
     ("gfx942", "dequantize", "4b:g128", "bf16"),
     ("gfx942", "dequantize_sum", "8b:g128", "f32"),
     ("gfx942", "quantize", "4b:g128:h32", "bf16"),
     ("gfx942", "requantize", "2b:g128", "bf16"),
+    ("gfx942", "requantize", "2b:tensor", "bf16"),
 )
 """The daily sample."""
 

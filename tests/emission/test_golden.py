@@ -66,18 +66,21 @@ def test_a_worse_row_is_found(field: str, value: Any) -> None:
     assert worse(row | {field: value}, row) == [f"{field}: {value} after {row[field]}"]
 
 
-def test_only_rotations_with_one_scale_a_tensor_are_missing() -> None:
-    """They are not made yet: ``python -m tests.emission.golden --all``."""
-    missing = [key for key in golden.all_keys() if key not in golden.table()]
-    slowest = ("gfx942", "requantize", "5b:tensor:stoch")  # minutes each, not made yet either
-    others = {key[:3] for key in missing if ":tensor:h" not in key[2]}
-    assert others <= {slowest}
+def test_only_rotations_by_128_with_one_scale_a_tensor_are_missing() -> None:
+    """``python -m tests.emission.golden --all`` goes on with them: minutes of compiling each."""
+    table = golden.table()
+    missing = {key for key in golden.all_keys() if key not in table}
+    assert {key for key in missing if ":tensor:h128" not in key[2]} == set()
 
 
-def test_no_row_of_a_group_has_a_spill_or_a_second_launch() -> None:
+def test_no_row_has_a_spill_or_a_launch_too_many() -> None:
+    """One scale for a row is known only when all of it was read: coding reads it twice."""
     for key, row in golden.table().items():
-        if "tensor" not in key[2]:
-            assert (row["launches"], row["spilled"], row["bytes_over_least"]) == (1, 0, 1.0), key
+        codes_rows = "tensor" in key[2] and key[1] in ("quantize", "requantize")
+        assert row["spilled"] == 0, key
+        assert row["launches"] == (2 if codes_rows else 1), key
+        assert codes_rows or row["bytes_over_least"] == 1.0, key
+        assert row["bytes_over_least"] <= 2, key
 
 
 def test_the_table_has_a_key_once_and_no_error() -> None:

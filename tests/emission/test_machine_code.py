@@ -57,10 +57,18 @@ def test_loads_and_stores_by_width() -> None:
 
 def test_a_loop_counts_by_its_trips() -> None:
     code = list(machine_code._sass(SASS))
-    once = machine_code._counted(code, 1, machine_code._sass_kind)
+    once = machine_code._counted(code, [1], machine_code._sass_kind)
     assert once == {"issue": 5, "memory": 4, "float": 1, "multiply": 1, "special": 1}
-    ten = machine_code._counted(code, 10, machine_code._sass_kind)
+    ten = machine_code._counted(code, [10], machine_code._sass_kind)
     assert ten == once | {"issue": 14, "memory": 22, "float": 10}
+
+
+def test_loops_in_loops_have_trips_of_their_own() -> None:
+    # The inner loop goes back from two places.
+    jumps = [Instruction("BRA", jump) for jump in (2, 3, 5)]
+    code = [Instruction(name) for name in ("FADD", "LDG", "FADD")] + jumps
+    found = machine_code._counted(code, [10, 7], machine_code._sass_kind)
+    assert found == {"float": 10 + 70, "memory": 70, "issue": 70 + 70 + 10}
 
 
 def test_a_jump_onto_itself_is_no_loop() -> None:
@@ -71,7 +79,7 @@ def test_a_jump_onto_itself_is_no_loop() -> None:
 
 def test_amd_kinds() -> None:
     code = list(machine_code._gcn(GCN))
-    assert machine_code._counted(code, 2, machine_code._gcn_kind) == {
+    assert machine_code._counted(code, [2], machine_code._gcn_kind) == {
         "issue": 1 + 2 + 1, "memory": 4 + 1, "float": 2, "multiply": 2, "special": 1,
     }  # fmt: skip
     assert machine_code._metadata(GCN, "vgpr_count") == 9

@@ -43,19 +43,30 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """One operator of the codec in one format, for ``rows`` rows of ``numel`` elements."""
+    """One operator of the codec in one format, for ``rows`` rows of ``numel`` elements.
+
+    Args:
+        layout: of what is quantized. "rows": as it is; "transposed": a matrix whose transpose is
+            made rows; "heads": ``[batch, heads, length, 128]``, as attention leaves it, is made
+            ``[batch, length, heads * 128]``.
+    """
 
     operator: str
     format: str
     rows: int = 4
     numel: int = 2**17
     dtype: torch.dtype = torch.bfloat16
+    layout: str = "rows"
 
     def __str__(self) -> str:
         return f"{self.operator} {self.format} [{self.rows}, {self.numel}]"
 
     def call(self, given: Tensor) -> Tensor:
         op = getattr(operators, self.operator)
+        if self.layout == "transposed":
+            given = given.view(128, -1).t().reshape(self.rows, -1)
+        elif self.layout == "heads":
+            given = given.view(2, 4, -1, 128).transpose(1, 2).reshape(self.rows, -1)
         result: Tensor = (
             op(given, self.format, self.dtype)
             if self.operator.startswith("dequantize")
@@ -117,7 +128,7 @@ def interpret(emitted: list[Emitted], folder: Path) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.inductor.fake_gpu", str(file)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     result: list[str] = torch.load(file, weights_only=False)
@@ -235,10 +246,13 @@ class _Interpreted:
 
     def run(self, *args: Any, stream: object = None) -> None:
         given = dict(zip(self.names, args, strict=True))
-        assert "ynumel" not in given, "a grid of two dimensions: teach it to this class"
-        programs = -(-given["xnumel"] // self.constants.get("XBLOCK", 1))
+        grid = tuple(
+            -(-given[f"{axis}numel"] // self.constants.get(f"{axis.upper()}BLOCK", 1))
+            for axis in "xy"
+            if f"{axis}numel" in given
+        )
         with np.errstate(all="ignore"):
-            self.function[(programs,)](*args, **self.constants)
+            self.function[grid](*args, **self.constants)
 
 
 def _interpret(emitted: Emitted) -> str:

@@ -37,11 +37,14 @@ def cases() -> dict[str, Case]:
 
 
 CASES = cases()
+TRANSPOSED = Case("quantize", "4b:g128", 4, 2**15, layout="transposed")
+HEADS = Case("quantize", "4b:g128", 4, 2**15, layout="heads")
 
 
 @pytest.fixture(scope="module")
 def emitted() -> dict[str, Emitted]:
-    return dict(zip(CASES, emit(list(CASES.values())), strict=True))
+    named = {**CASES, "transposed": TRANSPOSED, "heads": HEADS}
+    return dict(zip(named, emit(list(named.values())), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +99,29 @@ def test_codes_are_read_in_words(name: str, emitted: dict[str, Emitted]) -> None
         assert loads[8] == 2 * rows
 
 
-@pytest.mark.parametrize("name", CASES)
+def test_a_transposed_input_is_copied_in_its_own_order_and_then_read(
+    emitted: dict[str, Emitted],
+) -> None:
+    """At once it would be read twice, an element a sector of 32 bytes: 2 * 16 times its bytes."""
+    made, nbytes = emitted["transposed"], 2 * TRANSPOSED.rows * TRANSPOSED.numel
+    assert made.error == ""
+    assert made.emission is not None
+    copy, coding = made.emission.launches
+    assert (copy.read, copy.written, coding.read) == (nbytes, nbytes, nbytes)
+    assert coding.written < nbytes
+    assert made.codes[copy.kernel].config.keys() == {"XBLOCK", "YBLOCK"}  # a tile
+    for launch in (copy, coding):
+        assert made.codes[launch.kernel].loads.keys() == {128}, launch.kernel
+
+
+def test_permuted_heads_are_read_as_they_lie(emitted: dict[str, Emitted]) -> None:
+    made = emitted["heads"]
+    assert the_code(made).loads.keys() == {128}
+    assert made.emission is not None
+    assert len(made.emission.launches) == 1
+
+
+@pytest.mark.parametrize("name", [*CASES, "transposed", "heads"])
 def test_a_kernel_gives_eagers_bytes(name: str, differences: dict[str, str]) -> None:
     assert differences[name] == ""
 
