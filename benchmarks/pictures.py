@@ -124,6 +124,7 @@ def _drawers() -> dict[str, Callable[[list[dict[str, Any]], Path], None]]:
     import companions_adapters
     import companions_low_rank
     import companions_plots
+    import plan
     import slow_link
     import study_plots
     import traffic_plots
@@ -134,6 +135,7 @@ def _drawers() -> dict[str, Callable[[list[dict[str, Any]], Path], None]]:
         "traffic": traffic_plots.plot,
         "residual_study": study_plots.plot,
         "anneal_study": anneal_study.plot,
+        "plan": plan.plot,
         "companions_attention": companions_plots.plot,
         "companions_low_rank": companions_low_rank.plot,
         "companions_adapters": companions_adapters.plot,

@@ -234,8 +234,8 @@ def plot(rows: list[Row], path: Path) -> None:
             [s / 1e3 for s in sent], measured, yerr=error, fmt="s", ms=4, color=pictures.ORANGE,
             label="one format at all sites, measured",
         )  # fmt: skip
-        title = f"{row['model']}, {row['loss']}, {row['boundary']}"
-        axis.set(title=title, xlabel="kB a batch", ylabel="increase of the loss")
+        axis.set_title(f"{row['model']}, sites: {row['boundary']}, loss: {row['loss']}")
+        axis.set(xlabel="kB a batch", ylabel="increase of the loss")
         axis.set(xscale="log", yscale="log")
     pictures.legend_below(figure, 3)
     pictures.save(figure, path)

@@ -105,7 +105,7 @@ def test_residual_study(root: Path, tmp_path: Path, task: str) -> None:
 
 
 def test_pictures_are_drawn_again_from_the_results(root: Path, tmp_path: Path) -> None:
-    names = "demo", "residual_study", "traffic"
+    names = "demo", "residual_study", "traffic", "plan"
     command = [sys.executable, "benchmarks/pictures.py", *names, "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
