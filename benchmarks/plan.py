@@ -25,7 +25,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,7 @@ def frontier_row(found: Measured, points: int) -> Row:
     """Predicted and measured increases of plans, and of the uniform policies in groups of 128."""
     frontier = rf.frontier(found.scores, points=points)
     plans = [plan for plan in frontier.plans if not plan.policy.is_exact]
-    uniform = [fmt for fmt in found.formats if ":g128" in fmt and ":h" not in fmt]
+    uniform = [fmt for fmt in found.formats if ":g128" in fmt]
     return {
         "task": "frontier", "exact_bytes": sum(c.exact_bytes for c in plans[0].choices),
         "plans": [[p.bytes, p.increase, *found.increase(p.policy)] for p in plans],
@@ -218,27 +218,41 @@ def show(row: Row) -> None:
 
 def plot(rows: list[Row], path: Path) -> None:
     """Loss against bytes, a panel for each model, loss and boundary."""
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     mine = [row for row in rows if row.get("task") == "frontier"]
     figure, axes = pictures.panels((len(mine) + 1) // 2, 2, 0.7 + 2.7 * ((len(mine) + 1) // 2))
     for axis in axes.flat[len(mine) :]:
         axis.set_visible(False)
     for row, axis in zip(mine, axes.flat, strict=False):
         sent, predicted, measured, error = zip(*row["plans"], strict=True)
-        kb = [s / 1e3 for s in sent]
-        axis.plot(kb, predicted, color=pictures.GREEN, label="plan, predicted")
+        axis.plot(_mega(sent), predicted, color=pictures.GREEN, label="plan, predicted")
         axis.errorbar(
-            kb, measured, yerr=error, fmt="o", ms=4, color=pictures.GREEN, label="plan, measured"
-        )
-        sent, _, measured, error, _ = zip(*row["uniform"], strict=True)
-        axis.errorbar(
-            [s / 1e3 for s in sent], measured, yerr=error, fmt="s", ms=4, color=pictures.ORANGE,
-            label="one format at all sites, measured",
+            _mega(sent), measured, yerr=error, fmt="o", ms=4, color=pictures.GREEN,
+            label="plan, measured",
         )  # fmt: skip
+        for color, is_rotated, label in (
+            (pictures.ORANGE, False, "one format at all sites, measured"),
+            (pictures.VERMILLION, True, "the same, rotated"),
+        ):
+            uniform = [u[:4] for u in row["uniform"] if (":h" in u[4]) == is_rotated]
+            if not uniform:
+                continue
+            sent, _, measured, error = zip(*uniform, strict=True)
+            axis.errorbar(
+                _mega(sent), measured, yerr=error, fmt="s", ms=4, color=color, label=label
+            )
         axis.set_title(f"{row['model']}, sites: {row['boundary']}, loss: {row['loss']}")
-        axis.set(xlabel="kB a batch", ylabel="increase of the loss")
-        axis.set(xscale="log", yscale="log")
-    pictures.legend_below(figure, 3)
+        axis.set(xlabel="MB a batch", ylabel="increase of the loss", yscale="log")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_locator(NullLocator())
+    pictures.legend_below(figure, 2)
     pictures.save(figure, path)
+
+
+def _mega(sent: Iterable[float]) -> list[float]:
+    return [size / 1e6 for size in sent]
 
 
 def main() -> None:

@@ -68,9 +68,11 @@ class Probes:
         )
         signs = torch.Generator().manual_seed(self.seed + index)
         for place in self._places(noise, is_last):
-            factors = self._factors(noise)[:, place]
-            coins = 2 * torch.randint(0, 2, (len(factors),), generator=signs) - 1
-            self._probe(loss, exact, (place, noise[:, place]), coins.numpy() * factors, what)
+            coins = 2 * torch.randint(0, 2, (len(self.sums),), generator=signs) - 1
+            factors = coins.numpy() * self._factors(noise)[:, place]
+            given = self._disturbances(exact, place, factors.tolist())
+            bent = self.sites.run(loss, given, what)
+            self._count(place, given, (exact, bent), noise[:, place].tolist())
         return float(exact.value)
 
     def result(self) -> tuple[SiteScore, ...]:
@@ -102,32 +104,29 @@ class Probes:
         factors: np.ndarray = np.sqrt(limit / np.maximum(added, limit))
         return factors
 
-    def _probe(
-        self,
-        loss: Callable[[], Tensor],
-        exact: Pass,
-        noisy: tuple[int, np.ndarray],
-        factors: np.ndarray,
-        what: str,
-    ) -> None:
-        """Disturb each site by its factor times its error; ``noisy``: the format, and its noise."""
-        place, noise = noisy
+    def _disturbances(self, exact: Pass, place: int, factors: Sequence[float]) -> Crossings:
+        """The factor of each site times its error in the format."""
         spec = self.formats[place]
-        given = {
+        return {
             sums.site: [(factor * error_of(y, spec)).to(y.dtype) for y in exact.values[sums.site]]
-            for sums, factor in zip(self.sums, factors.tolist(), strict=True)
+            for sums, factor in zip(self.sums, factors, strict=True)
         }
-        found = self.sites.run(loss, given, what).gradients
-        for sums, whole in zip(self.sums, noise.tolist(), strict=True):
+
+    def _count(
+        self, place: int, given: Crossings, passes: tuple[Pass, Pass], noise: Sequence[float]
+    ) -> None:
+        """What the gradients of two passes, without and with the disturbances, say of a format."""
+        spec = self.formats[place]
+        for sums, whole in zip(self.sums, noise, strict=True):
             site = sums.site
-            parts = [*zip(given[site], found[site], exact.gradients[site], strict=True)]
+            parts = [*zip(given[site], *(p.gradients[site] for p in passes), strict=True)]
             size = sum(dot(v.float(), v.float()) for v, _, _ in parts)
-            bent = sum(dot(v.float(), new.float() - old.float()) for v, new, old in parts) / 2
-            if not math.isfinite(bent):
+            second = sum(dot(v.float(), new.float() - old.float()) for v, old, new in parts) / 2
+            if not math.isfinite(second):
                 rule = "it must be finite: score in float32 or bfloat16, or leave this format out."
-                raise ScoreError(f"the gradient at {site!r} in {spec}", bent, rule)
+                raise ScoreError(f"the gradient at {site!r} in {spec}", second, rule)
             if size:
-                sums.probed(spec, bent / size, whole)
+                sums.probed(spec, second / size, whole)
 
 
 def _nearest(known: np.ndarray, noise: np.ndarray) -> np.ndarray:

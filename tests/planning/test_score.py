@@ -351,6 +351,17 @@ def test_a_loss_that_is_not_a_number(loss: Any, message: str) -> None:
         rf.score(chain(), [torch.randn(2, 64)], loss=loss)
 
 
+def test_a_gradient_that_is_not_a_number() -> None:
+    model, x = chain(), torch.randn(2, 64)
+    target = model(x).detach()
+
+    def distance(model: nn.Module, batch: Tensor) -> Tensor:  # 0 / 0 where it is zero
+        return (model(batch) - target).square().sum().sqrt()
+
+    with pytest.raises(ScoreError, match=r"the gradient at '0' in .*: nan; it must be finite"):
+        rf.score(model, [x], loss=distance, modules=["0"], formats=[4])
+
+
 def test_a_site_that_never_ran() -> None:
     model = chain()
 
