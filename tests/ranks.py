@@ -347,8 +347,7 @@ def _serve(connection: Connection, index: int) -> None:
             torch.manual_seed(0)
             result = _load(file, name)(Rank(index, world), *args)
             dist.destroy_process_group()
-            if "torch._dynamo" in sys.modules:
-                torch._dynamo.reset()
+            _forget()
         except BaseException:
             failure = _both_ends(traceback.format_exc())
         try:
@@ -356,6 +355,16 @@ def _serve(connection: Connection, index: int) -> None:
         except Exception:
             answer = pickle.dumps((None, traceback.format_exc()))
         connection.send_bytes(answer)
+
+
+def _forget() -> None:
+    """What torch keeps of a job: its graphs, and DTensors of a group that another job has not."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import debug
+
+        debug._clear_sharding_prop_cache()
 
 
 def _both_ends(text: str) -> str:
