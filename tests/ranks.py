@@ -358,7 +358,9 @@ def _serve(connection: Connection, index: int) -> None:
 
 
 def _forget() -> None:
-    """What torch keeps of a job: its graphs, and DTensors of a group that another job has not."""
+    """What is kept of a job: reports, graphs, and DTensors of a group that another job has not."""
+    if "rfcompile" in sys.modules:
+        sys.modules["rfcompile"].reports(clear=True)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if "torch.distributed.tensor" in sys.modules:
