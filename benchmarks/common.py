@@ -7,8 +7,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,23 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def alternate(
-    tasks: dict[str, Callable[[], object]], runs: int, device: str = "cpu", warm_up: int = 3
+    tasks: Mapping[str, Callable[[], object]], runs: int, warm_up: int = 3
 ) -> dict[str, dict[str, float]]:
-    """Time the tasks in turn, ``runs`` times each: median and interquartile range in ms.
+    """Time the tasks in turn, ``runs`` times each: median and interquartile range in ms."""
+    return in_turn({name: partial(_once, task) for name, task in tasks.items()}, runs, warm_up)
 
-    In turn, because a machine that gets slower meanwhile then slows all of them. On a GPU the time
-    is that between two events around the task.
+
+def in_turn(
+    clocks: Mapping[str, Callable[[], float]], runs: int, warm_up: int
+) -> dict[str, dict[str, float]]:
+    """Median and interquartile range of what each clock measures, in ms.
+
+    In turn, because a machine that gets slower meanwhile then slows all of them.
     """
-    samples: dict[str, list[float]] = {name: [] for name in tasks}
+    samples: dict[str, list[float]] = {name: [] for name in clocks}
     for i in range(warm_up + runs):
-        for name, task in tasks.items():
-            elapsed = _once(task, device)
+        for name, clock in clocks.items():
+            elapsed = clock()
             if i >= warm_up:
                 samples[name].append(elapsed)
     result = {}
@@ -59,14 +66,7 @@ def alternate(
     return result
 
 
-def _once(task: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        task()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end))
+def _once(task: Callable[[], object]) -> float:
     begin = time.perf_counter()
     task()
     return (time.perf_counter() - begin) * 1e3

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+from common import in_turn
 
 Call = Callable[[], object]
 
@@ -21,22 +21,12 @@ def medians(
     Tasks take turns, so that a clock that falls meanwhile falls for all of them. A call reads what
     the call before it read: what fits the L2 cache is in it ("warm").
     """
-    measure = {name: _measure(task, device, calls) for name, task in tasks.items()}
-    samples: dict[str, list[float]] = {name: [] for name in tasks}
-    for turn in range(runs + 2):
-        for name, once in measure.items():
-            taken = once()
-            if turn >= 2:  # after a warm-up
-                samples[name].append(taken / calls)
-    result = {}
-    for name, times in samples.items():
-        quarters = statistics.quantiles(times, n=4)
-        result[name] = {"median_ms": statistics.median(times), "iqr_ms": quarters[2] - quarters[0]}
-    return result
+    clocks = {name: _clock(task, device, calls) for name, task in tasks.items()}
+    return in_turn(clocks, runs, warm_up=2)
 
 
-def _measure(task: Call, device: str, calls: int) -> Callable[[], float]:
-    """Milliseconds of ``calls`` calls."""
+def _clock(task: Call, device: str, calls: int) -> Callable[[], float]:
+    """Milliseconds of a call, the mean of ``calls`` calls."""
 
     def repeated() -> None:
         for _ in range(calls):
@@ -47,7 +37,7 @@ def _measure(task: Call, device: str, calls: int) -> Callable[[], float]:
         def on_cpu() -> float:
             begin = time.perf_counter()
             repeated()
-            return 1e3 * (time.perf_counter() - begin)
+            return 1e3 * (time.perf_counter() - begin) / calls
 
         return on_cpu
     stream = torch.cuda.Stream()
@@ -65,6 +55,6 @@ def _measure(task: Call, device: str, calls: int) -> Callable[[], float]:
         graph.replay()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end))
+        return float(start.elapsed_time(end)) / calls
 
     return on_gpu

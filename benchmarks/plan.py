@@ -89,12 +89,16 @@ class Measured:
         added = [b - a for a, b in zip(self.exact, self._losses(twin, self.batches), strict=True)]
         return statistics.fmean(added), statistics.stdev(added) / len(added) ** 0.5
 
-    def alone(self, site: str, fmt: str, batches: list[Any]) -> float:
-        """The increase of the mean loss of these batches with this site alone in a format."""
-        policy = rf.Policy(sites={site: fmt})
-        twin = rf.transform(self.model, rf.Wire(policy, modules=[site])).eval()
-        both = zip(self._losses(self.model, batches), self._losses(twin, batches), strict=True)
-        return statistics.fmean(after - before for before, after in both)
+    def alone(self, batches: list[Any]) -> list[list[float]]:
+        """The increase of the mean loss of these batches with one site in one format, for all."""
+        exact = statistics.fmean(self._losses(self.model, batches))
+
+        def increase(site: str, fmt: str) -> float:
+            wire = rf.Wire(rf.Policy(sites={site: fmt}), modules=[site])
+            twin = rf.transform(self.model, wire).eval()
+            return statistics.fmean(self._losses(twin, batches)) - exact
+
+        return [[increase(site.site, fmt) for fmt in self.formats] for site in self.scores.sites]
 
     def uniform(self, fmt: str) -> tuple[float, float]:
         if fmt not in self._uniform:
@@ -151,7 +155,7 @@ def alone_row(found: Measured, options: argparse.Namespace) -> Row:
     sites, formats = found.scores.sites, found.formats
     scored = found.scored[: options.alone]
     predicted = [[found.scores.increase(site, f) for f in site.formats] for site in sites]
-    measured = [[found.alone(site.site, fmt, scored) for fmt in formats] for site in sites]
+    measured = found.alone(scored)
     sent = [[site_bytes(found.scores, site, fmt) for fmt in formats] for site in sites]
     best = {}
     for bits in options.bits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
@@ -23,12 +23,6 @@ from rfcompile.report.page.sites import (
 from rfcompile.report.page.texts import number, short_bytes
 from rfcompile.wire.policy import KINDS
 
-BUDGETS = 16
-"""Of the frontier that a page shows, evenly spaced on a logarithmic scale."""
-UNLIMITED = 1e300
-
-Replan = Callable[[Scores, str, float], tuple[float, float]]
-"""Bytes and predicted increase of the best plan for (scores, "bytes" or "loss", limit)."""
 Named = tuple[str, tuple[float, float]]
 """What a plan is called, its bytes and its predicted increase."""
 
@@ -67,17 +61,20 @@ def plan_page(
     scores: Scores | None,
     model: nn.Module | None,
     kind: str,
-    replan: Replan,
+    best: Sequence[Named],
     uniform: Sequence[Named],
 ) -> Page:
-    """The page of :meth:`Plan.page <rfcompile.planning.plan.Plan.page>`."""
+    """The page of :meth:`Plan.page <rfcompile.planning.plan.Plan.page>`.
+
+    ``best`` and ``uniform`` are other plans of the same scores.
+    """
     plots = [*bytes_plot(sites), *kurtosis_plot(sites)]
     notes = [f"not planned: {', '.join(other for other in KINDS if other != kind)}"]
     if scores is None:
         notes.append("kurtosis, SQNR and the frontier need the scores: plan.page(path, scores=...)")
     else:
         plots += sqnr_plot([*_measured(scores)])
-        frontier = [*_frontier(sites, scores, replan, uniform)]
+        frontier = [*_frontier(sites, best, uniform)]
         plots += frontier
         if not frontier:
             notes.append("no frontier: no plan increases the predicted loss")
@@ -107,13 +104,12 @@ def _measured(scores: Scores) -> Iterator[tuple[float, float, str]]:
 
 
 def _frontier(
-    sites: Sequence[ShownSite], scores: Scores, replan: Replan, uniform: Sequence[Named]
+    sites: Sequence[ShownSite], best: Sequence[Named], uniform: Sequence[Named]
 ) -> Iterator[str]:
     """The least predicted increase of the loss by bytes, uniform policies, and this plan."""
-    exact = sum(site.bytes_before or 0.0 for site in sites)
     this = (sum(site.bytes_after or 0.0 for site in sites), sum(s.increase or 0.0 for s in sites))
     series = [
-        _series("best plans", "c0", _best(scores, exact, replan), is_line=True),
+        _series("best plans", "c0", best, is_line=True),
         _series("uniform policies", "c1", uniform),
         _series("this plan", "c4", [("this plan", this)]),
     ]
@@ -123,14 +119,6 @@ def _frontier(
         x = linear("bytes a batch", bytes_, write=short_bytes)
         y = logarithmic("predicted increase of the loss", values)
         yield plot("Loss by bytes", x, y, series)
-
-
-def _best(scores: Scores, exact: float, replan: Replan) -> Iterator[Named]:
-    least, _ = replan(scores, "loss", UNLIMITED)
-    if 0 < least < exact:
-        for i in range(BUDGETS):
-            limit = least * (exact / least) ** (i / (BUDGETS - 1)) * (1 + 1e-9)
-            yield "best plan", replan(scores, "bytes", limit)
 
 
 def _series(name: str, style: str, plans: Iterable[Named], *, is_line: bool = False) -> Points:

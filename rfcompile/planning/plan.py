@@ -17,7 +17,7 @@ from rfcompile.planning.check import PlanCheck, check
 from rfcompile.planning.cost import Cost, cost_of
 from rfcompile.planning.knapsack import choose
 from rfcompile.planning.link import Link, sent_elements
-from rfcompile.planning.page import plan_page, shown_site
+from rfcompile.planning.page import Named, plan_page, shown_site
 from rfcompile.planning.score import Loss, digest
 from rfcompile.planning.scores import FormatScore, Scores, SiteScore
 from rfcompile.planning.site_policy import site_policy
@@ -142,11 +142,6 @@ class Plan(PagedReport):
             ("predicted increase of the loss", f"{self.increase:.3g}"),
             ("time a batch", time),
         ]
-
-        def replan(scores: Scores, budget: str, limit: float) -> tuple[float, float]:
-            found = plan(scores, **{budget: limit}, link=self.link)
-            return found.bytes, found.increase
-
         sites = [
             shown_site(
                 *(self.kind, c.site, c.format, (c.exact_bytes, c.bytes), c.seconds, c.increase),
@@ -154,8 +149,9 @@ class Plan(PagedReport):
             )
             for c in self.choices
         ]
+        best = [*_best(scores, self.link, exact)] if scores else []
         uniform = [*_uniform(scores, self.link)] if scores else []
-        return plan_page(tiles, sites, scores, model, self.kind, replan, uniform)
+        return plan_page(tiles, sites, scores, model, self.kind, best, uniform)
 
     def check(self, model: nn.Module, batches: Any, *, loss: Loss, largest: int = 3) -> PlanCheck:
         """Measure what the plan costs, and compare it with the prediction.
@@ -271,7 +267,22 @@ def options_of(scores: Scores, link: Link | None) -> list[list[Choice]]:
     return [_options(scores, site, carrier, link is not None) for site in scores.sites]
 
 
-def _uniform(scores: Scores, link: Link | None) -> Iterator[tuple[str, tuple[float, float]]]:
+BUDGETS = 16
+"""Of the frontier that a page shows, evenly spaced on a logarithmic scale."""
+UNLIMITED = 1e300
+
+
+def _best(scores: Scores, link: Link | None, exact: float) -> Iterator[Named]:
+    """The best plans for budgets from the fewest bytes up to those of exact sites."""
+    least = plan(scores, loss=UNLIMITED, link=link).bytes
+    if 0 < least < exact:
+        for i in range(BUDGETS):
+            limit = least * (exact / least) ** (i / (BUDGETS - 1)) * (1 + 1e-9)
+            found = plan(scores, bytes=limit, link=link)
+            yield "best plan", (found.bytes, found.increase)
+
+
+def _uniform(scores: Scores, link: Link | None) -> Iterator[Named]:
     """Bytes and predicted increase of one format at all sites that have it, by its name."""
     sites = options_of(scores, link)
     for fmt in dict.fromkeys(score.format for site in scores.sites for score in site.formats):

@@ -71,8 +71,9 @@ def open_sites(
     try:
         with in_mode(model, training=False):
             program = program_of(model, inputs) if program is None else program
-            mixed = find_mixed_streams(program.graph_module)
-            opened, left = _open_sites(model, inputs, program, kinds, owners)
+            graph = program.graph_module
+            mixed = find_mixed_streams(graph)
+            opened, left = _open_sites(model, inputs, graph, kinds, owners, program)
         with in_mode(model, training=True):
             opened, left = _open_in_training(model, inputs, kinds, owners, opened, left)
     except BaseException:
@@ -122,17 +123,17 @@ def _why_none(model: nn.Module) -> str:
 def _open_sites(
     model: nn.Module,
     inputs: Inputs,
-    captured: torch.export.ExportedProgram | fx.GraphModule,
+    graph: fx.GraphModule,
     kinds: tuple[Kind, ...],
     owners: dict[nn.Module, Owner],
+    program: torch.export.ExportedProgram | None = None,
 ) -> tuple[tuple[OpenedSite, ...], tuple[ResidualAdd, ...]]:
     """The same for the mode that the model is in; without any add of these kinds, ``()``.
 
     Args:
-        captured: a program of eval mode, which runs to find the sites of its adds; or a graph.
+        program: that of the graph in eval mode, which runs to find the sites of its adds; left out,
+            the model is captured again for that.
     """
-    program = None if isinstance(captured, fx.GraphModule) else captured
-    graph = captured if isinstance(captured, fx.GraphModule) else captured.graph_module
     every = find_residuals(graph)
     wanted = [add for add in every if add.kind in kinds]
     left = tuple(add for add in every if add.kind not in kinds)
