@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
 MACHINE = {"processor", "cores", "torch", "python", "date"}
 
@@ -46,7 +46,6 @@ def test_compile_time(root: Path, tmp_path: Path) -> None:
     assert row["ratios"]["exact"] == [1.0]  # type: ignore[index]
 
 
-@pytest.mark.slow
 def test_rewrite_time(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     script = ["benchmarks/rewrite_time.py", "--layers", "2", "--runs", "1"]
@@ -60,7 +59,6 @@ def test_rewrite_time(root: Path, tmp_path: Path) -> None:
         assert captures == expected
 
 
-@pytest.mark.slow
 def test_gpu_script_on_a_cpu(root: Path, tmp_path: Path) -> None:
     rows = rows_of(root, tmp_path / "gpu.jsonl", "benchmarks/gpu.py", "--device", "cpu", "--tiny")
     by_kind = {kind: [row for row in rows if row["what"] == kind] for kind in ("kernel", "block")}
@@ -187,7 +185,6 @@ def test_anneal_study(root: Path, tmp_path: Path) -> None:
     assert kept == annealed != dropped != fresh
 
 
-@pytest.mark.slow
 def test_plan(root: Path, tmp_path: Path) -> None:
     out, checkpoint = tmp_path / "plan.jsonl", tmp_path / "gpt.pt"
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
@@ -214,7 +211,6 @@ def test_score_cost(root: Path, tmp_path: Path) -> None:
     assert row.keys() >= MACHINE | {"step", "score", "ratio"}
 
 
-@pytest.mark.slow
 def test_plan_link(root: Path, tmp_path: Path) -> None:
     needs_namespaces()
     sizes = "--steps 2 --layers 1 --width 32 --heads 2 --context 16 --batch 2 --batches 2"
@@ -231,7 +227,6 @@ def needs_namespaces() -> None:
         pytest.skip("NOT TESTED HERE: network namespaces need root, ip and tc")
 
 
-@pytest.mark.slow
 def test_crossover(root: Path, tmp_path: Path) -> None:
     needs_namespaces()
     command = ["benchmarks/crossover.py", "--quick", "--seconds", "0.5"]
